@@ -1,0 +1,44 @@
+# make demo    set up in .venv, convert the embedded tiny model, answer under a budget that forces evictions
+# make test    set up in .venv, run the tests against the installed package
+# make check   ruff and mypy --strict
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The vision library of llama.cpp is not used; skipping it shortens the one long build.
+export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
+SOURCES := $(shell find convert models schedulers runner native pyproject.toml -type f -not -name '*.pyc' -not -name '*.so')
+DEMO := build/demo
+
+.PHONY: setup demo test check bench clean
+setup: $(VENV)/.installed
+
+$(VENV)/.dependencies: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade "pip>=23"
+	@echo "building llama-cpp-python from source the first time: 5 to 17 minutes"
+	$(BIN)/pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36 "scikit-build-core>=0.10" cmake ninja \
+	    pytest ruff mypy tokenizers
+	touch $@
+
+# The build uses the llama-cpp-python of the same environment, which is the one it will run beside.
+$(VENV)/.installed: $(VENV)/.dependencies $(SOURCES)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation ".[dev]"
+	touch $@
+
+demo: setup
+	rm -rf $(DEMO) && mkdir -p $(DEMO)
+	$(BIN)/moe-edge convert models/tiny/tiny-moe-small.Q8_0.gguf -o $(DEMO)/tiny.gguf
+	$(BIN)/moe-edge generate $(DEMO)/tiny.gguf -p "The king said" -n 48 --temp 0 --ram 32MiB
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	mkdir -p build/typecheck/moe_edge
+	for d in convert models schedulers runner; do ln -sfn ../../../$$d build/typecheck/moe_edge/$$d; done
+	cd build/typecheck && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml \
+	    -p moe_edge.convert -p moe_edge.models -p moe_edge.schedulers -p moe_edge.runner
+
+clean:
+	rm -rf build dist $(VENV)

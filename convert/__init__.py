@@ -1,0 +1,1 @@
+"""Checkpoints and GGUF files in; a skeleton and an expert store out."""

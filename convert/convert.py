@@ -1,0 +1,231 @@
+"""A conversion from end to end: checkpoint or GGUF in, skeleton and expert store out.
+
+Reads and writes a bounded piece at a time, reads everything back, and leaves either both files or none.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_edge.convert.ggml_types import BF16, BY_NAME, F16, F32
+from moe_edge.convert.plan import ConvertPlan, change, make_plan
+from moe_edge.convert.skeleton import own_kvs, remove_unless_proven, skeleton_kvs, stub_data
+from moe_edge.convert.source import STORE_ID, STORE_SUFFIX, Source, open_source
+from moe_edge.convert.store import new_store, open_model, seal_store, store_path
+from moe_edge.convert.stream import SourceFiles, converted
+from moe_edge.convert.write import GGUFOutput, check_space, kv_string, kv_u32
+from moe_edge.models.errors import MissingFile, UsageError
+
+Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
+
+MAX_THREADS = 16  # each holds about 30 MiB; memory stays below 1 GiB
+FILE_TYPE = "general.file_type"
+# llama.cpp's LLAMA_FTYPE of a file whose matrices are mostly of a type
+FILE_TYPES = {
+    F32: 0, F16: 1, BF16: 32,
+    **{BY_NAME[name].id: number for name, number in (
+        ("Q4_0", 2), ("Q4_1", 3), ("Q8_0", 7), ("Q5_0", 8), ("Q5_1", 9), ("Q2_K", 10), ("Q3_K", 12), ("Q4_K", 15),
+        ("Q5_K", 17), ("Q6_K", 18), ("IQ4_NL", 25), ("IQ3_S", 26), ("IQ4_XS", 30), ("TQ1_0", 36), ("TQ2_0", 37),
+        ("MXFP4", 38),
+    )},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion did. After a dry run the paths are None and the plan is all there is."""
+
+    plan: ConvertPlan
+    skeleton: Path | None = None
+    store: Path | None = None
+    store_id: str = ""
+    skeleton_bytes: int = 0
+    store_bytes: int = 0
+    seconds: float = 0.0
+
+    def text(self) -> str:
+        """The plan after a dry run, otherwise what was written."""
+        if self.skeleton is None or self.store is None:
+            return self.plan.text()
+        changed = Counter(change(each) for each in self.plan.experts)
+        lines = [
+            f"{self.skeleton}: skeleton, {self.skeleton_bytes / 2**20:.2f} MiB",
+            f"{self.store}: experts, {self.store_bytes / 2**20:.2f} MiB, id {self.store_id}",
+            "experts: " + ", ".join(f"{count} x {what}" for what, count in changed.items()),
+            *self.plan.remarks(),
+            f"written, read back and checked in {self.seconds:.1f} s",
+        ]
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, the plan tensor by tensor, as JSON values."""
+        return {
+            "skeleton": str(self.skeleton) if self.skeleton else None,
+            "store": str(self.store) if self.store else None,
+            "store_id": self.store_id,
+            "skeleton_bytes": self.skeleton_bytes,
+            "store_bytes": self.store_bytes,
+            "seconds": self.seconds,
+            "plan": self.plan.to_json(),
+        }
+
+
+def convert(
+    source_path: str | os.PathLike[str],
+    output_path: str | os.PathLike[str] | None,
+    type: str | None = None,
+    dense_type: str | None = None,
+    dry_run: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    *,
+    low_type: str | None = None,
+    overwrite: bool = False,
+    prove: Callable[[Path], None] | None = None,
+) -> ConvertReport:
+    """Convert a GGUF or a Hugging Face folder to `NAME.gguf` (output_path) and `NAME.experts.gguf`.
+
+    type: ggml type of the experts; None keeps the source's bytes. low_type: adds a low level of that type.
+    dense_type: type of the dense matrices, see make_plan. threads: to quantize with; None or 0: one each CPU.
+    output_path: None only for a dry run, which writes nothing and returns the plan.
+    progress: called with bytes written and bytes in all; None shows a bar when stderr is a terminal.
+    prove: called with the skeleton's final path; when it raises, both files are removed.
+    Raises NotMoE, UnknownName, UsageError (output in the way, or a moe-edge file as source), MissingFile, DiskFull,
+    BadFile and its kind: BadChecksum when the files do not read back as they were written.
+    """
+    started = time.monotonic()
+    if output_path is None and not dry_run:
+        raise UsageError(f"{source_path}: an output is needed, like olmo.gguf")
+    source = open_source(source_path)
+    skeleton_path = None if output_path is None else Path(output_path)
+    if skeleton_path is not None:
+        _check_output(skeleton_path, source, overwrite)
+    plan = make_plan(source, type, dense_type, low_type)
+    if dry_run or skeleton_path is None:
+        return ConvertReport(plan)
+    store, skeleton = _outputs(plan, source, skeleton_path)
+    check_space(skeleton_path.parent, store.total_bytes + skeleton.total_bytes, str(skeleton_path))
+    total = sum(each.nbytes for each in (*store.tensors, *skeleton.tensors))
+    with _progress(progress, total, skeleton_path.name) as advance:
+        identity = _write_both(plan, store, skeleton, _n_threads(threads), advance)
+    remove_unless_proven(_open_and(prove), skeleton_path, (skeleton_path, store.path))
+    return ConvertReport(
+        plan=plan,
+        skeleton=skeleton_path,
+        store=store.path,
+        store_id=identity,
+        skeleton_bytes=skeleton.total_bytes,
+        store_bytes=store.total_bytes,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _check_output(skeleton: Path, source: Source, overwrite: bool) -> None:
+    if skeleton.suffix != ".gguf" or skeleton.name.endswith(STORE_SUFFIX) or skeleton.is_dir():
+        raise UsageError(f"{skeleton}: the output must be the name of a skeleton, like olmo.gguf")
+    if not skeleton.parent.is_dir():
+        raise MissingFile(f"{skeleton.parent}: no such folder to write {skeleton.name} to")
+    for path in (skeleton, store_path(skeleton)):
+        if not path.exists():
+            continue
+        if any(path.samefile(each) for each in source.files):
+            raise UsageError(f"{path}: is the source itself; choose another output")
+        if not overwrite:
+            raise UsageError(f"{path}: exists already; choose another output, or allow to overwrite it")
+
+
+def _outputs(plan: ConvertPlan, source: Source, skeleton_path: Path) -> tuple[GGUFOutput, GGUFOutput]:
+    store = new_store(
+        store_path(skeleton_path),
+        source.architecture.name,
+        source.name,
+        source.header_sha256,
+        plan.levels,
+        [each.spec for each in plan.store_tensors],
+    )
+    changed = {}
+    if source.is_checkpoint and plan.dense_type in FILE_TYPES:
+        changed[FILE_TYPE] = kv_u32(FILE_TYPE, FILE_TYPES[plan.dense_type])
+    kvs = skeleton_kvs(source, own_kvs("0" * 32, source.name), changed)
+    specs = [each.spec for each in plan.dense]
+    return store, GGUFOutput(skeleton_path, kvs, (*specs, *plan.stubs), source.alignment)
+
+
+def _write_both(
+    plan: ConvertPlan, store: GGUFOutput, skeleton: GGUFOutput, threads: int, advance: Callable[[int], None]
+) -> str:
+    """Write, check and name both files, the store first. Returns the store id."""
+    with SourceFiles() as files, store, skeleton:
+        for data in converted(plan.store_tensors, files, threads):
+            store.write(data)
+            advance(len(data))
+        identity = seal_store(store)
+        skeleton.patch(STORE_ID, kv_string(STORE_ID, identity))
+        for data in _skeleton_data(plan, files, threads):
+            skeleton.write(data)
+            advance(len(data))
+        skeleton.finish()
+        store.verify()
+        skeleton.verify()
+        store.commit()
+        try:
+            skeleton.commit()
+        except BaseException:
+            store.path.unlink(missing_ok=True)
+            raise
+    return identity
+
+
+def _skeleton_data(plan: ConvertPlan, files: SourceFiles, threads: int) -> Iterator[bytes]:
+    yield from converted(plan.dense, files, threads)
+    for stub in plan.stubs:
+        yield from stub_data(stub.nbytes)
+
+
+def _open_and(prove: Callable[[Path], None] | None) -> Callable[[Path], None]:
+    """Open the converted model as the runtime will, then prove it as the caller wants."""
+
+    def check(skeleton: Path) -> None:
+        open_model(skeleton)
+        if prove is not None:
+            prove(skeleton)
+
+    return check
+
+
+def _n_threads(threads: int | None) -> int:
+    if not threads:
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(usable, MAX_THREADS)
+    if threads < 0:
+        raise UsageError(f"threads = {threads}: at least 1 is needed, or 0 for one each CPU")
+    return min(threads, MAX_THREADS)
+
+
+@contextmanager
+def _progress(progress: Progress | None, total: int, name: str) -> Iterator[Callable[[int], None]]:
+    """A function to call with the bytes just written."""
+    if progress is not None:
+        done = 0
+
+        def advance(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            progress(done, total)
+
+        yield advance
+    elif sys.stderr is not None and sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc=name, file=sys.stderr) as bar:
+            yield lambda nbytes: bar.update(nbytes) and None
+    else:
+        yield lambda nbytes: None

@@ -1,0 +1,257 @@
+"""Open, list and check GGUF files; no arithmetic on weights, no writing.
+
+Only the header is read. Every length in it is distrusted: nothing is allocated or followed before it was
+compared with the size of the file. `read_gguf` is for one file, `open_gguf` also for a split model.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_edge.convert.ggml_types import TYPES
+from moe_edge.convert.keyvalues import KeyValues as KeyValues
+from moe_edge.convert.keyvalues import TensorInfo, parse_key_value, parse_tensor_info, parse_u32, parse_u64
+from moe_edge.models.errors import BadFile, BadMagic, CutFile, MissingFile
+
+MAGIC = b"GGUF"
+DEFAULT_ALIGNMENT = 32
+FIRST_READ = 1 << 20  # header bytes to read at first, and then four times as many
+MAX_HEADER = 1 << 29  # a longer header is not one: the largest known vocabularies need about 2^24
+
+_SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor in a file: shape in ggml order (row length first), `offset` from the start of the file, in bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    path: Path
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """The header of one GGUF file. `tensors` keeps the order of the file; `data_offset` and `file_bytes` in bytes."""
+
+    path: Path
+    version: int
+    alignment: int
+    kv: KeyValues
+    tensors: Mapping[str, TensorEntry]
+    data_offset: int
+    file_bytes: int
+    header: bytes  # everything before the tensor data
+
+
+@dataclass(frozen=True)
+class GGUFModel:
+    """A model of one GGUF file or of several parts: the first part's metadata, the tensors of all."""
+
+    parts: tuple[GGUFFile, ...]
+    kv: KeyValues
+    tensors: Mapping[str, TensorEntry]
+
+    @property
+    def path(self) -> Path:
+        return self.parts[0].path
+
+    @property
+    def architecture(self) -> str:
+        value = self.kv.get("general.architecture")
+        if not isinstance(value, str):
+            raise BadFile(f"{self.path}: has no 'general.architecture'; it is not a model")
+        return value
+
+
+def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
+    """Read and check the header of one GGUF file, v2 or v3, little-endian.
+
+    Raises MissingFile, BadMagic, CutFile when the header or a tensor does not fit the file, BadFile when the
+    header contradicts itself.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            return _HeaderReader(path, file.fileno()).read()
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def open_gguf(path: str | os.PathLike[str]) -> GGUFModel:
+    """Open a GGUF model; of a split one any part may be given.
+
+    Raises MissingFile naming the parts that are not there, BadFile when parts do not belong together, and what
+    read_gguf raises.
+    """
+    first = read_gguf(path)
+    match = _SPLIT_NAME.fullmatch(first.path.name)
+    count = first.kv.get("split.count", 0)
+    if not count or count == 1:
+        return GGUFModel((first,), first.kv, first.tensors)
+    if match is None or int(match[3]) != count:
+        raise BadFile(
+            f"{first.path}: is one of {count} parts but is not named like one; "
+            f"name the parts NAME-00001-of-{count:05d}.gguf"
+        )
+    names = [f"{match[1]}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+    paths = [first.path.with_name(name) for name in names]
+    missing = [each.name for each in paths if not each.exists()]
+    if missing:
+        raise MissingFile(f"{first.path}: {len(missing)} of {count} parts missing beside it: {', '.join(missing)}")
+    return _join_parts(tuple(first if each == first.path else read_gguf(each) for each in paths))
+
+
+def unreadable(path: Path, error: OSError) -> MissingFile:
+    """The error for a file that cannot be opened or read."""
+    if isinstance(error, FileNotFoundError):
+        return MissingFile(f"{path}: no such file")
+    return MissingFile(f"{path}: cannot be read: {error.strerror or error}")
+
+
+def _join_parts(parts: tuple[GGUFFile, ...]) -> GGUFModel:
+    tensors: dict[str, TensorEntry] = {}
+    for number, part in enumerate(parts):
+        found = (part.kv.get("split.no"), part.kv.get("split.count"))
+        if found != (number, len(parts)):
+            raise BadFile(f"{part.path}: says it is part {found[0]} of {found[1]}, expected {number} of {len(parts)}")
+        for name, entry in part.tensors.items():
+            if name in tensors:
+                raise BadFile(f"{part.path}: tensor '{name}' is also in {tensors[name].path.name}")
+            tensors[name] = entry
+    needed = parts[0].kv.get("split.tensors.count", len(tensors))
+    if needed != len(tensors):
+        raise BadFile(f"{parts[0].path}: promises {needed} tensors but its {len(parts)} parts hold {len(tensors)}")
+    return GGUFModel(parts, parts[0].kv, tensors)
+
+
+class _HeaderReader:
+    """Reads a header from the front, growing its buffer only when an item needs more bytes."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self.path = path
+        self.fd = fd
+        self.file_bytes = os.fstat(fd).st_size
+        self.buffer = os.pread(fd, FIRST_READ, 0)
+        self.at = 0
+
+    def read(self) -> GGUFFile:
+        version = self._version()
+        n_tensors, n_kv = (self._item(parse_u64, "the counts") for _ in range(2))
+        self._check_count(n_tensors, 24, "tensors")
+        self._check_count(n_kv, 13, "key-values")
+        spans: dict[str, tuple[int, int, int]] = {}
+        for number in range(n_kv):
+            key, start, at, end = self._item(parse_key_value, f"key-value {number} of {n_kv}")
+            if key in spans:
+                raise BadFile(f"{self.path}: key '{key}' appears twice")
+            spans[key] = (start, at, end)
+        alignment = self._alignment(KeyValues(self.buffer, spans))
+        infos = [self._item(parse_tensor_info, f"tensor header {number} of {n_tensors}") for number in range(n_tensors)]
+        data_offset = (self.at + alignment - 1) // alignment * alignment
+        tensors = self._tensors(infos, alignment, data_offset)
+        header = self.buffer[: self.at]
+        kv = KeyValues(header, spans)
+        return GGUFFile(self.path, version, alignment, kv, tensors, data_offset, self.file_bytes, header)
+
+    def _version(self) -> int:
+        if self.buffer[:4] != MAGIC:
+            found = "is empty" if not self.buffer else f"starts with {self.buffer[:4]!r}"
+            raise BadMagic(f"{self.path}: not a GGUF file: it {found}, not {MAGIC!r}")
+        self.at = 4
+        version: int = self._item(parse_u32, "the version")
+        if version & 0xFFFF == 0 and version:
+            raise BadFile(f"{self.path}: is a big-endian GGUF; moe-edge reads little-endian ones")
+        if version not in (2, 3):
+            raise BadFile(f"{self.path}: is GGUF version {version}; moe-edge reads versions 2 and 3")
+        return version
+
+    def _item(self, parse: Any, what: str) -> Any:
+        """Parse one item at self.at; read more of the file and try again while it runs over the buffer."""
+        while True:
+            try:
+                value, end = parse(self.buffer, self.at)
+                if end <= len(self.buffer):
+                    self.at = end
+                    return value
+            except (struct.error, OverflowError):
+                end = len(self.buffer) + 1
+            except ValueError as error:
+                raise BadFile(f"{self.path}: {what} is damaged: {error}") from error
+            self._grow(end, what)
+
+    def _grow(self, end: int, what: str) -> None:
+        if end > self.file_bytes:
+            raise CutFile(
+                f"{self.path}: {what} needs bytes up to {end} but the file ends at {self.file_bytes}; "
+                "it is cut short or damaged"
+            )
+        if end > MAX_HEADER:
+            raise BadFile(f"{self.path}: {what} ends at byte {end}; a header longer than {MAX_HEADER} is damaged")
+        size = min(max(end, 4 * len(self.buffer)), self.file_bytes, MAX_HEADER)
+        grown = os.pread(self.fd, size, 0)
+        if len(grown) < end:
+            raise CutFile(f"{self.path}: {what} needs bytes up to {end} but only {len(grown)} could be read")
+        self.buffer = grown
+
+    def _check_count(self, count: int, smallest: int, what: str) -> None:
+        if count * smallest > self.file_bytes:
+            raise CutFile(
+                f"{self.path}: {count} {what} need at least {count * smallest} bytes "
+                f"but the file ends at {self.file_bytes}"
+            )
+
+    def _alignment(self, kv: KeyValues) -> int:
+        if "general.alignment" not in kv:
+            return DEFAULT_ALIGNMENT
+        value = kv["general.alignment"]
+        if kv.types("general.alignment")[0] != 4 or value <= 0 or value & (value - 1):
+            raise BadFile(f"{self.path}: general.alignment is {value!r}, expected a power of two as u32")
+        return int(value)
+
+    def _tensors(self, infos: list[TensorInfo], alignment: int, data_offset: int) -> dict[str, TensorEntry]:
+        tensors: dict[str, TensorEntry] = {}
+        for name, shape, type_id, offset in infos:
+            nbytes = self._nbytes(name, shape, type_id)
+            if offset % alignment:
+                raise BadFile(f"{self.path}: tensor '{name}' is at offset {offset}, not a multiple of {alignment}")
+            start = data_offset + offset
+            if start + nbytes > self.file_bytes:
+                raise cut_tensor(self.path, name, start, nbytes, self.file_bytes)
+            if name in tensors:
+                raise BadFile(f"{self.path}: tensor '{name}' appears twice")
+            tensors[name] = TensorEntry(name, shape, type_id, self.path, start, nbytes)
+        return tensors
+
+    def _nbytes(self, name: str, shape: tuple[int, ...], type_id: int) -> int:
+        known = TYPES.get(type_id)
+        if known is None:
+            raise BadFile(f"{self.path}: tensor '{name}' has unknown type id {type_id}")
+        elements = 1
+        for size in shape:
+            elements *= size
+        if not shape or elements == 0 or elements >= 1 << 63:
+            raise BadFile(f"{self.path}: tensor '{name}' has impossible shape {list(shape)}")
+        if shape[0] % known.block:
+            raise BadFile(
+                f"{self.path}: tensor '{name}' has rows of {shape[0]} elements, "
+                f"not a multiple of {known.name}'s block of {known.block}"
+            )
+        return elements // known.block * known.block_bytes
+
+
+def cut_tensor(path: Path, name: str, start: int, nbytes: int, file_bytes: int) -> CutFile:
+    """The error for a tensor whose bytes are not all in its file."""
+    return CutFile(
+        f"{path}: tensor '{name}' needs bytes {start}-{start + nbytes} but the file ends at {file_bytes}; "
+        "it looks cut short"
+    )

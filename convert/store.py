@@ -1,0 +1,331 @@
+"""The expert store: opening a model for the runtime, and writing the store of a conversion.
+
+`open_model` is the one entry point of the runtime: a skeleton with its store, or a stock GGUF whose experts are read
+in place. It lists where every expert's bytes are and checks that they can be there; it reads no weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_edge.convert.experts import MoELayer, Piece, find_stacked, make_layer
+from moe_edge.convert.gguf import GGUFFile, GGUFModel, TensorEntry, open_gguf, read_gguf, unreadable
+from moe_edge.convert.keyvalues import KeyValues
+from moe_edge.convert.skeleton import (
+    IN_PLACE,
+    SKELETON_KIND,
+    SOURCE,
+    SOURCE_FILES,
+    SOURCE_IDENTITY,
+    VERSION,
+    check_version,
+    file_identities,
+    skeleton_of,
+    stub_specs,
+)
+from moe_edge.convert.source import FORMAT_VERSION, KIND, STORE_ID, STORE_SUFFIX, find_model
+from moe_edge.convert.write import GGUFOutput, TensorSpec, crc_of_range, kv_string, kv_strings, kv_u32, kv_u32s
+from moe_edge.models.errors import BadChecksum, BadFile, MissingFile, UsageError, WrongStore
+
+STORE_KIND = "experts"
+ALIGNMENT = 4096
+LEVELS = "moe_edge.levels"
+CHECKSUMS = "moe_edge.checksums"
+SOURCE_SHA256 = "moe_edge.source_sha256"
+HIGH, LOW = "high", "low"
+
+_EXPERT = re.compile(r"blk\.(\d+)\.ffn_(gate_up|gate|up|down)_exps\.(\d+)(\.low)?\.weight")
+_BIAS = re.compile(r"blk\.(\d+)\.ffn_(gate|up)_exps\.bias")
+
+Key = tuple[int, int, str, str]  # layer, expert, level, projection
+
+
+@dataclass(frozen=True)
+class ExpertModel:
+    """A model as the runtime needs it.
+
+    skeleton: the file for llama.cpp. files: where the experts are; `Piece.file` is an index into it.
+    layers: those with experts, ascending. pieces: in the order layer, expert, level, projection.
+    biases: (layer number, "up" | "gate") -> F32 [n_ff, n_expert].
+    checksums: CRC-32 of each piece; None for a stock GGUF. dense_bytes: tensors of the skeleton, stubs included.
+    """
+
+    skeleton: Path
+    files: tuple[Path, ...]
+    architecture: str
+    n_expert_used: int
+    layers: tuple[MoELayer, ...]
+    levels: tuple[str, ...]
+    pieces: tuple[Piece, ...]
+    biases: Mapping[tuple[int, str], Piece]
+    checksums: tuple[int, ...] | None
+    store_id: str
+    dense_bytes: int
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all pieces, at all levels."""
+        return sum(piece.nbytes for piece in self.pieces)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the experts are read from a stock GGUF."""
+        return self.checksums is None
+
+
+def open_model(
+    path: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None, verify: bool = False
+) -> ExpertModel:
+    """Open a converted model, a stock GGUF (its skeleton is found or written, see skeleton_for), or a folder of one.
+
+    verify: read all experts and compare their checksums.
+    Raises MissingFile, WrongStore when skeleton and experts do not belong together, CutFile, BadFile, BadChecksum,
+    NotMoE, UnknownName for an architecture we do not know, UsageError for a store given in place of its skeleton.
+    """
+    path = find_model(Path(path))
+    model = open_gguf(path)
+    kind = model.kv.get(KIND)
+    if kind == STORE_KIND:
+        skeleton = path.name.removesuffix(STORE_SUFFIX) + ".gguf"
+        raise UsageError(f"{path}: is an expert store; give its skeleton, {path.with_name(skeleton)}")
+    if kind is None:
+        opened = _open_in_place(model, read_gguf(skeleton_of(model, cache_dir)))
+    else:
+        opened = _open_skeleton(model.parts[0])
+    if verify:
+        verify_checksums(opened)
+    return opened
+
+
+def store_path(skeleton: Path) -> Path:
+    """`olmo.experts.gguf` for `olmo.gguf`."""
+    return skeleton.with_name(skeleton.name.removesuffix(".gguf") + STORE_SUFFIX)
+
+
+def verify_checksums(model: ExpertModel) -> None:
+    """Read every expert and compare its CRC-32. Raises BadChecksum naming the tensor, UsageError for a stock GGUF."""
+    if model.checksums is None:
+        raise UsageError(f"{model.files[0]}: a stock GGUF carries no checksums; convert it to have them")
+    for piece, checksum in zip(model.pieces, model.checksums, strict=True):
+        path = model.files[piece.file]
+        try:
+            with open(path, "rb", buffering=0) as file:
+                found = crc_of_range(file.fileno(), piece.offset, piece.nbytes)
+        except OSError as error:
+            raise unreadable(path, error) from error
+        if found != checksum:
+            raise BadChecksum(
+                f"{path}: tensor '{piece.name}' has CRC-32 {found:08x}, its checksum is {checksum:08x}; "
+                "the file was altered: convert or download it again"
+            )
+
+
+def store_id(specs: Iterable[TensorSpec | TensorEntry], checksums: Iterable[int]) -> str:
+    """32 hex digits over the names, types, shapes and checksums of a store's tensors (docs/FORMAT.md)."""
+    digest = hashlib.sha256()
+    for spec, checksum in zip(specs, checksums, strict=True):
+        shape = ",".join(str(size) for size in spec.shape)
+        digest.update(f"{spec.name} {spec.type} {shape} {checksum:08x}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def new_store(
+    path: Path, architecture: str, source: str, source_sha256: str, levels: Sequence[str], tensors: Sequence[TensorSpec]
+) -> GGUFOutput:
+    """The output for a store, to be filled and then closed by `seal_store`."""
+    kvs = {
+        "general.architecture": kv_string("general.architecture", architecture),
+        "general.alignment": kv_u32("general.alignment", ALIGNMENT),
+        FORMAT_VERSION: kv_u32(FORMAT_VERSION, VERSION),
+        KIND: kv_string(KIND, STORE_KIND),
+        STORE_ID: kv_string(STORE_ID, "0" * 32),
+        LEVELS: kv_strings(LEVELS, levels),
+        SOURCE: kv_string(SOURCE, source),
+        SOURCE_SHA256: kv_string(SOURCE_SHA256, source_sha256),
+        CHECKSUMS: kv_u32s(CHECKSUMS, [0] * len(tensors)),
+    }
+    return GGUFOutput(path, kvs, tensors, ALIGNMENT)
+
+
+def seal_store(output: GGUFOutput) -> str:
+    """Put checksums and id into a store whose tensors are all written, and sync it. Returns the id."""
+    identity = store_id(output.tensors, output.checksums)
+    output.patch(CHECKSUMS, kv_u32s(CHECKSUMS, output.checksums))
+    output.patch(STORE_ID, kv_string(STORE_ID, identity))
+    output.finish()
+    return identity
+
+
+def expert_name(layer: int, projection: str, expert: int, level: str) -> str:
+    """`blk.3.ffn_up_exps.7.weight`, `blk.3.ffn_up_exps.7.low.weight`."""
+    return f"blk.{layer}.ffn_{projection}_exps.{expert}.{'' if level == HIGH else level + '.'}weight"
+
+
+def _open_skeleton(skeleton: GGUFFile) -> ExpertModel:
+    check_version(skeleton, SKELETON_KIND)
+    if not skeleton.kv.get(IN_PLACE):
+        return _open_store(skeleton)
+    sources = [Path(each) for each in skeleton.kv.get(SOURCE_FILES, ())]
+    if not sources:
+        raise BadFile(f"{skeleton.path}: reads its experts in place but has no '{SOURCE_FILES}'")
+    found = list(file_identities(sources).values())
+    needed = skeleton.kv.get(SOURCE_IDENTITY)
+    if found != needed:
+        raise WrongStore(
+            f"{skeleton.path}: was made for {sources[0]} when it had size:mtime {needed}, now it has {found}; "
+            f"give {sources[0]} itself"
+        )
+    return _open_in_place(open_gguf(sources[0]), skeleton)
+
+
+def _open_in_place(model: GGUFModel, skeleton: GGUFFile) -> ExpertModel:
+    stacked = find_stacked(model.tensors, str(model.path))
+    files = tuple(part.path for part in model.parts)
+    index = {path: number for number, path in enumerate(files)}
+    pieces = []
+    for layer in stacked.layers:
+        homes = [(each, index[stacked.weights[layer.layer, each].path]) for each in layer.projections]
+        for expert in range(layer.n_expert):
+            pieces += [stacked.piece(layer.layer, expert, projection, file) for projection, file in homes]
+    biases = {key: _bias_piece(entry, index[entry.path]) for key, entry in stacked.biases.items()}
+    return _make_model(skeleton, files, stacked.layers, (HIGH,), pieces, biases, None)
+
+
+def _open_store(skeleton: GGUFFile) -> ExpertModel:
+    path = store_path(skeleton.path)
+    if not path.exists():
+        raise MissingFile(
+            f"{path}: the expert store of {skeleton.path.name} is missing; put it beside the skeleton or convert "
+            f"again: moe-edge convert {skeleton.kv.get(SOURCE, 'SOURCE')} -o {skeleton.path}"
+        )
+    store = read_gguf(path)
+    check_version(store, STORE_KIND)
+    needed, found = skeleton.kv.get(STORE_ID), store.kv.get(STORE_ID)
+    if needed != found:
+        raise WrongStore(
+            f"{path}: has store id {found} but {skeleton.path.name} needs {needed}; "
+            "they are of different conversions: put the right one beside it"
+        )
+    levels = tuple(store.kv.get(LEVELS, ()))
+    if levels not in ((HIGH,), (HIGH, LOW)):
+        raise BadFile(f"{path}: has levels {list(levels)}, expected high, or high and low")
+    experts, biases = _sort_tensors(store)
+    layers = _store_layers(experts, path)
+    checksums = _checksums(store)
+    pieces, piece_checksums = [], []
+    for key in _piece_keys(layers, levels):
+        entry = experts.pop(key, None)
+        layer, expert, level, projection = key
+        if entry is None:
+            raise BadFile(f"{path}: tensor '{expert_name(layer, projection, expert, level)}' is missing")
+        pieces.append(_piece(entry))
+        piece_checksums.append(checksums[entry.name])
+    if experts:
+        raise BadFile(f"{path}: tensor '{next(iter(experts.values())).name}' belongs to no expert")
+    _check_shapes(layers, levels, pieces, path)
+    return _make_model(skeleton, (path,), layers, levels, pieces, biases, tuple(piece_checksums))
+
+
+def _make_model(
+    skeleton: GGUFFile,
+    files: tuple[Path, ...],
+    layers: tuple[MoELayer, ...],
+    levels: tuple[str, ...],
+    pieces: Sequence[Piece],
+    biases: Mapping[tuple[int, str], Piece],
+    checksums: tuple[int, ...] | None,
+) -> ExpertModel:
+    for stub in stub_specs(layers, biases):
+        found = skeleton.tensors.get(stub.name)
+        if found is None or (found.shape, found.type) != (stub.shape, stub.type):
+            raise WrongStore(
+                f"{skeleton.path}: stub '{stub.name}' is {list(found.shape) if found else 'missing'}, "
+                f"the experts in {files[0]} need {list(stub.shape)}; convert again"
+            )
+    return ExpertModel(
+        skeleton=skeleton.path,
+        files=files,
+        architecture=str(skeleton.kv.get("general.architecture")),
+        n_expert_used=_n_expert_used(skeleton.kv, skeleton.path),
+        layers=layers,
+        levels=levels,
+        pieces=tuple(pieces),
+        biases=biases,
+        checksums=checksums,
+        store_id=str(skeleton.kv.get(STORE_ID)),
+        dense_bytes=sum(entry.nbytes for entry in skeleton.tensors.values()),
+    )
+
+
+def _n_expert_used(kv: KeyValues, path: Path) -> int:
+    key = f"{kv.get('general.architecture')}.expert_used_count"
+    value = kv.get(key)
+    if isinstance(value, list):
+        value = max(value, default=0)
+    if not isinstance(value, int) or value < 1:
+        raise BadFile(f"{path}: {key} is {value!r}, expected the number of experts each token uses")
+    return value
+
+
+def _sort_tensors(store: GGUFFile) -> tuple[dict[Key, TensorEntry], dict[tuple[int, str], Piece]]:
+    experts: dict[Key, TensorEntry] = {}
+    biases = {}
+    for name, entry in store.tensors.items():
+        if match := _EXPERT.fullmatch(name):
+            experts[int(match[1]), int(match[3]), LOW if match[4] else HIGH, match[2]] = entry
+        elif match := _BIAS.fullmatch(name):
+            biases[int(match[1]), match[2]] = _bias_piece(entry, 0)
+        else:
+            raise BadFile(f"{store.path}: tensor '{name}' is not one of an expert store")
+        if len(entry.shape) != 2:
+            raise BadFile(f"{store.path}: tensor '{name}' has shape {list(entry.shape)}, expected 2 dimensions")
+    return experts, biases
+
+
+def _store_layers(experts: Mapping[Key, TensorEntry], path: Path) -> tuple[MoELayer, ...]:
+    """The layers, after the shapes of each one's expert 0 and the highest expert number."""
+    n_expert: dict[int, int] = {}
+    shapes: dict[int, dict[str, tuple[int, int]]] = {}
+    for (layer, expert, level, projection), entry in experts.items():
+        n_expert[layer] = max(n_expert.get(layer, 0), expert + 1)
+        if expert == 0 and level == HIGH:
+            shapes.setdefault(layer, {})[projection] = (entry.shape[0], entry.shape[1])
+    return tuple(make_layer(layer, n_expert[layer], shapes.get(layer, {}), str(path)) for layer in sorted(n_expert))
+
+
+def _piece_keys(layers: Iterable[MoELayer], levels: Iterable[str]) -> Iterator[Key]:
+    for layer in layers:
+        for expert in range(layer.n_expert):
+            for level in levels:
+                for projection in layer.projections:
+                    yield layer.layer, expert, level, projection
+
+
+def _check_shapes(layers: Iterable[MoELayer], levels: Iterable[str], pieces: Iterable[Piece], path: Path) -> None:
+    expected = {(layer.layer, each): layer.shape(each) for layer in layers for each in layer.projections}
+    for (layer, _, _, projection), piece in zip(_piece_keys(layers, levels), pieces, strict=True):
+        if (piece.cols, piece.rows) != expected[layer, projection]:
+            raise BadFile(
+                f"{path}: tensor '{piece.name}' is {[piece.cols, piece.rows]}, "
+                f"expected {list(expected[layer, projection])}"
+            )
+
+
+def _checksums(store: GGUFFile) -> dict[str, int]:
+    values = store.kv.get(CHECKSUMS, ())
+    if len(values) != len(store.tensors):
+        raise BadFile(f"{store.path}: has {len(values)} checksums for {len(store.tensors)} tensors")
+    return dict(zip(store.tensors, values, strict=True))
+
+
+def _piece(entry: TensorEntry) -> Piece:
+    return Piece(0, entry.offset, entry.nbytes, entry.type, entry.shape[0], entry.shape[1], entry.name)
+
+
+def _bias_piece(entry: TensorEntry, file: int) -> Piece:
+    return Piece(file, entry.offset, entry.nbytes, entry.type, entry.shape[0], entry.shape[1], entry.name)

@@ -1,0 +1,279 @@
+"""A Hugging Face byte-level BPE tokenizer as the key-values llama.cpp reads.
+
+llama.cpp splits text by a regular expression it knows by name (`tokenizer.ggml.pre`). The name is found by comparing
+the structure of tokenizer.json with those we know exactly; whatever differs is refused, since a guess would give
+other tokens than the model was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from moe_edge.convert.keyvalues import ARRAY, STRING
+from moe_edge.convert.safetensors import read_json_file
+from moe_edge.convert.write import encode_kv, kv_bool, kv_string, kv_strings, kv_u32
+from moe_edge.models.errors import BadFile, UnknownName
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's token types
+I32 = 5
+SPECIAL = ("bos", "eos", "unk", "pad")
+ID_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# regular expression of the Split before ByteLevel -> (llama.cpp's name, its `ignore_merges`)
+SPLITS = {
+    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL: ("qwen2", False),
+    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL: ("llama-bpe", True),
+}
+KNOWN = "plain ByteLevel (gpt-2), Split and ByteLevel (qwen2, llama-bpe)"
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """What llama.cpp needs to know: `types[i]` is the type of `tokens[i]`; `special` maps "bos", "eos" ... to ids."""
+
+    pre: str
+    tokens: tuple[str, ...]
+    types: tuple[int, ...]
+    merges: tuple[str, ...]
+    special: Mapping[str, int]
+    add_bos: bool
+    add_eos: bool
+    chat_templates: Mapping[str, str]
+    notes: tuple[str, ...]
+
+    def records(self) -> dict[str, bytes]:
+        """The key-values, encoded."""
+        prefix = "tokenizer.ggml."
+        records = {
+            prefix + "model": kv_string(prefix + "model", "gpt2"),
+            prefix + "pre": kv_string(prefix + "pre", self.pre),
+            prefix + "tokens": kv_strings(prefix + "tokens", self.tokens),
+            prefix + "token_type": encode_kv(prefix + "token_type", self.types, ARRAY, I32),
+            prefix + "merges": kv_strings(prefix + "merges", self.merges),
+        }
+        for name, token_id in self.special.items():
+            key = f"{prefix}{ID_KEYS[name]}_token_id"
+            records[key] = kv_u32(key, token_id)
+        for key, value in (("add_bos_token", self.add_bos), ("add_eos_token", self.add_eos)):
+            records[prefix + key] = kv_bool(prefix + key, value)
+        return records | self._template_records()
+
+    def _template_records(self) -> dict[str, bytes]:
+        records = {}
+        others = [name for name in self.chat_templates if name != "default"]
+        if others:
+            records["tokenizer.chat_templates"] = kv_strings("tokenizer.chat_templates", others)
+        for name, template in self.chat_templates.items():
+            key = "tokenizer.chat_template" + ("" if name == "default" else f".{name}")
+            records[key] = encode_kv(key, template, STRING)
+        return records
+
+
+def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a checkpoint folder, padded to `vocab_size` of its config.
+
+    Raises MissingFile, BadFile, and UnknownName for a tokenizer llama.cpp would not reproduce exactly.
+    """
+    path = folder / "tokenizer.json"
+    data = read_json_file(path)
+    settings_path = folder / "tokenizer_config.json"
+    settings = read_json_file(settings_path) if settings_path.exists() else {}
+    model = data.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
+        raise BadFile(f"{path}: has no 'model' with a 'vocab'")
+    _check_model(path, model)
+    added = _added_tokens(path, data)
+    tokens, types = _tokens(path, model["vocab"], added, config.get("vocab_size"))
+    special = _special_ids(path, settings, config, added, len(tokens))
+    add_bos, add_eos = _adds(path, data, settings, special, tokens)
+    return Tokenizer(
+        pre=_pre_tokenizer(path, data, bool(model.get("ignore_merges"))),
+        tokens=tokens,
+        types=types,
+        merges=_merges(path, model),
+        special=special,
+        add_bos=add_bos,
+        add_eos=add_eos,
+        chat_templates=_chat_templates(folder, settings),
+        notes=_normalizer(path, data),
+    )
+
+
+def _refuse(path: Path, what: str) -> NoReturn:
+    raise UnknownName(f"{path}: {what}; convert with llama.cpp's convert_hf_to_gguf.py and give moe-edge the GGUF")
+
+
+def _check_model(path: Path, model: Mapping[str, Any]) -> None:
+    if model.get("type") not in (None, "BPE"):
+        _refuse(path, f"tokenizer model '{model.get('type')}' is not supported; known: byte-level BPE")
+    for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(key):
+            _refuse(path, f"BPE with {key} = {model[key]!r} is not supported; known: byte-level BPE")
+
+
+def _normalizer(path: Path, data: Mapping[str, Any]) -> tuple[str, ...]:
+    """Notes about the normalizer: llama.cpp applies none, which only NFC survives."""
+    normalizer = data.get("normalizer")
+    if not normalizer:
+        return ()
+    if normalizer.get("type") == "NFC":
+        return ("the tokenizer's NFC normalizer is not applied by llama.cpp: text must come in NFC",)
+    if normalizer.get("type") == "Sequence" and not normalizer.get("normalizers"):
+        return ()
+    _refuse(path, f"normalizer '{normalizer.get('type')}' is not supported; known: none, NFC")
+
+
+def _pre_tokenizer(path: Path, data: Mapping[str, Any], ignore_merges: bool) -> str:
+    pre = data.get("pre_tokenizer") or {}
+    steps = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
+    name, needs_ignore_merges = _split_name(path, steps)
+    if ignore_merges != needs_ignore_merges:
+        _refuse(path, f"pre-tokenizer {name} with ignore_merges = {ignore_merges} is not supported")
+    return name
+
+
+def _split_name(path: Path, steps: Sequence[Mapping[str, Any]]) -> tuple[str, bool]:
+    kinds = [step.get("type") for step in steps]
+    last = steps[-1] if steps else {}
+    if last.get("type") == "ByteLevel" and last.get("add_prefix_space"):
+        _refuse(path, "ByteLevel with add_prefix_space is not supported")
+    if kinds == ["ByteLevel"] and last.get("use_regex", True):
+        return "gpt-2", False
+    if kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
+        split = steps[0]
+        regex = (split.get("pattern") or {}).get("Regex")
+        known = SPLITS.get(regex) if isinstance(regex, str) else None
+        if known and split.get("behavior") == "Isolated" and not split.get("invert"):
+            return known
+        _refuse(path, f"unknown pre-tokenizer: Split {split.get('pattern')!r} {split.get('behavior')}; known: {KNOWN}")
+    _refuse(path, f"unknown pre-tokenizer: {' and '.join(str(kind) for kind in kinds)}; known: {KNOWN}")
+
+
+def _added_tokens(path: Path, data: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+    added = {}
+    for token in data.get("added_tokens") or ():
+        if type(token.get("id")) is not int or token["id"] < 0 or not isinstance(token.get("content"), str):
+            raise BadFile(f"{path}: added token {token!r} has no id or content")
+        for flag in ("lstrip", "rstrip", "single_word"):
+            if token.get(flag):
+                _refuse(path, f"added token {token['content']!r} with {flag} is not supported")
+        added[token["id"]] = token
+    return added
+
+
+def _tokens(
+    path: Path, vocab: Mapping[str, Any], added: Mapping[int, Mapping[str, Any]], vocab_size: Any
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    by_id: dict[int, tuple[str, int]] = {}
+    for text, token_id in vocab.items():
+        if type(token_id) is not int or token_id < 0 or token_id in by_id:
+            raise BadFile(f"{path}: token {text!r} has id {token_id!r}, which is no number or used twice")
+        by_id[token_id] = (text, NORMAL)
+    for token_id, token in added.items():
+        by_id[token_id] = (token["content"], CONTROL if token.get("special") else USER_DEFINED)
+    if not by_id:
+        raise BadFile(f"{path}: has no tokens")
+    highest = max(by_id)
+    size = highest + 1 if vocab_size is None else vocab_size
+    if type(size) is not int or not highest < size < 1 << 24:
+        raise BadFile(f"{path}: token ids go up to {highest} but vocab_size in config.json is {size!r}")
+    padded = [by_id.get(token_id, (f"[PAD{token_id}]", UNUSED)) for token_id in range(size)]
+    return tuple(text for text, _ in padded), tuple(kind for _, kind in padded)
+
+
+def _merges(path: Path, model: Mapping[str, Any]) -> tuple[str, ...]:
+    """Merges as `a b`; older files have them so, newer ones as pairs."""
+    merges = model.get("merges")
+    if not isinstance(merges, list):
+        raise BadFile(f"{path}: its model has no list of merges")
+    made = []
+    for merge in merges:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
+            raise BadFile(f"{path}: merge {merge!r} is not a pair of tokens")
+        if any(" " in part for part in pair):
+            _refuse(path, f"merge {merge!r} holds a space: this is not byte-level BPE")
+        made.append(f"{pair[0]} {pair[1]}")
+    return tuple(made)
+
+
+def _special_ids(
+    path: Path,
+    settings: Mapping[str, Any],
+    config: Mapping[str, Any],
+    added: Mapping[int, Mapping[str, Any]],
+    n_tokens: int,
+) -> dict[str, int]:
+    """Ids by tokenizer_config.json, else by config.json; a list of end-of-sequence ids counts with its first."""
+    ids = {token["content"]: token_id for token_id, token in added.items()}
+    special = {}
+    for name in SPECIAL:
+        text = settings.get(f"{name}_token")
+        if isinstance(text, dict):
+            text = text.get("content")
+        token_id = ids.get(text) if isinstance(text, str) else None
+        if token_id is None:
+            token_id = config.get(f"{name}_token_id")
+        if isinstance(token_id, list):
+            token_id = token_id[0] if token_id else None
+        if token_id is None:
+            continue
+        if type(token_id) is not int or not 0 <= token_id < n_tokens:
+            raise BadFile(f"{path}: {name} token id {token_id!r} is not one of its {n_tokens} tokens")
+        special[name] = token_id
+    if "eos" not in special:
+        _refuse(path, "neither tokenizer_config.json nor config.json names an end-of-sequence token")
+    return special
+
+
+def _adds(
+    path: Path,
+    data: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    special: Mapping[str, int],
+    tokens: Sequence[str],
+) -> tuple[bool, bool]:
+    """Whether the tokenizer puts a bos token before, and an eos token behind, every text."""
+    processor = data.get("post_processor") or {}
+    steps = processor.get("processors", []) if processor.get("type") == "Sequence" else [processor]
+    for step in steps:
+        if step.get("type") == "TemplateProcessing":
+            return _template_adds(path, step.get("single") or [], special, tokens)
+        if step.get("type") not in (None, "ByteLevel"):
+            _refuse(path, f"post-processor '{step.get('type')}' is not supported")
+    if processor:  # ByteLevel alone adds nothing, whatever tokenizer_config.json says
+        return False, False
+    add_bos, add_eos = (bool(settings.get(f"add_{name}_token")) for name in ("bos", "eos"))
+    if add_bos and "bos" not in special:
+        raise BadFile(f"{path}: tokenizer_config.json asks for a bos token but names none")
+    return add_bos, add_eos
+
+
+def _template_adds(
+    path: Path, single: Sequence[Mapping[str, Any]], special: Mapping[str, int], tokens: Sequence[str]
+) -> tuple[bool, bool]:
+    """bos and eos of a template: [bos] text [eos], each optional; anything else is refused."""
+    names = [(step.get("SpecialToken") or {}).get("id") for step in single]
+    before, after = (names[: names.index(None)], names[names.index(None) + 1 :]) if None in names else (names, [])
+    for found, name in ((before, "bos"), (after, "eos")):
+        if found and (name not in special or found != [tokens[special[name]]]):
+            _refuse(path, f"post-processor that adds {found} where llama.cpp adds a {name} token is not supported")
+    return bool(before), bool(after)
+
+
+def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Chat templates by name, of tokenizer_config.json or else chat_template.jinja."""
+    template = settings.get("chat_template")
+    jinja = folder / "chat_template.jinja"
+    if template is None and jinja.exists():
+        template = jinja.read_text(encoding="utf-8")
+    if isinstance(template, str):
+        return {"default": template}
+    if isinstance(template, list):
+        return {str(each["name"]): str(each["template"]) for each in template if {"name", "template"} <= set(each)}
+    return {}

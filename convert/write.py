@@ -1,0 +1,290 @@
+"""The only code that writes files: GGUF, under a `.part` name until it is complete.
+
+`GGUFOutput` writes header and tensors in one pass and keeps a CRC-32 of each tensor. Whatever goes wrong before
+`commit`, the `.part` file is removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import struct
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from moe_edge.convert.gguf import DEFAULT_ALIGNMENT
+from moe_edge.convert.keyvalues import ARRAY, SCALARS, STRING
+from moe_edge.models.errors import BadChecksum, DiskFull, MissingFile, WorkError
+
+U32, BOOL = 4, 7
+SYNC_BYTES = 256 << 20  # give written pages back this often: dirty pages count as our memory in a cgroup
+READ_BYTES = 8 << 20
+
+
+class TensorSpec(NamedTuple):
+    """A tensor to be written: shape in ggml order."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    nbytes: int
+
+
+Value = int | float | bool | str | Sequence[str] | Sequence[int]
+
+
+def encode_kv(key: str, value: Value, value_type: int, element_type: int | None = None) -> bytes:
+    """A key-value as GGUF stores it. `value_type` is the GGUF id; `element_type` that of an array's elements."""
+    record = _string(key) + struct.pack("<I", value_type)
+    if value_type == STRING:
+        return record + _string(str(value))
+    if value_type != ARRAY:
+        return record + struct.pack("<" + SCALARS[value_type][0], value)
+    assert element_type is not None and isinstance(value, Sequence)
+    record += struct.pack("<IQ", element_type, len(value))
+    if element_type == STRING:
+        return record + b"".join(_string(str(each)) for each in value)
+    return record + struct.pack(f"<{len(value)}{SCALARS[element_type][0]}", *value)
+
+
+def kv_string(key: str, value: str) -> bytes:
+    """A string key-value."""
+    return encode_kv(key, value, STRING)
+
+
+def kv_strings(key: str, value: Sequence[str]) -> bytes:
+    """An array of strings as key-value."""
+    return encode_kv(key, value, ARRAY, STRING)
+
+
+def kv_u32(key: str, value: int) -> bytes:
+    """An unsigned 32-bit key-value."""
+    return encode_kv(key, value, U32)
+
+
+def kv_u32s(key: str, value: Sequence[int]) -> bytes:
+    """An array of u32 as key-value."""
+    return encode_kv(key, value, ARRAY, U32)
+
+
+def kv_bool(key: str, value: bool) -> bytes:
+    """A boolean key-value."""
+    return encode_kv(key, value, BOOL)
+
+
+def check_space(folder: Path, needed_bytes: int, what: str) -> None:
+    """Raise DiskFull when `folder` has less than `needed_bytes` free, before anything is written."""
+    try:
+        free_bytes = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise MissingFile(f"{folder}: cannot write there: {error.strerror}") from error
+    if free_bytes < needed_bytes:
+        raise DiskFull(f"{what}: needs {needed_bytes} bytes but {folder} has {free_bytes} free")
+
+
+class GGUFOutput:
+    """One GGUF file being written.
+
+    Use as a context manager: `write` the tensors' bytes in the order of `tensors`, in pieces of any size, then
+    `finish`, check, and `commit`. Leaving without `commit` removes the `.part` file.
+    Raises DiskFull, MissingFile when the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        kvs: Mapping[str, bytes],
+        tensors: Iterable[TensorSpec],
+        alignment: int = DEFAULT_ALIGNMENT,
+        part_suffix: str = ".part",
+    ) -> None:
+        self.path = path
+        self.part = path.with_name(path.name + part_suffix)
+        self.tensors = tuple(tensors)
+        self.alignment = alignment
+        self.checksums: list[int] = []
+        self._kvs = kvs
+        self._kv_offsets: dict[str, int] = {}
+        self._left = 0  # bytes the current tensor still needs
+        self._crc = 0
+        self._unsynced = 0
+        self._fd = -1
+        self._next = 0
+        self._committed = False
+        self.offsets = _offsets(self.tensors, alignment)
+        self._header = self._encode_header()
+        last = self.offsets[-1] + self.tensors[-1].nbytes if self.tensors else 0
+        self.total_bytes = len(self._header) + last
+
+    def __enter__(self) -> GGUFOutput:
+        try:
+            self._fd = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
+        except OSError as error:
+            raise self._failed(error) from error
+        try:
+            self._write_all(self._header)
+            self._begin_tensor()
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._remove()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append bytes of the current tensor; a piece may not run into the next one."""
+        assert self._left and len(data) <= self._left, f"{self.part}: {len(data)} bytes, {self._left} expected"
+        self._write_all(data)
+        self._crc = zlib.crc32(data, self._crc)
+        self._left -= len(data)
+        if not self._left:
+            self._end_tensor()
+
+    def patch(self, key: str, record: bytes) -> None:
+        """Replace the key-value `key` by one of the same size, for what is known only after the data."""
+        assert len(record) == len(self._kvs[key]), key
+        try:
+            os.pwrite(self._fd, record, self._kv_offsets[key])
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def finish(self) -> None:
+        """Sync the complete file to the disk and drop it from the page cache, so that it is read back from there."""
+        assert self._next == len(self.tensors) and not self._left, f"{self.part}: tensors are missing"
+        self._sync()
+
+    def verify(self) -> None:
+        """Read the tensors back from the disk. Raises BadChecksum naming the first that is not what was written."""
+        start = len(self._header)
+        for spec, offset, checksum in zip(self.tensors, self.offsets, self.checksums, strict=True):
+            if crc_of_range(self._fd, start + offset, spec.nbytes) != checksum:
+                raise BadChecksum(
+                    f"{self.path}: tensor '{spec.name}' reads back differently than it was written; "
+                    "the disk or the memory of this machine is faulty"
+                )
+        drop_cache(self._fd)
+
+    def commit(self) -> None:
+        """Give the file its name; only after `finish`."""
+        self._close()
+        try:
+            os.replace(self.part, self.path)
+        except OSError as error:
+            raise self._failed(error) from error
+        self._committed = True
+        _sync_folder(self.path.parent)
+
+    def _encode_header(self) -> bytes:
+        header = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(self.tensors), len(self._kvs)))
+        for key, record in self._kvs.items():
+            self._kv_offsets[key] = len(header)
+            header += record
+        for spec, offset in zip(self.tensors, self.offsets, strict=True):
+            header += _string(spec.name)
+            header += struct.pack(f"<I{len(spec.shape)}QIQ", len(spec.shape), *spec.shape, spec.type, offset)
+        header += bytes(-len(header) % self.alignment)
+        return bytes(header)
+
+    def _begin_tensor(self) -> None:
+        if self._next < len(self.tensors):
+            self._left = self.tensors[self._next].nbytes
+            assert self._left > 0, self.tensors[self._next].name
+            self._crc = 0
+
+    def _end_tensor(self) -> None:
+        self.checksums.append(self._crc)
+        spec, offset = self.tensors[self._next], self.offsets[self._next]
+        self._next += 1
+        if self._next < len(self.tensors):
+            self._write_all(bytes(self.offsets[self._next] - offset - spec.nbytes))
+            self._begin_tensor()
+
+    def _write_all(self, data: bytes | bytearray | memoryview) -> None:
+        view = memoryview(data)
+        try:
+            while len(view):
+                view = view[os.write(self._fd, view) :]
+        except OSError as error:
+            raise self._failed(error) from error
+        self._unsynced += len(data)
+        if self._unsynced >= SYNC_BYTES:
+            self._sync()
+
+    def _sync(self) -> None:
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise self._failed(error) from error
+        drop_cache(self._fd)
+        self._unsynced = 0
+
+    def _failed(self, error: OSError) -> WorkError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free_bytes = shutil.disk_usage(self.part.parent).free
+            return DiskFull(
+                f"{self.path}: no room left while writing: the file needs {self.total_bytes} bytes, "
+                f"{free_bytes} are free"
+            )
+        return MissingFile(f"{self.path}: cannot be written: {error.strerror or error}")
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _remove(self) -> None:
+        self._close()
+        if not self._committed:
+            self.part.unlink(missing_ok=True)
+
+
+def crc_of_range(fd: int, offset: int, nbytes: int) -> int:
+    """CRC-32 of bytes of a file; stops where the file ends."""
+    crc, end = 0, offset + nbytes
+    while offset < end:
+        data = os.pread(fd, min(READ_BYTES, end - offset), offset)
+        if not data:
+            break
+        crc = zlib.crc32(data, crc)
+        offset += len(data)
+    return crc
+
+
+def drop_cache(fd: int) -> None:
+    """Tell the kernel that the (synced) pages of a file will not be read again; does nothing where it cannot."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _offsets(tensors: Sequence[TensorSpec], alignment: int) -> list[int]:
+    offsets, at = [], 0
+    for spec in tensors:
+        offsets.append(at)
+        at += spec.nbytes + -spec.nbytes % alignment
+    return offsets
+
+
+def _string(text: str) -> bytes:
+    data = text.encode(errors="surrogateescape")
+    return struct.pack("<Q", len(data)) + data
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; file systems that cannot sync a folder are left to themselves."""
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(fd)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)

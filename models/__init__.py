@@ -1,0 +1,1 @@
+"""What differs between architectures, the shared error tree, and the embedded tiny model."""

@@ -1,0 +1,111 @@
+// The ggml backend: an ACCEL device that llama.cpp asks before the CPU. It claims the expert nodes of bound stubs and
+// hands each MoE layer to a StepRunner. No buffer type of its own: tensors live in CPU buffers (LLAMACPP.md, section 2).
+#include "backend.h"
+
+#include <chrono>
+#include <cstring>
+
+#include "ggml_abi.h"
+#include "step.h"
+
+namespace moe_edge {
+
+static StepRunner & runner_of(ggml_backend_t b) { return *static_cast<StepRunner *>(b->context); }
+
+static ggml_status graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
+    StepRunner & r = runner_of(backend);
+    const auto t0 = std::chrono::steady_clock::now();
+    Model * model = nullptr;
+    for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
+        const ggml_tensor * node = ggml_graph_node(graph, i);
+        const Stub * stub = product_of(node);
+        if (!stub) continue;  // views, and the activation between the products: done at the down product
+        model = stub->model;
+        std::lock_guard<std::mutex> lock(model->step_mutex);
+        if (!r.begun(*stub, node) && !r.begin(*stub, node)) return GGML_STATUS_FAILED;
+        if (stub->projection == DOWN && !r.finish(*stub, node)) return GGML_STATUS_FAILED;
+    }
+    if (model) {
+        model->counters.step_ns +=
+            std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - t0).count();
+    }
+    return GGML_STATUS_SUCCESS;
+}
+
+static const char * backend_name(ggml_backend_t) { return "MOE_EDGE"; }
+static void backend_free(ggml_backend_t b) {
+    delete static_cast<StepRunner *>(b->context);
+    delete b;
+}
+static void set_n_threads(ggml_backend_t b, int n) { runner_of(b).ffn.set_threads(n); }
+static void set_abort_callback(ggml_backend_t b, ggml_abort_callback callback, void * data) {
+    runner_of(b).abort = callback;
+    runner_of(b).abort_data = data;
+}
+
+static const char * device_name(ggml_backend_dev_t) { return "MOE_EDGE"; }
+static const char * device_description(ggml_backend_dev_t) { return "experts streamed from disk by moe-edge"; }
+static void device_memory(ggml_backend_dev_t, size_t * free, size_t * total) { *free = *total = 0; }
+static enum ggml_backend_dev_type device_type(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_ACCEL; }
+static void device_props(ggml_backend_dev_t dev, ggml_backend_dev_props * p) {
+    memset(p, 0, sizeof(*p));
+    p->name = device_name(dev);
+    p->description = device_description(dev);
+    p->type = device_type(dev);
+}
+static ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t) { return ggml_backend_cpu_buffer_type(); }
+static bool device_supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t t) { return ggml_backend_buft_is_host(t); }
+static bool device_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
+    switch (op->op) {
+        case GGML_OP_NONE:
+        case GGML_OP_VIEW:
+        case GGML_OP_RESHAPE:
+            return true;
+        default:
+            return is_ours(op);
+    }
+}
+
+static ggml_backend_t device_init(ggml_backend_dev_t dev, const char *) {
+    static ggml_guid guid = {0x6d, 0x6f, 0x65, 0x2d, 0x65, 0x64, 0x67, 0x65, 0x2d, 0x65, 0x6e, 0x67, 0x69, 0x6e, 0x65, 0x01};
+    auto * b = new ggml_backend();
+    b->guid = &guid;
+    b->iface.get_name = backend_name;
+    b->iface.free = backend_free;
+    b->iface.graph_compute = graph_compute;
+    b->device = dev;
+    b->context = new StepRunner();
+    return b;
+}
+
+static const char * reg_name(ggml_backend_reg_t) { return "MOE_EDGE"; }
+static size_t reg_device_count(ggml_backend_reg_t) { return 1; }
+static ggml_backend_dev_t reg_device(ggml_backend_reg_t reg, size_t);
+static void * reg_proc_address(ggml_backend_reg_t, const char * name) {
+    if (strcmp(name, "ggml_backend_set_n_threads") == 0) return reinterpret_cast<void *>(set_n_threads);
+    if (strcmp(name, "ggml_backend_set_abort_callback") == 0) return reinterpret_cast<void *>(set_abort_callback);
+    return nullptr;
+}
+
+static ggml_backend_reg g_reg = {ME_BACKEND_API_VERSION, {reg_name, reg_device_count, reg_device, reg_proc_address}, nullptr};
+static ggml_backend_device g_device = {};
+static ggml_backend_dev_t reg_device(ggml_backend_reg_t, size_t) { return &g_device; }
+
+void register_backend() {
+    static bool done = false;
+    if (done) return;
+    g_device.iface.get_name = device_name;
+    g_device.iface.get_description = device_description;
+    g_device.iface.get_memory = device_memory;
+    g_device.iface.get_type = device_type;
+    g_device.iface.get_props = device_props;
+    g_device.iface.init_backend = device_init;
+    g_device.iface.get_buffer_type = device_buffer_type;
+    g_device.iface.supports_op = device_supports_op;
+    g_device.iface.supports_buft = device_supports_buft;
+    g_device.reg = &g_reg;
+    ggml_backend_register(&g_reg);
+    done = true;
+}
+
+}  // namespace moe_edge

@@ -1,0 +1,126 @@
+#include "capi.h"
+
+#include <cstdio>
+#include <exception>
+
+#include "backend.h"
+#include "ffn.h"
+#include "ggml_abi.h"
+#include "graph.h"
+#include "model.h"
+
+using namespace moe_edge;
+
+struct me_model {
+    Model model;
+    explicit me_model(const me_model_desc & d) : model(d) {}
+};
+
+static void say(char * error, const char * text) { snprintf(error, ME_ERROR_BYTES, "%s", text); }
+
+void me_abi(me_abi_info * out) {
+    out->backend_api = ME_BACKEND_API_VERSION;
+    // struct ggml_object: two sizes, a pointer, an enum and padding (ggml.c)
+    out->tensor_overhead = static_cast<int32_t>(sizeof(ggml_tensor) + 4 * sizeof(void *));
+    out->ggml_version_built = GGML_VERSION_BUILT;
+}
+
+int32_t me_loaded_tensor_overhead(void) { return static_cast<int32_t>(ggml_tensor_overhead()); }
+
+int32_t me_register(char * error) {
+    try {
+        register_backend();
+        return ME_OK;
+    } catch (const std::exception & e) {
+        say(error, e.what());
+        return ME_FAILED;
+    }
+}
+
+me_model * me_model_open(const me_model_desc * desc, char * error) {
+    try {
+        auto * m = new me_model(*desc);
+        m->model.schedule = desc->schedule;
+        m->model.schedule_user = desc->schedule_user;
+        m->model.mail = desc->mail;
+        return m;
+    } catch (const std::exception & e) {
+        say(error, e.what());
+        return nullptr;
+    }
+}
+
+int32_t me_model_set_arena(me_model * m, int64_t arena_bytes, char * error) {
+    try {
+        m->model.set_arena(arena_bytes);
+        return ME_OK;
+    } catch (const std::exception & e) {
+        say(error, e.what());
+        return ME_FAILED;
+    }
+}
+
+void me_model_close(me_model * m) {
+    disarm(&m->model);
+    unbind(&m->model);
+    delete m;
+}
+
+int32_t me_model_arm(me_model * m, char *) {
+    arm(&m->model);
+    return ME_OK;
+}
+void me_model_disarm(me_model * m) { disarm(&m->model); }
+void me_model_unbind(me_model * m) { unbind(&m->model); }
+int32_t me_model_bound_tensors(me_model * m) { return bound_tensors(&m->model); }
+
+void me_model_counters(me_model * handle, me_counters * out) {
+    const Model & m = handle->model;
+    const Counters & c = m.counters;
+    *out = me_counters{};
+    out->steps = c.steps;
+    out->tokens = c.tokens;
+    out->uses = c.uses;
+    out->hits = c.hits;
+    out->loads = c.loads;
+    out->evictions = c.evictions;
+    out->graphs = c.graphs;
+    out->reads = m.reader->reads();
+    out->bytes_read = m.reader->bytes_read();
+    out->stall_ns = c.stall_ns;
+    out->compute_ns = c.compute_ns;
+    out->schedule_ns = c.schedule_ns;
+    out->step_ns = c.step_ns;
+    out->read_busy_ns = static_cast<int64_t>(m.reader->busy_seconds() * 1e9);
+    out->committed_bytes = m.arena ? static_cast<int64_t>(m.arena->committed_bytes()) : 0;
+    out->peak_committed_bytes = m.arena ? static_cast<int64_t>(m.arena->peak_committed_bytes()) : 0;
+    for (int f = 0; f < m.reader->n_files(); f++) out->direct_files += m.reader->direct(f);
+}
+
+int32_t me_model_take_error(me_model * m, char * error) {
+    const std::string e = m->model.take_error();
+    say(error, e.c_str());
+    return e.empty() ? 0 : 1;
+}
+
+void me_model_resident(me_model * handle, uint8_t * out) {
+    Model & m = handle->model;
+    std::lock_guard<std::mutex> lock(m.step_mutex);
+    for (int i = 0; i < m.n_units(); i++) out[i] = m.unit(i).slot >= 0;
+}
+
+void me_model_unit_bytes(me_model * handle, int64_t * out) {
+    Model & m = handle->model;
+    for (int i = 0; i < m.n_units(); i++) out[i] = m.unit(i).bytes;
+}
+
+void me_model_drop_all(me_model * handle) {
+    std::lock_guard<std::mutex> lock(handle->model.step_mutex);
+    handle->model.drop_all();
+}
+
+void me_model_set_stop(me_model * m, int32_t stop) { m->model.stop = stop != 0; }
+
+int64_t me_model_scratch_bytes(me_model * m, int64_t n_ubatch, int32_t n_used, int32_t n_threads) {
+    return Ffn::scratch_bytes(m->model, n_ubatch, n_used, n_threads);
+}

@@ -1,0 +1,92 @@
+// The C interface that runner/native.py binds with ctypes. Every function that can fail returns a status and leaves a
+// sentence in `error` (ME_ERROR_BYTES long, owned by the caller). Nothing here throws or ends the process.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define ME_API __attribute__((visibility("default")))
+#define ME_ERROR_BYTES 1024
+
+enum me_status { ME_OK = 0, ME_FAILED = 1 };
+enum me_schedule_status { ME_SCHEDULE_OK = 0, ME_SCHEDULE_STOP = 1, ME_SCHEDULE_ERROR = 2 };
+
+struct me_piece_desc {  // one projection of one expert at one level
+    int32_t file, type, projection, reserved;
+    int64_t offset, nbytes, cols, rows;
+};
+
+struct me_layer_desc {
+    int32_t layer, n_expert, n_embd, n_ff, fused, gated;
+    const float * bias_up;    // [n_expert][n_ff] or null; copied
+    const float * bias_gate;
+};
+
+// Buffers that Python owns and both sides use, valid as long as the model. Sizes: experts, counts, order, level,
+// victim_count: the largest n_expert; victims: number of units.
+struct me_mailbox {
+    int32_t * experts;       // native -> Python: the distinct experts this micro-batch selected in this layer
+    int32_t * counts;        //   and how many tokens go to each
+    int32_t * order;         // Python -> native: a permutation of 0..n-1, the order to fetch in
+    int32_t * level;         //   level of each step
+    int32_t * victim_count;  //   how many victims step i evicts before its read
+    int32_t * victims;       //   their unit ids, step after step
+};
+
+// Called once for each MoE layer and micro-batch, on the thread that runs llama_decode.
+typedef int32_t (*me_schedule_fn)(void * user, int32_t layer_pos, int32_t n_tokens, int32_t n_experts);
+
+struct me_model_desc {
+    const char ** paths;
+    const me_layer_desc * layers;
+    const me_piece_desc * pieces;  // order: layer, expert, level, projection
+    int64_t n_pieces;
+    int32_t n_paths, n_layers, n_levels, n_io_threads, direct_io, reserved;
+    me_schedule_fn schedule;
+    void * schedule_user;
+    me_mailbox mail;
+};
+
+struct me_counters {  // since the model was opened
+    int64_t steps;             // MoE layers run, one for each layer and micro-batch
+    int64_t tokens;            // token-layers
+    int64_t uses, hits;        // distinct experts needed in a step, and those that were in memory
+    int64_t loads, evictions, reads, bytes_read, graphs;
+    int64_t stall_ns, compute_ns, schedule_ns, step_ns, read_busy_ns;
+    int64_t committed_bytes, peak_committed_bytes, direct_files;
+};
+
+struct me_abi_info {
+    int32_t backend_api, tensor_overhead;  // as built: see me_loaded_tensor_overhead
+    const char * ggml_version_built;
+};
+
+typedef struct me_model me_model;
+
+ME_API void me_abi(struct me_abi_info * out);
+// ggml_tensor_overhead() of the ggml that is loaded now: the size of a ggml_tensor and its header.
+ME_API int32_t me_loaded_tensor_overhead(void);
+ME_API int32_t me_register(char * error);
+ME_API me_model * me_model_open(const struct me_model_desc * desc, char * error);
+// Reserve the arena; once, before the first decode. Units are loaded only after it.
+ME_API int32_t me_model_set_arena(me_model * model, int64_t arena_bytes, char * error);
+ME_API void me_model_close(me_model * model);
+// Between arm and disarm, expert stubs that llama.cpp shows for the first time are bound to this model.
+ME_API int32_t me_model_arm(me_model * model, char * error);
+ME_API void me_model_disarm(me_model * model);
+ME_API void me_model_unbind(me_model * model);
+ME_API int32_t me_model_bound_tensors(me_model * model);
+ME_API void me_model_counters(me_model * model, struct me_counters * out);
+// 1 when the model had an error since the last call; its sentence is in `error`.
+ME_API int32_t me_model_take_error(me_model * model, char * error);
+ME_API void me_model_resident(me_model * model, uint8_t * out);  // one byte for each unit
+ME_API void me_model_unit_bytes(me_model * model, int64_t * out);
+ME_API void me_model_drop_all(me_model * model);
+ME_API void me_model_set_stop(me_model * model, int32_t stop);
+ME_API int64_t me_model_scratch_bytes(me_model * model, int64_t n_ubatch, int32_t n_used, int32_t n_threads);
+
+#ifdef __cplusplus
+}
+#endif

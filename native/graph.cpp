@@ -1,0 +1,187 @@
+#include "graph.h"
+
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+#include <shared_mutex>
+#include <unordered_map>
+
+namespace moe_edge {
+
+static std::shared_mutex g_mutex;
+static std::unordered_map<const ggml_tensor *, Stub> g_stubs;  // guarded by g_mutex
+static Model * g_armed = nullptr;                              // guarded by g_mutex
+
+void arm(Model * model) {
+    std::unique_lock<std::shared_mutex> lock(g_mutex);
+    g_armed = model;
+}
+
+void disarm(Model * model) {
+    std::unique_lock<std::shared_mutex> lock(g_mutex);
+    if (g_armed == model) g_armed = nullptr;
+}
+
+void unbind(Model * model) {
+    std::unique_lock<std::shared_mutex> lock(g_mutex);
+    for (auto it = g_stubs.begin(); it != g_stubs.end();) {
+        it = it->second.model == model ? g_stubs.erase(it) : std::next(it);
+    }
+}
+
+int bound_tensors(Model * model) {
+    std::shared_lock<std::shared_mutex> lock(g_mutex);
+    int n = 0;
+    for (const auto & s : g_stubs) n += s.second.model == model;
+    return n;
+}
+
+// "blk.7.ffn_gate_exps.weight" -> 7, GATE, not a bias
+static bool parse_name(const char * name, int & layer, Projection & projection, bool & bias) {
+    int end = 0;
+    if (sscanf(name, "blk.%d.ffn_%n", &layer, &end) != 1 || end == 0) return false;
+    static const struct { const char * text; Projection projection; bool bias; } KNOWN[] = {
+        {"up_exps.weight", UP, false},          {"gate_exps.weight", GATE, false}, {"down_exps.weight", DOWN, false},
+        {"gate_up_exps.weight", GATE_UP, false}, {"up_exps.bias", UP, true},       {"gate_exps.bias", GATE, true},
+    };
+    for (const auto & k : KNOWN) {
+        if (strcmp(name + end, k.text) == 0) {
+            projection = k.projection;
+            bias = k.bias;
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool is_stub_shape(const ggml_tensor * w, const Layer & l, Projection projection, bool bias) {
+    if (bias) return w->ne[0] == 1 && w->ne[1] == l.n_expert;
+    if (w->ne[2] != l.n_expert) return false;
+    if (projection == DOWN) return w->ne[0] == 1 && w->ne[1] == l.n_embd;
+    return w->ne[0] == l.n_embd && w->ne[1] == (projection == GATE_UP ? 2 : 1);
+}
+
+const Stub * find_stub(const ggml_tensor * weight) {
+    {
+        std::shared_lock<std::shared_mutex> lock(g_mutex);
+        const auto it = g_stubs.find(weight);
+        if (it != g_stubs.end()) return &it->second;
+        if (!g_armed) return nullptr;
+    }
+    int number = 0;
+    Stub stub;
+    if (!parse_name(weight->name, number, stub.projection, stub.bias)) return nullptr;
+    std::unique_lock<std::shared_mutex> lock(g_mutex);
+    if (!g_armed) return nullptr;
+    stub.model = g_armed;
+    stub.layer_pos = g_armed->layer_pos(number);
+    if (stub.layer_pos < 0) return nullptr;
+    const Layer & layer = g_armed->layers[static_cast<size_t>(stub.layer_pos)];
+    if (!is_stub_shape(weight, layer, stub.projection, stub.bias)) return nullptr;
+    return &g_stubs.emplace(weight, stub).first->second;
+}
+
+const Stub * product_of(const ggml_tensor * node) {
+    return node->op == GGML_OP_MUL_MAT_ID ? find_stub(node->src[0]) : nullptr;
+}
+
+// A value of the experts' inner width: an expert product other than down, or made from one.
+static bool is_hidden(const ggml_tensor * t, int depth) {
+    if (!t || depth > 12) return false;
+    switch (t->op) {
+        case GGML_OP_MUL_MAT_ID: {
+            const Stub * s = find_stub(t->src[0]);
+            return s && s->projection != DOWN;
+        }
+        case GGML_OP_GLU:
+        case GGML_OP_MUL:
+            return is_hidden(t->src[0], depth + 1) || (t->src[1] && is_hidden(t->src[1], depth + 1));
+        case GGML_OP_UNARY:
+        case GGML_OP_CLAMP:
+        case GGML_OP_SQR:
+        case GGML_OP_SCALE:
+        case GGML_OP_VIEW:
+            return is_hidden(t->src[0], depth + 1);
+        case GGML_OP_ADD_ID:  // asking for the bias binds it while the model is armed
+            return is_hidden(t->src[0], depth + 1) && find_stub(t->src[1]);
+        default:
+            return false;
+    }
+}
+
+bool is_ours(const ggml_tensor * node) {
+    if (node->op == GGML_OP_MUL_MAT_ID) return find_stub(node->src[0]) != nullptr;
+    return is_hidden(node, 0);
+}
+
+static ggml_tensor * rebuild(ggml_context * ctx, const ggml_tensor * t, const ActivationInputs & in, std::string & error);
+
+// The same op with the same parameters on inputs of the real width.
+static ggml_tensor * copy_op(ggml_context * ctx, const ggml_tensor * t, ggml_tensor * a, ggml_tensor * b, ggml_tensor * c) {
+    ggml_tensor * r = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, a->ne[0], a->ne[1], a->ne[2]);
+    r->op = t->op;
+    memcpy(r->op_params, t->op_params, sizeof(r->op_params));
+    r->src[0] = a;
+    r->src[1] = b;
+    r->src[2] = c;
+    return r;
+}
+
+static ggml_tensor * rebuild(ggml_context * ctx, const ggml_tensor * t, const ActivationInputs & in, std::string & error) {
+    switch (t->op) {
+        case GGML_OP_MUL_MAT_ID: {
+            const Stub * s = find_stub(t->src[0]);
+            ggml_tensor * r = !s ? nullptr : s->projection == UP ? in.up : s->projection == GATE ? in.gate : in.gate_up;
+            if (!r) error = std::string("the graph multiplies by '") + t->src[0]->name + "', which is not an expert tensor of this model";
+            return r;
+        }
+        case GGML_OP_VIEW: {
+            ggml_tensor * whole = rebuild(ctx, t->src[0], in, error);
+            if (!whole) return nullptr;
+            size_t offset = 0;
+            memcpy(&offset, t->op_params, sizeof(offset));
+            if (whole != in.gate_up || t->ne[0] != 1 || offset > sizeof(float)) {
+                error = std::string("unknown view '") + t->name + "' between the expert products";
+                return nullptr;
+            }
+            return ggml_view_3d(ctx, whole, in.n_ff, 1, whole->ne[2], whole->nb[1], whole->nb[2], offset * static_cast<size_t>(in.n_ff));
+        }
+        case GGML_OP_ADD_ID: {
+            ggml_tensor * a = rebuild(ctx, t->src[0], in, error);
+            if (!a) return nullptr;
+            const Stub * s = find_stub(t->src[1]);
+            ggml_tensor * bias = !s || !s->bias ? nullptr : s->projection == UP ? in.bias_up : in.bias_gate;
+            if (!bias) {
+                error = std::string("the graph adds '") + t->src[1]->name + "', which is not an expert bias of this model";
+                return nullptr;
+            }
+            return copy_op(ctx, t, a, bias, in.ids);
+        }
+        case GGML_OP_GLU:
+        case GGML_OP_MUL: {
+            ggml_tensor * a = rebuild(ctx, t->src[0], in, error);
+            ggml_tensor * b = a && t->src[1] ? rebuild(ctx, t->src[1], in, error) : nullptr;
+            if (!a || !b) {
+                if (error.empty()) error = std::string("unknown activation '") + ggml_op_desc(t) + "' in one piece";
+                return nullptr;
+            }
+            return copy_op(ctx, t, a, b, nullptr);
+        }
+        case GGML_OP_UNARY:
+        case GGML_OP_CLAMP:
+        case GGML_OP_SQR:
+        case GGML_OP_SCALE: {
+            ggml_tensor * a = rebuild(ctx, t->src[0], in, error);
+            return a ? copy_op(ctx, t, a, nullptr, nullptr) : nullptr;
+        }
+        default:
+            error = std::string("unknown operation '") + ggml_op_desc(t) + "' ('" + t->name + "') between the expert products";
+            return nullptr;
+    }
+}
+
+ggml_tensor * build_activation(ggml_context * ctx, const ggml_tensor * hidden, const ActivationInputs & in, std::string & error) {
+    return rebuild(ctx, hidden, in, error);
+}
+
+}  // namespace moe_edge

@@ -1,0 +1,205 @@
+#include "model.h"
+
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+
+namespace moe_edge {
+
+static int64_t floor_to(int64_t n, int64_t to) { return n / to * to; }
+static int64_t ceil_to(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+const Piece & Unit::piece(Projection p) const {
+    for (int i = 0; i < n_pieces; i++) {
+        if (pieces[i].projection == p) return pieces[i];
+    }
+    return pieces[0];
+}
+
+uint32_t Unit::bit(Projection p) const {
+    for (int i = 0; i < n_pieces; i++) {
+        if (pieces[i].projection == p) return 1u << i;
+    }
+    return 0;
+}
+
+Model::Model(const me_model_desc & desc) : n_levels(desc.n_levels) {
+    int n_units = 0;
+    for (int i = 0; i < desc.n_layers; i++) {
+        const me_layer_desc & d = desc.layers[i];
+        Layer l;
+        l.number = d.layer;
+        l.n_expert = d.n_expert;
+        l.n_embd = d.n_embd;
+        l.n_ff = d.n_ff;
+        l.fused = d.fused != 0;
+        l.gated = d.gated != 0;
+        const size_t n_bias = static_cast<size_t>(d.n_expert) * static_cast<size_t>(d.n_ff);
+        if (d.bias_up) l.bias_up.assign(d.bias_up, d.bias_up + n_bias);
+        if (d.bias_gate) l.bias_gate.assign(d.bias_gate, d.bias_gate + n_bias);
+        l.first_unit = n_units;
+        n_units += d.n_expert * n_levels;
+        layers.push_back(std::move(l));
+    }
+    units_ = std::vector<Unit>(static_cast<size_t>(n_units));
+    int64_t next = 0;
+    for (const Layer & l : layers) {
+        for (int e = 0; e < l.n_expert * n_levels; e++) {
+            Unit & u = units_[static_cast<size_t>(l.first_unit + e)];
+            u.n_pieces = l.fused || !l.gated ? 2 : 3;
+            for (int p = 0; p < u.n_pieces; p++) {
+                if (next >= desc.n_pieces) throw std::runtime_error("the piece table is shorter than its layers need");
+                const me_piece_desc & d = desc.pieces[next++];
+                Piece & piece = u.pieces[p];
+                piece.file = d.file;
+                piece.type = static_cast<ggml_type>(d.type);
+                piece.projection = static_cast<Projection>(d.projection);
+                piece.cols = d.cols;
+                piece.rows = d.rows;
+                piece.offset = d.offset;
+                piece.nbytes = d.nbytes;
+            }
+            lay_out(u);
+            largest_unit_ = std::max(largest_unit_, u.bytes);
+            smallest_unit_ = std::min(smallest_unit_, u.bytes);
+        }
+    }
+    std::vector<std::string> paths(desc.paths, desc.paths + desc.n_paths);
+    reader = std::make_unique<Reader>(paths, desc.n_io_threads, desc.direct_io != 0,
+                                      [this](const ReadJob & j, const std::string & e) { on_read(j, e); });
+}
+
+void Model::set_arena(int64_t arena_bytes) {
+    if (arena) throw std::runtime_error("the arena of this model is already set");
+    const int64_t budget = floor_to(arena_bytes, static_cast<int64_t>(page_bytes()));
+    const int64_t n_slots = std::min<int64_t>(n_units(), budget / smallest_unit_ + 1);
+    arena = std::make_unique<Arena>(static_cast<size_t>(largest_unit_), static_cast<size_t>(n_slots), static_cast<size_t>(budget));
+}
+
+Model::~Model() {
+    drain();
+    reader.reset();
+}
+
+void Model::lay_out(Unit & u) {
+    // Each piece keeps its offset modulo the block, so that a direct read lands in place without a copy.
+    int64_t at = 0;
+    for (int p = 0; p < u.n_pieces; p++) {
+        Piece & piece = u.pieces[p];
+        piece.read_offset = floor_to(piece.offset, READ_ALIGN);
+        piece.read_bytes = ceil_to(piece.offset + piece.nbytes, READ_ALIGN) - piece.read_offset;
+        piece.slot_offset = at;
+        at += piece.read_bytes;
+    }
+    u.bytes = ceil_to(at, static_cast<int64_t>(page_bytes()));
+}
+
+bool Model::load(int unit_id) {
+    if (!arena) return false;
+    Unit & u = unit(unit_id);
+    const int slot = arena->acquire(static_cast<size_t>(u.bytes));
+    if (slot < 0) return false;
+    u.slot = slot;
+    u.ready = 0;
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        in_flight_ += u.n_pieces;
+    }
+    for (int p = 0; p < u.n_pieces; p++) {
+        const Piece & piece = u.pieces[p];
+        ReadJob job;
+        job.file = piece.file;
+        job.offset = piece.read_offset;
+        job.length = piece.read_bytes;
+        job.needed = piece.offset + piece.nbytes - piece.read_offset;
+        job.dst = arena->data(slot) + piece.slot_offset;
+        job.tag = static_cast<int64_t>(unit_id) * MAX_PIECES + p;
+        reader->submit(job);
+    }
+    counters.loads++;
+    return true;
+}
+
+void Model::evict(int unit_id) {
+    Unit & u = unit(unit_id);
+    if (u.slot < 0) return;
+    arena->release(u.slot);
+    u.slot = -1;
+    u.ready = 0;
+    counters.evictions++;
+}
+
+std::string Model::piece_name(int unit_id, int piece) const {
+    static const char * const NAMES[] = {"up", "gate", "down", "gate_up"};
+    const Unit & u = units_[static_cast<size_t>(unit_id)];
+    size_t l = layers.size() - 1;
+    while (l > 0 && layers[l].first_unit > unit_id) l--;
+    const int expert = (unit_id - layers[l].first_unit) / n_levels;
+    return reader->path(u.pieces[piece].file) + ": tensor 'blk." + std::to_string(layers[l].number) + ".ffn_" +
+           NAMES[u.pieces[piece].projection] + "_exps.weight' of expert " + std::to_string(expert);
+}
+
+void Model::on_read(const ReadJob & job, const std::string & error) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (error.empty()) {
+        unit(static_cast<int>(job.tag / MAX_PIECES)).ready |= 1u << (job.tag % MAX_PIECES);
+    } else if (error_.empty()) {
+        error_ = piece_name(static_cast<int>(job.tag / MAX_PIECES), static_cast<int>(job.tag % MAX_PIECES)) + " " + error;
+    }
+    arrivals_++;
+    in_flight_--;
+    arrived_.notify_all();
+}
+
+void Model::wait_arrival(int64_t seen) {
+    const auto t0 = std::chrono::steady_clock::now();
+    {
+        std::unique_lock<std::mutex> lock(mutex_);
+        arrived_.wait(lock, [&] { return arrivals_ != seen || !error_.empty() || in_flight_ == 0; });
+    }
+    counters.stall_ns += std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - t0).count();
+}
+
+void Model::drain() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    arrived_.wait(lock, [&] { return in_flight_ == 0; });
+    for (int i = 0; i < n_units(); i++) {
+        Unit & u = unit(i);
+        if (u.slot >= 0 && u.ready != u.all_bits()) {
+            arena->release(u.slot);
+            u.slot = -1;
+            u.ready = 0;
+        }
+    }
+}
+
+void Model::drop_all() {
+    drain();
+    for (int i = 0; i < n_units(); i++) evict(i);
+}
+
+void Model::set_error(const std::string & e) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (error_.empty()) error_ = e;
+}
+
+std::string Model::take_error() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::string e;
+    e.swap(error_);
+    return e;
+}
+
+bool Model::failed() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return !error_.empty();
+}
+
+int Model::layer_pos(int number) const {
+    for (size_t i = 0; i < layers.size(); i++) {
+        if (layers[i].number == number) return static_cast<int>(i);
+    }
+    return -1;
+}
+
+}  // namespace moe_edge

@@ -1,0 +1,112 @@
+// One opened expert model: which bytes of which file make which expert, what of it is in memory, and the counters.
+// A unit is one expert of one layer at one level; its projections ("pieces") are read apart and waited for apart.
+// Created and freed by Python (capi.h); used by the backends of all contexts of one llama model, one at a time (step_mutex).
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "arena.h"
+#include "capi.h"
+#include "ggml.h"
+#include "reader.h"
+
+namespace moe_edge {
+
+enum Projection { UP = 0, GATE = 1, DOWN = 2, GATE_UP = 3 };
+constexpr int MAX_PIECES = 3;
+
+struct Piece {
+    int file = 0;
+    ggml_type type = GGML_TYPE_F32;
+    Projection projection = UP;
+    int64_t cols = 0, rows = 0;
+    int64_t offset = 0, nbytes = 0;        // in the file
+    int64_t read_offset = 0, read_bytes = 0;  // the aligned range that covers it
+    int64_t slot_offset = 0;               // where read_offset lands in the slot
+    int64_t data_offset() const { return slot_offset + (offset - read_offset); }
+};
+
+struct Unit {
+    int n_pieces = 0;
+    Piece pieces[MAX_PIECES];
+    int64_t bytes = 0;       // committed when resident: the aligned ranges, in whole pages
+    int slot = -1;           // -1: absent
+    std::atomic<uint32_t> ready{0};  // bit p: pieces[p] is in memory
+    const Piece & piece(Projection p) const;
+    uint32_t bit(Projection p) const;
+    uint32_t all_bits() const { return (1u << n_pieces) - 1; }
+};
+
+struct Layer {
+    int number = 0;  // the block, as in blk.N
+    int n_expert = 0;
+    int64_t n_embd = 0, n_ff = 0;
+    bool fused = false, gated = true;
+    std::vector<float> bias_up, bias_gate;  // [n_expert][n_ff], empty when the model has none
+    int first_unit = 0;
+};
+
+struct Counters {
+    std::atomic<int64_t> steps{0}, tokens{0}, uses{0}, hits{0}, loads{0}, evictions{0}, graphs{0};
+    std::atomic<int64_t> stall_ns{0}, compute_ns{0}, schedule_ns{0}, step_ns{0};
+};
+
+class Model {
+public:
+    // Throws std::runtime_error with a sentence for the user.
+    explicit Model(const me_model_desc & desc);
+    ~Model();
+    void set_arena(int64_t arena_bytes);
+
+    Unit & unit(int layer_pos, int expert, int level) {
+        return units_[static_cast<size_t>(layers[static_cast<size_t>(layer_pos)].first_unit + expert * n_levels + level)];
+    }
+    Unit & unit(int id) { return units_[static_cast<size_t>(id)]; }
+    int n_units() const { return static_cast<int>(units_.size()); }
+    char * data(const Unit & u, const Piece & p) const { return arena->data(u.slot) + p.data_offset(); }
+
+    // Start reading an absent unit; false when the arena has no room for it under the budget.
+    bool load(int unit_id);
+    void evict(int unit_id);
+    // Sleep until some piece has arrived since `seen` (a value of arrivals()), or an error, or stop. Counts the stall.
+    void wait_arrival(int64_t seen);
+    int64_t arrivals() { std::lock_guard<std::mutex> l(mutex_); return arrivals_; }
+    // Wait for reads in flight, then drop every unit that is not whole. After an error.
+    void drain();
+    void drop_all();
+    std::string take_error();
+    void set_error(const std::string & e);
+    bool failed();
+
+    int layer_pos(int number) const;
+
+    std::vector<Layer> layers;
+    int n_levels = 1;
+    me_schedule_fn schedule = nullptr;
+    void * schedule_user = nullptr;
+    me_mailbox mail{};
+    std::atomic<bool> stop{false};
+    std::unique_ptr<Arena> arena;
+    std::unique_ptr<Reader> reader;
+    Counters counters;
+    std::mutex step_mutex;
+
+private:
+    void lay_out(Unit & u);
+    std::string piece_name(int unit_id, int piece) const;  // "FILE: tensor '...' of expert E"
+    void on_read(const ReadJob & job, const std::string & error);
+
+    std::vector<Unit> units_;
+    int64_t largest_unit_ = 0, smallest_unit_ = INT64_MAX;
+    std::mutex mutex_;
+    std::condition_variable arrived_;
+    int64_t arrivals_ = 0, in_flight_ = 0;
+    std::string error_;
+};
+
+}  // namespace moe_edge

@@ -1,0 +1,115 @@
+#include "reader.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cstring>
+#include <stdexcept>
+
+namespace moe_edge {
+
+Reader::Reader(const std::vector<std::string> & paths, int n_threads, bool direct, Done on_done)
+    : on_done_(std::move(on_done)) {
+    files_.reserve(paths.size());
+    try {
+        for (const auto & p : paths) open(p, direct);
+    } catch (...) {
+        for (auto & f : files_) ::close(f.fd);
+        throw;
+    }
+    for (int i = 0; i < n_threads; i++) threads_.emplace_back([this] { work(); });
+}
+
+void Reader::open(const std::string & path, bool direct) {
+    File f;
+    f.path = path;
+#ifdef O_DIRECT
+    if (direct) {
+        f.fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
+        f.direct = f.fd >= 0;
+    }
+#endif
+    if (f.fd < 0) f.fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (f.fd < 0) throw std::runtime_error(path + ": cannot be opened: " + strerror(errno));
+#ifdef F_NOCACHE
+    if (direct) f.direct = fcntl(f.fd, F_NOCACHE, 1) == 0;
+#endif
+    files_.push_back(std::move(f));
+}
+
+Reader::~Reader() {
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        stop_ = true;
+    }
+    wake_.notify_all();
+    for (auto & t : threads_) t.join();
+    for (auto & f : files_) {
+        if (f.fd >= 0) ::close(f.fd);
+    }
+}
+
+void Reader::submit(const ReadJob & job) {
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        queue_.push_back(job);
+    }
+    wake_.notify_one();
+}
+
+void Reader::work() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+        wake_.wait(lock, [this] { return stop_ || !queue_.empty(); });
+        if (stop_) return;
+        const ReadJob job = queue_.front();
+        queue_.pop_front();
+        lock.unlock();
+        const auto t0 = std::chrono::steady_clock::now();
+        const std::string error = read(job);
+        busy_ns_ += std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - t0).count();
+        on_done_(job, error);
+        lock.lock();
+    }
+}
+
+std::string Reader::read(const ReadJob & job) {
+    File & f = files_[static_cast<size_t>(job.file)];
+    int64_t got = 0;
+    while (got < job.length) {
+        const ssize_t n = pread(f.fd, job.dst + got, static_cast<size_t>(job.length - got), job.offset + got);
+        if (n > 0) {
+            got += n;
+            // A direct read that stops off the block grid has met the end of the file.
+            if (got >= job.needed && n % READ_ALIGN != 0) break;
+            continue;
+        }
+        if (n == 0) break;
+        if (errno == EINTR) continue;
+#ifdef O_DIRECT
+        if (errno == EINVAL && f.direct) {
+            // The file system took O_DIRECT at open but not this read: read through the cache and drop it after.
+            fcntl(f.fd, F_SETFL, fcntl(f.fd, F_GETFL) & ~O_DIRECT);
+            f.direct = false;
+            continue;
+        }
+#endif
+        return "read of " + std::to_string(job.length) + " bytes at " + std::to_string(job.offset) +
+               " failed: " + strerror(errno);
+    }
+    bytes_ += got;
+    reads_ += 1;
+#if defined(POSIX_FADV_DONTNEED)
+    if (!f.direct) posix_fadvise(f.fd, job.offset, job.length, POSIX_FADV_DONTNEED);
+#endif
+    if (got < job.needed) {
+        return "needs bytes " + std::to_string(job.offset) + "-" + std::to_string(job.offset + job.needed) +
+               " but the file ends at " + std::to_string(job.offset + got) + "; it looks cut short";
+    }
+    return {};
+}
+
+}  // namespace moe_edge

@@ -1,0 +1,66 @@
+// Reads expert bytes from disk past the page cache: a small pool of threads that sleep while there is nothing to do.
+// One Reader belongs to one Model. submit() may be called from any thread; the callback runs on a reader thread.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace moe_edge {
+
+// Direct reads want offset, length and buffer aligned to the device's block; 4096 covers the disks of today.
+constexpr int64_t READ_ALIGN = 4096;
+
+struct ReadJob {
+    int file = 0;
+    int64_t offset = 0;      // multiple of READ_ALIGN
+    int64_t length = 0;      // multiple of READ_ALIGN; may reach past the end of the file
+    int64_t needed = 0;      // bytes from offset that must be there
+    char * dst = nullptr;    // aligned to READ_ALIGN, room for length bytes
+    int64_t tag = 0;         // the caller's
+};
+
+class Reader {
+public:
+    // on_done(job, error): error is empty when every needed byte is in dst; else what is wrong, without the file's name.
+    using Done = std::function<void(const ReadJob &, const std::string &)>;
+    // Throws std::runtime_error naming the file that cannot be opened.
+    Reader(const std::vector<std::string> & paths, int n_threads, bool direct, Done on_done);
+    ~Reader();
+    void submit(const ReadJob & job);
+
+    int n_files() const { return static_cast<int>(files_.size()); }
+    const std::string & path(int file) const { return files_[static_cast<size_t>(file)].path; }
+    bool direct(int file) const { return files_[static_cast<size_t>(file)].direct; }
+    int64_t bytes_read() const { return bytes_; }
+    int64_t reads() const { return reads_; }
+    double busy_seconds() const { return static_cast<double>(busy_ns_) * 1e-9; }
+
+private:
+    struct File {
+        std::string path;
+        int fd = -1;
+        std::atomic<bool> direct{false};
+        File() = default;
+        File(File && o) noexcept : path(std::move(o.path)), fd(o.fd), direct(o.direct.load()) { o.fd = -1; }
+    };
+    void work();
+    std::string read(const ReadJob & job);
+    void open(const std::string & path, bool direct);
+
+    std::vector<File> files_;
+    Done on_done_;
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::deque<ReadJob> queue_;
+    bool stop_ = false;
+    std::vector<std::thread> threads_;
+    std::atomic<int64_t> bytes_{0}, reads_{0}, busy_ns_{0};
+};
+
+}  // namespace moe_edge

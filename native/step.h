@@ -1,0 +1,41 @@
+// Runs one MoE layer of one micro-batch: asks the scheduler once, starts the reads in its order, and computes each
+// expert as it arrives. A victim that this step still needs is evicted only after it has been computed.
+#pragma once
+#include <vector>
+
+#include "ffn.h"
+
+namespace moe_edge {
+
+class StepRunner {
+public:
+    Ffn ffn;
+    ggml_abort_callback abort = nullptr;
+    void * abort_data = nullptr;
+
+    // At the first expert product of a layer: copy the input, schedule, start reading. False: the model has the error.
+    bool begin(const Stub & stub, const ggml_tensor * product);
+    // At the down product: compute everything into it.
+    bool finish(const Stub & stub, const ggml_tensor * down);
+    bool begun(const Stub & stub, const ggml_tensor * node) const {
+        return pending_ && step_.model == stub.model && step_.layer_pos == stub.layer_pos && step_.ids_node == node->src[2];
+    }
+    void abandon();
+
+private:
+    struct Load { int group; std::vector<int> victims; };
+    bool group_by_expert(const ggml_tensor * ids);
+    bool ask_scheduler();
+    bool dispatch_loads();
+    bool compute_ready(bool & progress);
+    bool fail(const std::string & why);
+
+    Step step_;
+    bool pending_ = false;
+    std::vector<Load> loads_;
+    size_t next_load_ = 0;
+    std::vector<uint8_t> busy_;  // unit id -> this step still needs it
+    std::vector<Group> by_expert_;
+};
+
+}  // namespace moe_edge

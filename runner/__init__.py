@@ -1,0 +1,1 @@
+"""llama.cpp, the engine binding, generation, chat and the command line."""

@@ -1,0 +1,224 @@
+"""`moe-edge chat`: a conversation in a terminal, and one shot from a pipe.
+
+A model with a chat template is talked to through it (llama-cpp-python renders it); a model without one continues the
+text, which is what a base model can do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, TextIO
+
+from moe_edge.models.errors import EngineError, Stopped, UsageError
+from moe_edge.runner.engine import Engine
+from moe_edge.runner.generate import Generation, Sampling, generate, tokenize
+
+HELP = """\
+/help          this list
+/clear         forget the conversation
+/stats         what the last reply and the whole session read and hit
+/exit          leave (also Ctrl-D)
+\"\"\"            begin and end a message of several lines
+Ctrl-C         stop the reply"""
+
+
+@dataclass
+class Conversation:
+    """Messages so far, and how to turn them into a prompt."""
+
+    engine: Engine
+    template: Any = None  # llama-cpp-python's formatter, or None for a base model
+    messages: list[dict[str, str]] = field(default_factory=list)
+    text: str = ""  # base model: the running text
+
+    def add(self, role: str, content: str) -> None:
+        if self.template is None:
+            self.text += content
+        else:
+            self.messages.append({"role": role, "content": content})
+
+    def drop_last(self) -> None:
+        if self.messages:
+            self.messages.pop()
+
+    def clear(self) -> None:
+        self.messages.clear()
+        self.text = ""
+
+    def prompt(self, n_reply: int) -> tuple[list[int], list[str], int]:
+        """(tokens, stop texts, messages dropped): the oldest turns go when the context is too small for all."""
+        n_ctx = int(self.engine.llama.n_ctx())
+        room = max(n_ctx - n_reply, n_ctx // 2)
+        if self.template is None:
+            tokens = tokenize(self.engine, self.text)
+            return tokens[-room:], [], 0
+        dropped = 0
+        while True:
+            r = self.template(messages=self.messages[dropped:])
+            tokens = tokenize(self.engine, r.prompt, special=True, add_bos=not r.added_special)
+            if len(tokens) <= room or dropped + 1 >= len(self.messages):
+                break
+            dropped += 2 if dropped + 2 < len(self.messages) else 1
+        del self.messages[:dropped]
+        stop = [r.stop] if isinstance(r.stop, str) else list(r.stop or [])
+        return tokens, stop, dropped
+
+
+def chat_template(engine: Engine) -> Any:
+    """llama-cpp-python's formatter for the model's own template; None when the model has none."""
+    text = engine.llama.metadata.get("tokenizer.chat_template")
+    if not text:
+        return None
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    llama = engine.llama
+
+    def piece(token: int) -> str:
+        return llama._model.token_get_text(token) if token != -1 else ""
+
+    return Jinja2ChatFormatter(
+        template=text,
+        eos_token=piece(llama.token_eos()),
+        bos_token=piece(llama.token_bos()),
+        stop_token_ids=[llama.token_eos()],
+    )
+
+
+@contextlib.contextmanager
+def stop_on_interrupt(engine: Engine) -> Iterator[list[bool]]:
+    """Inside, Ctrl-C stops the reply: a decode ends at the next expert; the list's first item tells."""
+    stopped = [False]
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        stopped[0] = True
+        engine.stop()
+
+    previous = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@dataclass
+class Chat:
+    """The terminal conversation. `out` gets replies, `err` everything else."""
+
+    engine: Engine
+    n_tokens: int = 512
+    sampling: Sampling = field(default_factory=Sampling)
+    out: TextIO = field(default_factory=lambda: sys.stdout)
+    err: TextIO = field(default_factory=lambda: sys.stderr)
+    last: Generation | None = None
+
+    def __post_init__(self) -> None:
+        self.conversation = Conversation(self.engine, chat_template(self.engine))
+
+    def say(self, text: str) -> None:
+        print(text, file=self.err, flush=True)
+
+    def reply(self, message: str) -> Generation | None:
+        """One turn: prints the reply as it comes and the statistics line. None when it was stopped before a token."""
+        c = self.conversation
+        c.add("user", message)
+        tokens, stop, dropped = c.prompt(self.n_tokens)
+        if dropped:
+            self.say(f"(the context is full: {dropped} of the oldest messages are no longer seen)")
+        shown: list[str] = []
+
+        def show(text: str) -> None:
+            shown.append(text)
+            self.out.write(text)
+            self.out.flush()
+
+        result: Generation | None = None
+        try:
+            with stop_on_interrupt(self.engine) as stopped:
+                result = generate(
+                    self.engine, tokens, self.n_tokens, self.sampling,
+                    on_text=show, stop=stop, should_stop=lambda: stopped[0],
+                )  # fmt: skip
+        except Stopped:
+            pass
+        except (EngineError, UsageError):
+            c.drop_last()
+            raise
+        finally:
+            self.out.write("\n")
+            self.out.flush()
+        c.add("assistant", "".join(shown))
+        self.last = result
+        self.say(result.line() if result is not None else "[stopped]")
+        return result
+
+    def command(self, line: str) -> bool:
+        """Run a /command; False to leave."""
+        name = line.split()[0]
+        if name in ("/exit", "/quit", "/bye"):
+            return False
+        if name == "/clear":
+            self.conversation.clear()
+            self.say("(forgotten)")
+        elif name == "/stats":
+            self.say(self.stats())
+        elif name == "/help":
+            self.say(HELP)
+        else:
+            self.say(f"unknown command {name}; /help lists them")
+        return True
+
+    def stats(self) -> str:
+        total = self.engine.counters()
+        lines = [] if self.last is None else [f"last reply {self.last.line()}"]
+        rate = 100 * total.hits / total.uses if total.uses else 0.0
+        lines.append(
+            f"session: {total.uses} expert uses, {rate:.0f} % hits, {total.loads} loads, {total.evictions} evictions, "
+            f"{total.bytes_read / 2**20:.0f} MiB read, {total.stall_seconds:.1f} s waited for the disk, "
+            f"policy {self.engine.policy.name}, 0 low-precision uses, 0 skipped"
+        )
+        lines += self.engine.plan.lines()
+        return "\n".join(lines)
+
+    def loop(self) -> None:
+        """Read messages until /exit or Ctrl-D."""
+        if self.conversation.template is None:
+            self.say("(this model has no chat template: it continues the text you type)")
+        self.say("/help lists the commands; Ctrl-C stops a reply, Ctrl-D leaves")
+        while True:
+            try:
+                message = read_message()
+            except EOFError:
+                self.say("")
+                return
+            except KeyboardInterrupt:
+                self.say("(Ctrl-D or /exit leaves)")
+                continue
+            if not message.strip():
+                continue
+            if message.startswith("/") and "\n" not in message:
+                if not self.command(message.strip()):
+                    return
+                continue
+            try:
+                self.reply(message)
+            except (EngineError, UsageError) as e:
+                self.say(f"error: {e}")
+
+
+def read_message() -> str:
+    """One message from the terminal; a line of \"\"\" begins a message of several lines, another ends it."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (line editing and history for input())
+    line = input("> ")
+    if not line.startswith('"""'):
+        return line
+    lines = [line[3:]]
+    while not lines[-1].rstrip().endswith('"""'):
+        lines.append(input("... "))
+    lines[-1] = lines[-1].rstrip()[:-3]
+    return "\n".join(lines).strip("\n")

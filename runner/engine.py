@@ -1,0 +1,332 @@
+"""The one place that talks to llama.cpp: a `Llama` whose experts the native engine computes under a byte budget.
+
+The skeleton is loaded by llama-cpp-python's own `Llama`, so its tokenizer, templates, samplers and KV cache are used
+as they are. Two of llama.cpp's parameters that `Llama` has no argument for are set in its defaults while one loads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_edge.convert.gguf import read_gguf
+from moe_edge.convert.store import ExpertModel, open_model
+from moe_edge.models.errors import EngineError, MoeEdgeError, Stopped
+from moe_edge.runner.memory import auto_budget_bytes, current_rss_bytes
+from moe_edge.runner.native import Counters, NativeModel
+from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES, FixedSizes, MemoryPlan, plan_memory
+from moe_edge.schedulers.layout import Layout
+from moe_edge.schedulers.policy import Policy, make_policy
+
+MICRO_BATCH = 512  # large, since every micro-batch reads the experts it touches once
+
+
+def attention_defaults(n_ctx: int, n_head: int, expert_bytes: int) -> tuple[bool, int]:
+    """(flash_attn, n_ubatch) for a model when the user has not said.
+
+    Plain attention, llama-cpp-python's default, keeps scores and softmax of a whole micro-batch: 512 MiB for a context
+    of 4,096, 512 a batch and 32 heads. Above 64 MiB it is flash attention, llama.cpp's own default on a CPU, which
+    keeps none. Below, a small model gets a smaller micro-batch, so that its buffers do not outweigh its experts.
+    Flash against plain: mean KLD 9e-5 on the trained 8-layer tiny model (docs/LOG.md, 2026-11-22).
+    """
+    bytes_per_row = 2 * 4 * n_ctx * n_head
+    if bytes_per_row * MICRO_BATCH > 64 * MIB:
+        return True, MICRO_BATCH
+    fits = max(8 * MIB, expert_bytes // 8) // bytes_per_row
+    return False, max(32, min(MICRO_BATCH, fits // 32 * 32))
+
+
+_load_lock = threading.Lock()  # llama.cpp's defaults, its log callback and the armed model are process-wide
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to run a model.
+
+    ram_bytes None: `auto`. n_ctx 0: what the model was trained for, at most 4096. n_threads 0: one for each core this
+    process may use.
+
+    n_ubatch 0, flash_attn None: chosen from the model and the context by attention_defaults(), never from the budget,
+    because both change how sums are rounded.
+    charge_program: count what the process held before loading, above PROGRAM_ALLOWANCE_BYTES, against the budget. The
+    command line does; a program that embeds the engine knows better what else it holds. map_dense: map the skeleton
+    instead of reading it into anonymous memory; for the converter's proof, which decodes one token only.
+    """
+
+    ram_bytes: int | None = None
+    n_ctx: int = 0
+    n_ubatch: int = 0
+    n_threads: int = 0
+    policy: str = "exact"
+    n_io_threads: int = 4
+    direct_io: bool = True
+    seed: int | None = None
+    logits_all: bool = False
+    flash_attn: bool | None = None
+    charge_program: bool = False
+    map_dense: bool = False
+
+    def threads(self) -> int:
+        if self.n_threads > 0:
+            return self.n_threads
+        affinity = getattr(os, "sched_getaffinity", None)
+        return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _llama_defaults(*, direct: bool, no_alloc: bool, n_outputs_max: int) -> Iterator[None]:
+    """Inside: llama.cpp's default parameters, as `Llama` picks them up, are the ones moe-edge needs.
+
+    use_extra_bufts False: repacked weights would be a second copy, and the AMX path crashes (LLAMACPP.md, section 9).
+    load_mode 4: direct I/O, so that dense weights leave nothing in the page cache. n_outputs_max 1: one row of
+    logits in the compute buffer instead of one for each token of a micro-batch (297 MiB at 151,936 tokens).
+    """
+    import llama_cpp
+    from llama_cpp import _internals
+
+    model_defaults, context_defaults = llama_cpp.llama_model_default_params, llama_cpp.llama_context_default_params
+    make_model = _internals.LlamaModel
+
+    def model_params() -> Any:
+        p = model_defaults()
+        p.use_extra_bufts = False
+        p.no_alloc = no_alloc
+        return p
+
+    def context_params() -> Any:
+        p = context_defaults()
+        p.n_outputs_max = n_outputs_max
+        return p
+
+    def load(*args: Any, **kwargs: Any) -> Any:  # Llama overwrites load_mode after it took the defaults
+        if direct:
+            kwargs["params"].load_mode = llama_cpp.LLAMA_LOAD_MODE_DIRECT_IO
+        return make_model(*args, **kwargs)
+
+    llama_cpp.llama_cpp.llama_model_default_params = model_params
+    llama_cpp.llama_model_default_params = model_params
+    llama_cpp.llama_context_default_params = context_params
+    _internals.LlamaModel = load
+    try:
+        yield
+    finally:
+        llama_cpp.llama_cpp.llama_model_default_params = model_defaults
+        llama_cpp.llama_model_default_params = model_defaults
+        llama_cpp.llama_context_default_params = context_defaults
+        _internals.LlamaModel = make_model
+
+
+@contextlib.contextmanager
+def captured_log() -> Iterator[list[str]]:
+    """llama.cpp's log, line by line, instead of stderr."""
+    import llama_cpp
+    from llama_cpp import _logger
+
+    lines: list[str] = []
+
+    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    def keep(_level: int, text: bytes, _user: object) -> None:
+        lines.append(text.decode(errors="replace"))
+
+    llama_cpp.llama_log_set(keep, ctypes.c_void_p(0))
+    try:
+        yield lines
+    finally:
+        llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
+
+
+def log_megabytes(log: str, what: str) -> int:
+    """Sum of the sizes llama.cpp logs for `what` ('KV', 'compute', 'output'), in bytes, rounded up."""
+    if what == "KV":
+        # logged for a cache whether or not it is allocated: "llama_kv_cache: size = 8.00 MiB ( 2048 cells, ..."
+        pattern = r"llama_(?:kv_cache\w*|memory_recurrent\w*): size =\s+([0-9.]+) MiB"
+    else:
+        pattern = rf"{what} buffer size =\s+([0-9.]+) MiB"
+    return sum(int((float(m) + 0.01) * MIB) for m in re.findall(pattern, log))
+
+
+class Engine:
+    """One model, loaded and ready to decode. Close it, or use it in `with`.
+
+    `llama` is llama-cpp-python's own object. Raises BudgetTooSmall and whatever opening the files raises.
+    """
+
+    def __init__(self, path: str | Path, options: EngineOptions | None = None, *, verify: bool = False) -> None:
+        self.options = options or EngineOptions()
+        self.started = time.monotonic()
+        self.model: ExpertModel = open_model(Path(path), verify=verify)
+        self._kv = read_gguf(self.model.skeleton).kv
+        self.n_ctx = self.options.n_ctx or min(4096, self.trained_context())
+        self.flash_attn, self.n_ubatch = self._attention()
+        self._policy: Policy | None = None
+        self.native = NativeModel(
+            self.model, self._schedule, n_io_threads=self.options.n_io_threads, direct_io=self.options.direct_io
+        )
+        self.llama: Any = None
+        try:
+            self.layout = Layout(
+                tuple(layer.n_expert for layer in self.model.layers), len(self.model.levels), self.native.unit_bytes()
+            )
+            self.plan = self._plan()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def policy(self) -> Policy:
+        assert self._policy is not None, "load() first"
+        return self._policy
+
+    def _schedule(
+        self, layer: int, n_tokens: int, experts: list[int], counts: list[int]
+    ) -> tuple[Sequence[int], Sequence[int], Sequence[Sequence[int]]]:
+        plan = self.policy.plan(layer, experts, counts)
+        return plan.order, plan.levels, plan.victims
+
+    def trained_context(self) -> int:
+        """The context length the skeleton names; 4096 when it names none."""
+        value = self._metadata("context_length")
+        return int(value) if isinstance(value, int) and value > 0 else 4096
+
+    def _metadata(self, key: str) -> Any:
+        return self._kv.get(f"{self.model.architecture}.{key}")
+
+    def _attention(self) -> tuple[bool, int]:
+        """(flash_attn, n_ubatch) as asked for, or the defaults for this model."""
+        heads = self._metadata("attention.head_count") or 1
+        n_head = max(heads) if isinstance(heads, list) else int(heads)
+        flash, n_ubatch = attention_defaults(self.n_ctx, n_head, self.model.expert_bytes)
+        o = self.options
+        n_ubatch = min(o.n_ubatch or n_ubatch, self.n_ctx)
+        return flash if o.flash_attn is None else o.flash_attn, n_ubatch
+
+    def _llama_arguments(self) -> dict[str, Any]:
+        o = self.options
+        arguments: dict[str, Any] = {
+            "model_path": str(self.model.skeleton),
+            "n_ctx": self.n_ctx,
+            "n_batch": self.n_ubatch,
+            "n_ubatch": self.n_ubatch,
+            "n_threads": o.threads(),
+            "n_threads_batch": o.threads(),
+            "n_gpu_layers": 0,
+            "use_mmap": o.map_dense,
+            "logits_all": o.logits_all,
+            "flash_attn": self.flash_attn,
+            "verbose": False,
+        }
+        if o.seed is not None:
+            arguments["seed"] = o.seed
+        return arguments
+
+    def _new_llama(self, *, no_alloc: bool) -> tuple[Any, str]:
+        """A Llama on the skeleton, with the log of its loading. Raises EngineError with llama.cpp's own words."""
+        import llama_cpp
+
+        outputs = 0 if self.options.logits_all else 1
+        with _load_lock, captured_log() as log:
+            self.native.arm()
+            try:
+                with _llama_defaults(direct=no_alloc or not self.options.map_dense, no_alloc=no_alloc, n_outputs_max=outputs):
+                    return llama_cpp.Llama(**self._llama_arguments()), "".join(log)
+            except (ValueError, RuntimeError) as e:
+                said = [line.strip() for line in log if "error" in line.lower() or "fail" in line.lower()]
+                raise EngineError(f"{self.model.skeleton}: llama.cpp cannot load it: {said[-1] if said else e}") from e
+            finally:
+                self.native.disarm()
+
+    def _fixed_sizes(self) -> FixedSizes:
+        """Ask llama.cpp what it would allocate, without allocating it."""
+        before = current_rss_bytes()
+        probe, log = self._new_llama(no_alloc=True)
+        n_vocab = int(probe.n_vocab())
+        probe.close()
+        del probe
+        self.native.unbind()
+        o = self.options
+        # llama.cpp's vocabulary: about 200 bytes a token with its maps and merges, measured (docs/LOG.md).
+        dense = self.model.dense_bytes + n_vocab * 220
+        return FixedSizes(
+            dense_bytes=dense,
+            kv_bytes=log_megabytes(log, "KV"),
+            compute_bytes=log_megabytes(log, "compute") + log_megabytes(log, "output") + n_vocab * 16,
+            scratch_bytes=self.native.scratch_bytes(self.n_ubatch, self.model.n_expert_used, o.threads()),
+            program_excess_bytes=max(0, before - PROGRAM_ALLOWANCE_BYTES) if o.charge_program else 0,
+        )
+
+    def _plan(self) -> MemoryPlan:
+        fixed = self._fixed_sizes()
+        ram = self.options.ram_bytes
+        if ram is None:
+            ram = auto_budget_bytes()
+        return plan_memory(ram, fixed, self.layout, self.model.n_expert_used)
+
+    def load(self) -> Any:
+        """Load the skeleton into memory and make the arena; returns the Llama."""
+        if self.llama is not None:
+            return self.llama
+        self._policy = make_policy(self.options.policy, self.layout, self.plan.arena_bytes)
+        self.native.set_arena(self.plan.arena_bytes)
+        self.llama, _ = self._new_llama(no_alloc=False)
+        if self.native.bound_tensors == 0:
+            raise EngineError(f"{self.model.skeleton}: llama.cpp offered no expert tensor of it to the engine")
+        self.load_seconds = time.monotonic() - self.started
+        return self.llama
+
+    def counters(self) -> Counters:
+        return self.native.counters()
+
+    @contextlib.contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Around anything that decodes: a failed decode becomes our own error, and the engine can go on after it."""
+        self.native.set_stop(False)
+        try:
+            yield
+        except RuntimeError as e:
+            raise self._recover(e) from e
+        except MoeEdgeError:
+            raise
+
+    def _recover(self, cause: RuntimeError) -> BaseException:
+        """After a failed decode: the reason as our own error; policy and KV cache set to what is really there."""
+        said = self.native.take_error()
+        raised, self.native.schedule_error = self.native.schedule_error, None
+        self.policy.reset(self.native.resident_units())
+        self.llama.reset()
+        self.llama._ctx.kv_cache_clear()
+        if isinstance(raised, (MoeEdgeError, KeyboardInterrupt)):
+            return raised
+        if raised is not None:
+            return EngineError(f"the scheduler failed: {raised!r}")
+        if self.native.stop_requested or said == "stopped":
+            return Stopped("stopped")
+        return EngineError(said or f"llama.cpp could not decode: {cause}")
+
+    def stop(self) -> None:
+        """Ask a running decode to stop; it raises Stopped from within `decoding`."""
+        self.native.set_stop(True)
+
+    def close(self) -> None:
+        if self.llama is not None:
+            self.llama.close()
+            self.llama = None
+        self.native.close()
+
+    def __enter__(self) -> Engine:
+        try:
+            self.load()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

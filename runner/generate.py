@@ -1,0 +1,220 @@
+"""Text in, text out: one generation with its statistics.
+
+Sampling, tokens and the KV cache are llama-cpp-python's; this module times them and reads the engine's counters.
+"""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe_edge.models.errors import UsageError
+from moe_edge.runner.engine import Engine
+from moe_edge.runner.memory import peak_rss_bytes
+from moe_edge.runner.native import Counters
+from moe_edge.schedulers.budget import format_bytes
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling parameters, with llama-cpp-python's names and meanings; temp 0 is greedy."""
+
+    temp: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    seed: int | None = None
+
+
+@dataclass
+class Generation:
+    """What one generation did. Times in seconds; `counters` are this generation's share.
+
+    prompt_tokens: tokens of the prompt; reused_tokens of them were in the KV cache already and not evaluated.
+    """
+
+    text: str = ""
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    generated_tokens: int = 0
+    ttft_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    finish_reason: str = "length"
+    counters: Counters = field(default_factory=Counters)
+    prefill_counters: Counters = field(default_factory=Counters)
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        evaluated = self.prompt_tokens - self.reused_tokens
+        return evaluated / self.ttft_seconds if self.ttft_seconds > 0 else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """After the first token: that one is the prefill's."""
+        return (self.generated_tokens - 1) / self.decode_seconds if self.generated_tokens > 1 else 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        return self.counters.hits / self.counters.uses if self.counters.uses else 0.0
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Expert bytes read for each token evaluated, prompt and generated."""
+        tokens = self.prompt_tokens - self.reused_tokens + max(0, self.generated_tokens - 1)
+        return self.counters.bytes_read / tokens if tokens else 0.0
+
+    def line(self) -> str:
+        """The last line of a reply."""
+        return (
+            f"[{self.generated_tokens} tokens, {self.decode_tokens_per_second:.1f} tok/s, "
+            f"first token {self.ttft_seconds:.2f} s, {100 * self.hit_rate:.0f} % expert hits, "
+            f"{format_bytes(int(self.bytes_per_token))}/token read]"
+        )
+
+    def to_json(self, engine: Engine) -> dict[str, Any]:
+        c = self.counters
+        return {
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "prompt_tokens": self.prompt_tokens,
+            "generated_tokens": self.generated_tokens,
+            "load_s": engine.load_seconds,
+            "ttft_s": self.ttft_seconds,
+            "prefill_tok_s": self.prefill_tokens_per_second,
+            "decode_tok_s": self.decode_tokens_per_second,
+            "expert_uses": c.uses,
+            "expert_hit_rate": self.hit_rate,
+            "expert_loads": c.loads,
+            "expert_evictions": c.evictions,
+            "expert_bytes_read": c.bytes_read,
+            "expert_bytes_per_token": self.bytes_per_token,
+            "stall_s": c.stall_seconds,
+            "compute_s": c.compute_seconds,
+            "schedule_s": c.schedule_seconds,
+            "low_precision_uses": 0,  # the exact policy has one level; nothing else can be asked for yet
+            "skipped_uses": 0,
+            "ram_budget_bytes": engine.plan.budget_bytes,
+            "arena_bytes": engine.plan.arena_bytes,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "policy": engine.policy.name,
+        }
+
+
+def tokenize(engine: Engine, text: str, *, special: bool = False, add_bos: bool = True) -> list[int]:
+    """Token ids of a prompt; BOS is added when the model asks for one."""
+    tokens: list[int] = engine.llama.tokenize(text.encode(), add_bos=add_bos, special=special)
+    return tokens
+
+
+def generate(
+    engine: Engine,
+    prompt: str | Sequence[int],
+    n_tokens: int,
+    sampling: Sampling | None = None,
+    *,
+    on_text: Callable[[str], None] | None = None,
+    stop: Sequence[str] = (),
+    should_stop: Callable[[], bool] | None = None,
+) -> Generation:
+    """Generate up to n_tokens; on_text gets the text as it comes. Raises UsageError when the prompt does not fit.
+
+    Stops at the model's end-of-generation token, at a stop text, when the context is full, or when should_stop()
+    turns true between tokens. Stopped, raised from a decode that was told to stop, is left to the caller.
+    """
+    tokens = tokenize(engine, prompt) if isinstance(prompt, str) else list(prompt)
+    n_ctx = int(engine.llama.n_ctx())
+    if not tokens:
+        raise UsageError("the prompt is empty; give at least one word")
+    if len(tokens) >= n_ctx:
+        raise UsageError(
+            f"the prompt has {len(tokens)} tokens but the context holds {n_ctx}; "
+            f"try --ctx-size {len(tokens) + n_tokens}"
+        )
+    out = Generation(prompt_tokens=len(tokens), reused_tokens=_common_prefix(engine, tokens))
+    writer = _TextWriter(on_text, stop)
+    before = engine.counters()
+    started = first = time.monotonic()
+    with engine.decoding():
+        for token in _tokens(engine, tokens, sampling or Sampling()):
+            now = time.monotonic()
+            if out.generated_tokens == 0:
+                first, out.ttft_seconds = now, now - started
+                out.prefill_counters = engine.counters().since(before)
+            out.decode_seconds = now - first
+            out.generated_tokens += 1
+            if _is_end(engine, token):
+                out.finish_reason = "stop"
+                break
+            if writer.add(engine.llama.detokenize([token], prev_tokens=tokens[-1:])):
+                out.finish_reason = "stop"
+                break
+            if out.generated_tokens >= n_tokens or engine.llama.n_tokens + 1 >= n_ctx:
+                break
+            if should_stop is not None and should_stop():
+                out.finish_reason = "stopped"
+                break
+    out.text = writer.finish()
+    out.counters = engine.counters().since(before)
+    return out
+
+
+def _tokens(engine: Engine, tokens: list[int], s: Sampling) -> Iterator[int]:
+    if s.seed is not None:
+        engine.llama.set_seed(s.seed)
+    generator: Iterator[int] = engine.llama.generate(
+        tokens, temp=s.temp, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, repeat_penalty=s.repeat_penalty
+    )
+    return generator
+
+
+def _common_prefix(engine: Engine, tokens: list[int]) -> int:
+    """Tokens that `Llama.generate` takes from its KV cache: the common prefix, all but the last token at most."""
+    n = 0
+    for have, want in zip(engine.llama.input_ids[: engine.llama.n_tokens].tolist(), tokens[:-1], strict=False):
+        if have != want:
+            break
+        n += 1
+    return n
+
+
+def _is_end(engine: Engine, token: int) -> bool:
+    import llama_cpp
+
+    return bool(llama_cpp.llama_vocab_is_eog(engine.llama._model.vocab, token))
+
+
+class _TextWriter:
+    """Bytes of tokens in, whole characters out; holds back what might be the start of a stop text."""
+
+    def __init__(self, on_text: Callable[[str], None] | None, stop: Sequence[str]) -> None:
+        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+        self._on_text = on_text
+        self._stop = [s for s in stop if s]
+        self._text = ""
+        self._shown = 0
+
+    def add(self, data: bytes) -> bool:
+        """True when a stop text has come; the text then ends before it."""
+        self._text += self._decode(data)
+        for s in self._stop:
+            at = self._text.find(s, max(0, self._shown - len(s)))
+            if at >= 0:
+                self._text = self._text[:at]
+                return True
+        hold = max((n for s in self._stop for n in range(1, len(s)) if self._text.endswith(s[:n])), default=0)
+        self._show(len(self._text) - hold)
+        return False
+
+    def _show(self, to: int) -> None:
+        if to > self._shown and self._on_text is not None:
+            self._on_text(self._text[self._shown : to])
+        self._shown = max(self._shown, to)
+
+    def finish(self) -> str:
+        self._text += self._decode(b"", True)
+        self._show(len(self._text))
+        return self._text

@@ -1,0 +1,369 @@
+"""The native library by ctypes: the structs of native/capi.h and one class that owns a native model.
+
+Loads the library only after llama_cpp, so that it binds to the ggml libraries that are already in the process, and
+refuses a llama-cpp-python whose backend API or ggml_tensor is not the one it was built for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable, Sequence
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint8, c_void_p
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from moe_edge.convert.store import ExpertModel
+from moe_edge.models.errors import EngineError, MissingFile, WrongLibrary
+
+WORKING_VERSION = "llama-cpp-python 0.3.36"
+ERROR_BYTES = 1024
+PROJECTION_CODES = {"up": 0, "gate": 1, "down": 2, "gate_up": 3}
+SCHEDULE_OK, SCHEDULE_STOP, SCHEDULE_ERROR = 0, 1, 2
+
+
+class PieceDesc(Structure):
+    _fields_ = [
+        ("file", c_int32),
+        ("type", c_int32),
+        ("projection", c_int32),
+        ("reserved", c_int32),
+        ("offset", c_int64),
+        ("nbytes", c_int64),
+        ("cols", c_int64),
+        ("rows", c_int64),
+    ]
+
+
+class LayerDesc(Structure):
+    _fields_ = [
+        ("layer", c_int32),
+        ("n_expert", c_int32),
+        ("n_embd", c_int32),
+        ("n_ff", c_int32),
+        ("fused", c_int32),
+        ("gated", c_int32),
+        ("bias_up", POINTER(c_float)),
+        ("bias_gate", POINTER(c_float)),
+    ]
+
+
+class Mailbox(Structure):
+    _fields_ = [
+        (name, POINTER(c_int32)) for name in ("experts", "counts", "order", "level", "victim_count", "victims")
+    ]
+
+
+SCHEDULE_FN = ctypes.CFUNCTYPE(c_int32, c_void_p, c_int32, c_int32, c_int32)
+
+
+class ModelDesc(Structure):
+    _fields_ = [
+        ("paths", POINTER(c_char_p)),
+        ("layers", POINTER(LayerDesc)),
+        ("pieces", POINTER(PieceDesc)),
+        ("n_pieces", c_int64),
+        ("n_paths", c_int32),
+        ("n_layers", c_int32),
+        ("n_levels", c_int32),
+        ("n_io_threads", c_int32),
+        ("direct_io", c_int32),
+        ("reserved", c_int32),
+        ("schedule", SCHEDULE_FN),
+        ("schedule_user", c_void_p),
+        ("mail", Mailbox),
+    ]
+
+
+_COUNTERS = (
+    "steps tokens uses hits loads evictions reads bytes_read graphs stall_ns compute_ns schedule_ns step_ns "
+    "read_busy_ns committed_bytes peak_committed_bytes direct_files"
+).split()
+
+
+class CountersStruct(Structure):
+    _fields_ = [(name, c_int64) for name in _COUNTERS]
+
+
+class AbiInfo(Structure):
+    _fields_ = [("backend_api", c_int32), ("tensor_overhead", c_int32), ("ggml_version", c_char_p)]
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Counts since the model was opened; times in seconds. See native/capi.h for what a step, use and hit are."""
+
+    steps: int = 0
+    tokens: int = 0
+    uses: int = 0
+    hits: int = 0
+    loads: int = 0
+    evictions: int = 0
+    reads: int = 0
+    bytes_read: int = 0
+    graphs: int = 0
+    stall_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    schedule_seconds: float = 0.0
+    step_seconds: float = 0.0
+    read_busy_seconds: float = 0.0
+    committed_bytes: int = 0
+    peak_committed_bytes: int = 0
+    direct_files: int = 0
+
+    def since(self, earlier: Counters) -> Counters:
+        """The difference; the committed bytes and the number of direct files stay absolute."""
+        values = {k: getattr(self, k) - getattr(earlier, k) for k in self.__dataclass_fields__}
+        for k in ("committed_bytes", "peak_committed_bytes", "direct_files"):
+            values[k] = getattr(self, k)
+        return Counters(**values)
+
+
+def _loaded_ggml_version() -> str:
+    import llama_cpp  # noqa: F401  (loads the libraries that the next line finds by name)
+
+    name = "libggml-base.so.0" if sys.platform != "darwin" else "libggml-base.0.dylib"
+    lib = ctypes.CDLL(name if sys.platform != "darwin" else str(_llama_lib_dir() / name))
+    lib.ggml_version.restype = c_char_p
+    return bytes(lib.ggml_version()).decode()
+
+
+def _llama_lib_dir() -> Path:
+    import llama_cpp
+
+    return Path(llama_cpp.__file__).parent / "lib"
+
+
+def check_abi(backend_api: int, built_overhead: int, loaded_overhead: int, built: str, loaded: str) -> None:
+    """Refuse a ggml other than the one the library was built for. Raises WrongLibrary."""
+    same_series = built.rsplit(".", 1)[0] == loaded.rsplit(".", 1)[0]
+    if same_series and built_overhead == loaded_overhead:
+        return
+    raise WrongLibrary(
+        f"moe-edge was built for ggml {built} (backend API {backend_api}, {built_overhead} bytes a tensor) but ggml "
+        f"{loaded} is installed ({loaded_overhead} bytes a tensor); pip install '{WORKING_VERSION.replace(' ', '==')}'"
+    )
+
+
+@lru_cache(maxsize=1)
+def library() -> Any:
+    """The loaded, checked and registered native library. Raises WrongLibrary or MissingFile."""
+    loaded = _loaded_ggml_version()
+    suffix = ".dylib" if sys.platform == "darwin" else ".so"
+    path = _library_path(f"libmoe_edge{suffix}")
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError as e:
+        raise WrongLibrary(
+            f"{path}: cannot be loaded beside the installed llama-cpp-python ({e}); it works with {WORKING_VERSION}"
+        ) from e
+    _declare(lib)
+    abi = AbiInfo()
+    lib.me_abi(ctypes.byref(abi))
+    check_abi(
+        abi.backend_api, abi.tensor_overhead, lib.me_loaded_tensor_overhead(), abi.ggml_version.decode(), loaded
+    )
+    error = ctypes.create_string_buffer(ERROR_BYTES)
+    if lib.me_register(error) != 0:
+        raise WrongLibrary(error.value.decode())
+    return lib
+
+
+def _library_path(name: str) -> Path:
+    import moe_edge.runner
+
+    for folder in moe_edge.runner.__path__:
+        if (Path(folder) / name).exists():
+            return Path(folder) / name
+    raise MissingFile(f"{name} is not installed with moe_edge; install the package: pip install .")
+
+
+def _declare(lib: Any) -> None:
+    model, text = c_void_p, c_char_p
+    signatures: dict[str, tuple[Any, list[Any]]] = {
+        "me_abi": (None, [POINTER(AbiInfo)]),
+        "me_loaded_tensor_overhead": (c_int32, []),
+        "me_register": (c_int32, [text]),
+        "me_model_open": (model, [POINTER(ModelDesc), text]),
+        "me_model_set_arena": (c_int32, [model, c_int64, text]),
+        "me_model_close": (None, [model]),
+        "me_model_arm": (c_int32, [model, text]),
+        "me_model_disarm": (None, [model]),
+        "me_model_unbind": (None, [model]),
+        "me_model_bound_tensors": (c_int32, [model]),
+        "me_model_counters": (None, [model, POINTER(CountersStruct)]),
+        "me_model_take_error": (c_int32, [model, text]),
+        "me_model_resident": (None, [model, POINTER(c_uint8)]),
+        "me_model_unit_bytes": (None, [model, POINTER(c_int64)]),
+        "me_model_drop_all": (None, [model]),
+        "me_model_set_stop": (None, [model, c_int32]),
+        "me_model_scratch_bytes": (c_int64, [model, c_int64, c_int32, c_int32]),
+    }
+    for name, (restype, argtypes) in signatures.items():
+        f = getattr(lib, name)
+        f.restype, f.argtypes = restype, argtypes
+
+
+class Mail:
+    """The buffers both sides use for one step. Slicing a ctypes array gives a list, which is what policies take."""
+
+    def __init__(self, max_experts: int, n_units: int) -> None:
+        self.experts = (c_int32 * max_experts)()
+        self.counts = (c_int32 * max_experts)()
+        self.order = (c_int32 * max_experts)()
+        self.level = (c_int32 * max_experts)()
+        self.victim_count = (c_int32 * max_experts)()
+        self.victims = (c_int32 * max(n_units, 1))()
+
+    def struct(self) -> Mailbox:
+        p = POINTER(c_int32)
+        return Mailbox(
+            *(
+                ctypes.cast(a, p)
+                for a in (self.experts, self.counts, self.order, self.level, self.victim_count, self.victims)
+            )
+        )
+
+
+Schedule = Callable[[int, int, list[int], list[int]], tuple[Sequence[int], Sequence[int], Sequence[Sequence[int]]]]
+
+
+class NativeModel:
+    """Owns one native model: its unit table, arena, readers and counters.
+
+    schedule(layer, n_tokens, experts, counts) -> (order, levels, victims); called on the thread that decodes. What it
+    raises is kept in `schedule_error` and fails the decode.
+    """
+
+    def __init__(
+        self, model: ExpertModel, schedule: Schedule, *, n_io_threads: int = 4, direct_io: bool = True
+    ) -> None:
+        self._lib = library()
+        self._handle: int | None = None
+        self.n_units = sum(layer.n_expert for layer in model.layers) * len(model.levels)
+        self.mail = Mail(max(layer.n_expert for layer in model.layers), self.n_units)
+        self.schedule_error: BaseException | None = None
+        self.stop_requested = False
+        self._schedule = schedule
+        self._callback = SCHEDULE_FN(self._on_step)
+        desc, keep = _describe(model)
+        desc.n_io_threads, desc.direct_io = n_io_threads, int(direct_io)
+        desc.schedule, desc.schedule_user, desc.mail = self._callback, None, self.mail.struct()
+        error = ctypes.create_string_buffer(ERROR_BYTES)
+        self._handle = self._lib.me_model_open(ctypes.byref(desc), error)
+        del keep
+        if not self._handle:
+            raise MissingFile(error.value.decode())
+
+    def _on_step(self, _user: object, layer: int, n_tokens: int, n: int) -> int:
+        if self.stop_requested:
+            return SCHEDULE_STOP
+        mail = self.mail
+        try:
+            order, levels, victims = self._schedule(layer, n_tokens, mail.experts[:n], mail.counts[:n])
+            at = 0
+            for i, gone in enumerate(victims):
+                mail.victim_count[i] = len(gone)
+                for unit in gone:
+                    mail.victims[at] = unit
+                    at += 1
+            mail.order[:n] = list(order)
+            mail.level[:n] = list(levels)
+            return SCHEDULE_OK
+        except BaseException as e:  # a callback cannot raise through C: kept, and raised after the decode
+            self.schedule_error = e
+            return SCHEDULE_ERROR
+
+    def set_arena(self, arena_bytes: int) -> None:
+        error = ctypes.create_string_buffer(ERROR_BYTES)
+        if self._lib.me_model_set_arena(self._handle, arena_bytes, error) != 0:
+            raise EngineError(error.value.decode())
+
+    def arm(self) -> None:
+        """Bind the expert stubs that llama.cpp shows from now on to this model, until disarm()."""
+        self._lib.me_model_arm(self._handle, ctypes.create_string_buffer(ERROR_BYTES))
+
+    def disarm(self) -> None:
+        self._lib.me_model_disarm(self._handle)
+
+    def unbind(self) -> None:
+        self._lib.me_model_unbind(self._handle)
+
+    @property
+    def bound_tensors(self) -> int:
+        return int(self._lib.me_model_bound_tensors(self._handle))
+
+    def counters(self) -> Counters:
+        c = CountersStruct()
+        self._lib.me_model_counters(self._handle, ctypes.byref(c))
+        values = {n: getattr(c, n) for n in _COUNTERS}
+        seconds = {n[:-3] + "_seconds": values.pop(n) * 1e-9 for n in list(values) if n.endswith("_ns")}
+        return Counters(**values, **seconds)
+
+    def take_error(self) -> str | None:
+        """The sentence of the last failure, once; None when there was none."""
+        error = ctypes.create_string_buffer(ERROR_BYTES)
+        return error.value.decode(errors="replace") if self._lib.me_model_take_error(self._handle, error) else None
+
+    def resident_units(self) -> list[int]:
+        flags = (c_uint8 * self.n_units)()
+        self._lib.me_model_resident(self._handle, flags)
+        return [i for i, f in enumerate(flags) if f]
+
+    def unit_bytes(self) -> tuple[int, ...]:
+        sizes = (c_int64 * self.n_units)()
+        self._lib.me_model_unit_bytes(self._handle, sizes)
+        return tuple(sizes)
+
+    def drop_all(self) -> None:
+        self._lib.me_model_drop_all(self._handle)
+
+    def set_stop(self, stop: bool) -> None:
+        """Ask a running decode to stop at the next expert; safe from a signal handler or another thread."""
+        self.stop_requested = stop
+        self._lib.me_model_set_stop(self._handle, int(stop))
+
+    def scratch_bytes(self, n_ubatch: int, n_used: int, n_threads: int) -> int:
+        return int(self._lib.me_model_scratch_bytes(self._handle, n_ubatch, n_used, n_threads))
+
+    def close(self) -> None:
+        if self._handle:
+            self._lib.me_model_close(self._handle)
+            self._handle = None
+
+
+def _describe(model: ExpertModel) -> tuple[ModelDesc, list[Any]]:
+    """The C description, and what must stay alive until the library has copied it."""
+    keep: list[Any] = []
+    paths = (c_char_p * len(model.files))(*(str(f).encode() for f in model.files))
+    layers = (LayerDesc * len(model.layers))()
+    pieces = (PieceDesc * len(model.pieces))()
+    at = 0
+    for i, layer in enumerate(model.layers):
+        codes = [PROJECTION_CODES[p] for p in layer.projections]
+        layers[i] = LayerDesc(
+            layer.layer, layer.n_expert, layer.n_embd, layer.n_ff, int(layer.fused), int(layer.gated),
+            _bias(model, layer.layer, "up", keep), _bias(model, layer.layer, "gate", keep),
+        )  # fmt: skip
+        for _ in range(layer.n_expert * len(model.levels)):
+            for code in codes:
+                p = model.pieces[at]
+                pieces[at] = PieceDesc(p.file, p.type, code, 0, p.offset, p.nbytes, p.cols, p.rows)
+                at += 1
+    desc = ModelDesc(paths, layers, pieces, len(pieces), len(model.files), len(model.layers), len(model.levels))
+    keep += [paths, layers, pieces]
+    return desc, keep
+
+
+def _bias(model: ExpertModel, layer: int, projection: str, keep: list[Any]) -> Any:
+    piece = model.biases.get((layer, projection))
+    if piece is None:
+        return POINTER(c_float)()
+    with open(model.files[piece.file], "rb") as f:
+        f.seek(piece.offset)
+        data = f.read(piece.nbytes)
+    values = (c_float * (piece.nbytes // 4)).from_buffer_copy(data)
+    keep.append(values)
+    return ctypes.cast(values, POINTER(c_float))

@@ -1,0 +1,69 @@
+"""What a policy knows about the model: which units exist and how many bytes each takes in memory.
+
+A unit is one expert of one MoE layer at one precision level; units are numbered layer by layer, expert by expert,
+level by level, as in native/model.h. Levels are opaque indices, 0 is the highest precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+
+class ExpertKey(NamedTuple):
+    """One expert: position among the MoE layers (not the block number), and index in the layer."""
+
+    layer: int
+    expert: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """n_experts: experts of each MoE layer. unit_bytes: resident bytes of each unit, in whole pages."""
+
+    n_experts: tuple[int, ...]
+    n_levels: int
+    unit_bytes: tuple[int, ...]
+    first_unit: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        starts = [0, *accumulate(n * self.n_levels for n in self.n_experts)]
+        if starts[-1] != len(self.unit_bytes):
+            raise ValueError(f"{len(self.unit_bytes)} unit sizes for {starts[-1]} units")
+        object.__setattr__(self, "first_unit", tuple(starts[:-1]))
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.n_experts)
+
+    def unit(self, key: ExpertKey, level: int = 0) -> int:
+        return self.first_unit[key.layer] + key.expert * self.n_levels + level
+
+    def layer_units(self, layer: int) -> range:
+        start = self.first_unit[layer]
+        return range(start, start + self.n_experts[layer] * self.n_levels)
+
+    def largest_bytes(self, layer: int) -> int:
+        """Bytes of the largest unit of one layer."""
+        return max(self.unit_bytes[u] for u in self.layer_units(layer))
+
+    @property
+    def total_bytes(self) -> int:
+        """All experts resident at the highest level."""
+        return sum(self.unit_bytes[:: self.n_levels])
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The answer for one MoE layer and micro-batch.
+
+    order: permutation of the asked experts' positions, the order to fetch in. levels: precision level of each step.
+    victims: for each step, the units to evict before its read starts. A victim may be an expert of an earlier step;
+    the engine evicts it once it has been computed.
+    """
+
+    order: Sequence[int]
+    levels: Sequence[int]
+    victims: Sequence[Sequence[int]]

@@ -1,0 +1,63 @@
+"""Shared fixtures: a private cache, tiny random models made once, and engines at named budgets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from moe_edge.runner.engine import Engine, EngineOptions
+from moe_edge.runner.show import NO_LIMIT
+from random_models import write_random_model
+
+BUDGETS = ("floor", "middle", "resident")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Skeletons of stock GGUFs go to a folder of the test run, for this process and its children."""
+    folder = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("MOE_EDGE_CACHE")
+    os.environ["MOE_EDGE_CACHE"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["MOE_EDGE_CACHE"]
+    else:
+        os.environ["MOE_EDGE_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """random_model(architecture) -> a tiny random GGUF of it, made once."""
+    folder = tmp_path_factory.mktemp("models")
+    made: dict[str, Path] = {}
+
+    def make(arch: str) -> Path:
+        if arch not in made:
+            made[arch] = write_random_model(folder / f"{arch}.gguf", arch)
+        return made[arch]
+
+    return make
+
+
+def budget_bytes(path: Path, name: str, options: EngineOptions) -> int:
+    """A budget by name for this model and these options: the floor, all resident, or half way."""
+    from dataclasses import replace
+
+    engine = Engine(path, replace(options, ram_bytes=NO_LIMIT))
+    plan = engine.plan
+    engine.close()
+    return {
+        "floor": plan.floor_bytes,
+        "middle": (plan.floor_bytes + plan.resident_bytes) // 2,
+        "resident": plan.resident_bytes,
+    }[name]
+
+
+def open_engine(path: Path, budget: str, **options: object) -> Engine:
+    """An engine, not loaded yet, at a named budget."""
+    from dataclasses import replace
+
+    o = EngineOptions(**options)  # type: ignore[arg-type]
+    return Engine(path, replace(o, ram_bytes=budget_bytes(path, budget, o)))

@@ -1,0 +1,139 @@
+"""Logits of stock llama.cpp, the reference our engine is measured against.
+
+Uses the ctypes layer of llama-cpp-python, because `Llama` cannot switch off `use_extra_bufts`: with it
+llama.cpp repacks weights, and on the machine these tests were made on it dies in AMX code.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float32]
+
+
+def stock_logits(
+    path: str | os.PathLike[str],
+    tokens: Sequence[int],
+    n_ubatch: int = 512,
+    n_threads: int = 2,
+    all_positions: bool = True,
+    *,
+    flash_attention: bool = False,
+    n_batch: int | None = None,
+    n_ctx: int | None = None,
+) -> FloatArray:
+    """Logits after each of the tokens, or after the last, from stock llama.cpp on the CPU.
+
+    n_batch: tokens given to one llama_decode, default n_ubatch. n_ctx: default, room for the tokens.
+    Returns (n_tokens, n_vocab), or (1, n_vocab) without all_positions; owned by the caller.
+    Raises RuntimeError if llama.cpp refuses the model or fails in a decode; some bad models end the process.
+    """
+    n_batch = max(n_batch or 0, n_ubatch)
+    with (
+        stock_model(path) as model,
+        stock_context(
+            model,
+            n_ctx=n_ctx or max(256, len(tokens)),
+            n_batch=n_batch,
+            n_ubatch=n_ubatch,
+            n_threads=n_threads,
+            flash_attention=flash_attention,
+        ) as ctx,
+    ):
+        return logits_of_context(ctx, model, tokens, n_batch, all_positions)
+
+
+@contextmanager
+def stock_model(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """A llama_model read into memory (no mmap), without repacking, on the CPU; freed at the end."""
+    llama_cpp.llama_backend_init()
+    params = llama_cpp.llama_model_default_params()
+    params.n_gpu_layers = 0
+    params.use_extra_bufts = False
+    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+    model = llama_cpp.llama_model_load_from_file(os.fsencode(Path(path)), params)
+    if not model:
+        raise RuntimeError(f"{path}: stock llama.cpp does not load it")
+    try:
+        yield model
+    finally:
+        llama_cpp.llama_model_free(model)
+
+
+@contextmanager
+def stock_context(
+    model: Any,
+    *,
+    n_ctx: int = 256,
+    n_batch: int = 512,
+    n_ubatch: int = 512,
+    n_threads: int = 2,
+    flash_attention: bool = False,
+) -> Iterator[Any]:
+    """A llama_context of the model; freed at the end."""
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = n_ctx
+    params.n_batch = n_batch
+    params.n_ubatch = n_ubatch
+    params.n_threads = n_threads
+    params.n_threads_batch = n_threads
+    params.flash_attn_type = int(flash_attention)  # LLAMA_FLASH_ATTN_TYPE_DISABLED 0, _ENABLED 1
+    ctx = llama_cpp.llama_init_from_model(model, params)
+    if not ctx:
+        raise RuntimeError(f"llama.cpp makes no context: {n_ctx=}, {n_batch=}, {n_ubatch=}")
+    try:
+        yield ctx
+    finally:
+        llama_cpp.llama_free(ctx)
+
+
+def logits_of_context(
+    ctx: Any, model: Any, tokens: Sequence[int], n_batch: int, all_positions: bool = True
+) -> FloatArray:
+    """Logits of the tokens as one sequence from position 0; what the context held before is forgotten.
+
+    ctx, model: llama_context and llama_model, also those of a `Llama`: llama._ctx.ctx, llama._model.model.
+    n_batch: tokens given to one llama_decode; at most the context's own n_batch.
+    Returns (n_tokens, n_vocab), or (1, n_vocab) without all_positions; owned by the caller.
+    Raises RuntimeError with llama_decode's status when it is not 0.
+    """
+    n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(ctx), True)
+    wanted = range(len(tokens)) if all_positions else range(len(tokens) - 1, len(tokens))
+    rows: list[FloatArray] = []
+    batch = llama_cpp.llama_batch_init(n_batch, 0, 1)
+    try:
+        for first in range(0, len(tokens), n_batch):
+            positions = range(first, min(first + n_batch, len(tokens)))
+            _fill(batch, tokens, positions, wanted)
+            status = llama_cpp.llama_decode(ctx, batch)
+            if status != 0:
+                raise RuntimeError(f"llama_decode returned {status} at token {first} of {len(tokens)}")
+            rows += [_row(ctx, i, n_vocab) for i, position in enumerate(positions) if position in wanted]
+    finally:
+        llama_cpp.llama_batch_free(batch)
+    return np.stack(rows)
+
+
+def _fill(batch: Any, tokens: Sequence[int], positions: range, wanted: range) -> None:
+    batch.n_tokens = len(positions)
+    for i, position in enumerate(positions):
+        batch.token[i] = int(tokens[position])
+        batch.pos[i] = position
+        batch.n_seq_id[i] = 1
+        batch.seq_id[i][0] = 0
+        batch.logits[i] = position in wanted
+
+
+def _row(ctx: Any, i: int, n_vocab: int) -> FloatArray:
+    pointer = llama_cpp.llama_get_logits_ith(ctx, i)
+    row: FloatArray = np.ctypeslib.as_array(pointer, shape=(n_vocab,)).copy()
+    return row

@@ -1,0 +1,146 @@
+"""The budget is kept: measured in a memory cgroup of --ram + 64 MiB, page cache included."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from random_models import write_big_model
+
+MIB = 1 << 20
+ALLOWANCE = 64 * MIB
+
+
+@dataclass
+class Cgroup:
+    """A memory cgroup with a limit; v1 or v2."""
+
+    folder: Path
+    v2: bool
+
+    def limit(self, n: int) -> None:
+        (self.folder / ("memory.max" if self.v2 else "memory.limit_in_bytes")).write_text(str(n))
+
+    def stat(self, name: str) -> int:
+        for line in (self.folder / "memory.stat").read_text().splitlines():
+            if line.split()[0] == name:
+                return int(line.split()[1])
+        raise KeyError(name)
+
+    def file_pages_bytes(self) -> int:
+        """Page cache charged to the group."""
+        return self.stat("file" if self.v2 else "cache")
+
+    def peak_bytes(self) -> int:
+        name = "memory.peak" if self.v2 else "memory.max_usage_in_bytes"
+        return int((self.folder / name).read_text())
+
+    def run(self, args: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
+        procs = self.folder / "cgroup.procs"
+
+        def enter() -> None:
+            procs.write_text(str(os.getpid()))
+
+        return subprocess.run(  # type: ignore[call-overload,no-any-return]
+            args, preexec_fn=enter, capture_output=True, text=True, check=False, **kwargs
+        )
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Cgroup]:
+    v1, v2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    try:
+        if (v1 / "memory.limit_in_bytes").exists():
+            group = Cgroup(v1 / f"moe-edge-test-{os.getpid()}", False)
+        elif "memory" in (v2 / "cgroup.subtree_control").read_text().split():
+            group = Cgroup(v2 / f"moe-edge-test-{os.getpid()}", True)
+        else:
+            pytest.skip("no memory cgroup can be made here: the memory controller is not delegated")
+        group.folder.mkdir()
+        group.limit(1 << 40)
+    except OSError as e:
+        pytest.skip(f"no memory cgroup can be made here: {e}")
+    yield group
+    for _ in range(50):
+        try:
+            group.folder.rmdir()
+            return
+        except OSError:
+            time.sleep(0.1)
+
+
+def cached_bytes(path: Path) -> int:
+    """Bytes of a file that are in the page cache, by mincore(2)."""
+    size = path.stat().st_size
+    libc = ctypes.CDLL(None, use_errno=True)
+    protection = mmap.PROT_READ | mmap.PROT_WRITE  # ctypes takes the address of writable buffers only
+    with open(path, "rb") as f, mmap.mmap(f.fileno(), size, prot=protection, flags=mmap.MAP_PRIVATE) as m:
+        pages = (ctypes.c_ubyte * (-(-size // mmap.PAGESIZE)))()
+        view = ctypes.c_char.from_buffer(m)
+        status = libc.mincore(ctypes.c_void_p(ctypes.addressof(view)), ctypes.c_size_t(size), pages)
+        del view
+        assert status == 0, os.strerror(ctypes.get_errno())
+    return sum(p & 1 for p in pages) * mmap.PAGESIZE
+
+
+@pytest.mark.cgroup
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory cgroups are Linux's")
+def test_a_gigabyte_of_experts_runs_in_a_third_of_it_and_nothing_is_left_in_the_page_cache(
+    tmp_path: Path, cgroup: Cgroup
+) -> None:
+    model = write_big_model(tmp_path / "big.gguf", n_layer=6, n_expert=64, n_embd=2048, n_ff=768, n_used=8)
+    moe_edge = [sys.executable, "-m", "moe_edge.runner.cli"]
+    shown = subprocess.run([*moe_edge, "show", str(model), "--json"], capture_output=True, check=True).stdout
+    facts = json.loads(shown)
+    assert facts["expert_bytes"] >= 1_000_000_000
+    os.sync()
+    with open(model, "rb") as f:
+        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    cached_before = cached_bytes(model)
+
+    ram = facts["expert_bytes"] // 3
+    assert facts["ram_floor_bytes"] < ram < facts["ram_resident_bytes"]
+    cgroup.limit(ram + ALLOWANCE)
+    prompt = "It was a bright cold day in April, and the clocks were striking thirteen. " * 4
+    arguments = ["-p", prompt, "-n", "24", "--temp", "0", "--ram", str(ram), "--json"]
+    done = cgroup.run([*moe_edge, "generate", str(model), *arguments])
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+
+    assert result["ram_budget_bytes"] == ram
+    assert result["prompt_tokens"] > 200 and result["generated_tokens"] > 1
+    assert result["expert_evictions"] > 100, "this budget was meant to force evictions"
+    assert result["peak_rss_bytes"] <= ram + ALLOWANCE
+    assert cgroup.peak_bytes() <= ram + ALLOWANCE
+    # file pages: Python and the libraries, read once; none of the experts
+    assert cgroup.file_pages_bytes() <= ALLOWANCE
+    assert cached_bytes(model) <= cached_before + 4 * MIB
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs /proc/self/io")
+def test_what_is_read_before_the_first_token_does_not_grow_with_the_experts(tmp_path: Path) -> None:
+    """Same layers and dense weights, four times the experts' bytes: loading reads the same."""
+    read = {}
+    for name, n_ff in (("one", 256), ("four", 1024)):
+        model = write_big_model(tmp_path / f"{name}.gguf", n_layer=4, n_expert=64, n_embd=1024, n_ff=n_ff, n_used=4)
+        code = (
+            "import sys; from moe_edge.runner.engine import Engine, EngineOptions\n"
+            "with Engine(sys.argv[1], EngineOptions(ram_bytes=1 << 33, n_ctx=256, n_ubatch=32)) as e:\n"
+            "    print(open('/proc/self/io').read().split()[1], e.counters().bytes_read)"
+        )
+        for _ in range(2):  # the second run finds the skeleton made
+            out = subprocess.run([sys.executable, "-c", code, str(model)], capture_output=True, text=True, check=True)
+        read[name], experts = (int(n) for n in out.stdout.split())
+        assert experts == 0
+    assert abs(read["four"] - read["one"]) < 1 * MIB
