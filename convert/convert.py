@@ -9,8 +9,8 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,14 +164,10 @@ def _write_both(
 ) -> str:
     """Write, check and name both files, the store first. Returns the store id."""
     with SourceFiles() as files, store, skeleton:
-        for data in converted(plan.store_tensors, files, threads):
-            store.write(data)
-            advance(len(data))
+        _fill(store, converted(plan.store_tensors, files, threads), advance)
         identity = seal_store(store)
         skeleton.patch(STORE_ID, kv_string(STORE_ID, identity))
-        for data in _skeleton_data(plan, files, threads):
-            skeleton.write(data)
-            advance(len(data))
+        _fill(skeleton, _skeleton_data(plan, files, threads), advance)
         skeleton.finish()
         store.verify()
         skeleton.verify()
@@ -184,7 +180,15 @@ def _write_both(
     return identity
 
 
-def _skeleton_data(plan: ConvertPlan, files: SourceFiles, threads: int) -> Iterator[bytes]:
+def _fill(output: GGUFOutput, pieces: Generator[bytes, None, None], advance: Callable[[int], None]) -> None:
+    """Write all pieces. However it ends, no thread reads the sources afterwards."""
+    with closing(pieces):
+        for data in pieces:
+            output.write(data)
+            advance(len(data))
+
+
+def _skeleton_data(plan: ConvertPlan, files: SourceFiles, threads: int) -> Generator[bytes, None, None]:
     yield from converted(plan.dense, files, threads)
     for stub in plan.stubs:
         yield from stub_data(stub.nbytes)

@@ -29,7 +29,16 @@ from moe_edge.convert.skeleton import (
     stub_specs,
 )
 from moe_edge.convert.source import FORMAT_VERSION, KIND, STORE_ID, STORE_SUFFIX, find_model
-from moe_edge.convert.write import GGUFOutput, TensorSpec, crc_of_range, kv_string, kv_strings, kv_u32, kv_u32s
+from moe_edge.convert.write import (
+    GGUFOutput,
+    TensorSpec,
+    crc_of_range,
+    drop_cache,
+    kv_string,
+    kv_strings,
+    kv_u32,
+    kv_u32s,
+)
 from moe_edge.models.errors import BadChecksum, BadFile, MissingFile, UsageError, WrongStore
 
 STORE_KIND = "experts"
@@ -97,8 +106,10 @@ def open_model(
         opened = _open_in_place(model, read_gguf(skeleton_of(model, cache_dir)))
     else:
         opened = _open_skeleton(model.parts[0])
+    if verify and opened.in_place:
+        raise UsageError(f"{opened.files[0]}: a stock GGUF carries no checksums; convert it to have them")
     if verify:
-        verify_checksums(opened)
+        verify_store(opened.files[0])
     return opened
 
 
@@ -107,31 +118,31 @@ def store_path(skeleton: Path) -> Path:
     return skeleton.with_name(skeleton.name.removesuffix(".gguf") + STORE_SUFFIX)
 
 
-def verify_checksums(model: ExpertModel) -> None:
-    """Read every expert and compare its CRC-32. Raises BadChecksum naming the tensor, UsageError for a stock GGUF."""
-    if model.checksums is None:
-        raise UsageError(f"{model.files[0]}: a stock GGUF carries no checksums; convert it to have them")
-    for piece, checksum in zip(model.pieces, model.checksums, strict=True):
-        path = model.files[piece.file]
-        try:
-            with open(path, "rb", buffering=0) as file:
-                found = crc_of_range(file.fileno(), piece.offset, piece.nbytes)
-        except OSError as error:
-            raise unreadable(path, error) from error
-        if found != checksum:
-            raise BadChecksum(
-                f"{path}: tensor '{piece.name}' has CRC-32 {found:08x}, its checksum is {checksum:08x}; "
-                "the file was altered: convert or download it again"
-            )
+def verify_store(path: Path) -> None:
+    """Read every tensor of a store and compare its CRC-32. Raises BadChecksum naming the first that differs."""
+    store = read_gguf(path)
+    checksums = _checksums(store)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            for entry in store.tensors.values():
+                found, needed = crc_of_range(file.fileno(), entry.offset, entry.nbytes), checksums[entry.name]
+                if found != needed:
+                    raise BadChecksum(
+                        f"{path}: tensor '{entry.name}' has CRC-32 {found:08x}, its checksum is {needed:08x}; "
+                        "the file was altered: convert or download it again"
+                    )
+            drop_cache(file.fileno())
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def store_id(specs: Iterable[TensorSpec | TensorEntry], checksums: Iterable[int]) -> str:
     """32 hex digits over the names, types, shapes and checksums of a store's tensors (docs/FORMAT.md)."""
-    digest = hashlib.sha256()
-    for spec, checksum in zip(specs, checksums, strict=True):
-        shape = ",".join(str(size) for size in spec.shape)
-        digest.update(f"{spec.name} {spec.type} {shape} {checksum:08x}\n".encode())
-    return digest.hexdigest()[:32]
+    lines = [
+        f"{spec.name} {spec.type} {','.join(map(str, spec.shape))} {checksum:08x}\n"
+        for spec, checksum in zip(specs, checksums, strict=True)
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
 
 
 def new_store(
@@ -192,7 +203,7 @@ def _open_in_place(model: GGUFModel, skeleton: GGUFFile) -> ExpertModel:
         homes = [(each, index[stacked.weights[layer.layer, each].path]) for each in layer.projections]
         for expert in range(layer.n_expert):
             pieces += [stacked.piece(layer.layer, expert, projection, file) for projection, file in homes]
-    biases = {key: _bias_piece(entry, index[entry.path]) for key, entry in stacked.biases.items()}
+    biases = {key: _piece(entry, index[entry.path]) for key, entry in stacked.biases.items()}
     return _make_model(skeleton, files, stacked.layers, (HIGH,), pieces, biases, None)
 
 
@@ -228,6 +239,8 @@ def _open_store(skeleton: GGUFFile) -> ExpertModel:
     if experts:
         raise BadFile(f"{path}: tensor '{next(iter(experts.values())).name}' belongs to no expert")
     _check_shapes(layers, levels, pieces, path)
+    if store_id(store.tensors.values(), checksums.values()) != found:
+        raise BadChecksum(f"{path}: its list of tensors was altered: it does not give the store id {found}")
     return _make_model(skeleton, (path,), layers, levels, pieces, biases, tuple(piece_checksums))
 
 
@@ -279,7 +292,7 @@ def _sort_tensors(store: GGUFFile) -> tuple[dict[Key, TensorEntry], dict[tuple[i
         if match := _EXPERT.fullmatch(name):
             experts[int(match[1]), int(match[3]), LOW if match[4] else HIGH, match[2]] = entry
         elif match := _BIAS.fullmatch(name):
-            biases[int(match[1]), match[2]] = _bias_piece(entry, 0)
+            biases[int(match[1]), match[2]] = _piece(entry)
         else:
             raise BadFile(f"{store.path}: tensor '{name}' is not one of an expert store")
         if len(entry.shape) != 2:
@@ -323,9 +336,5 @@ def _checksums(store: GGUFFile) -> dict[str, int]:
     return dict(zip(store.tensors, values, strict=True))
 
 
-def _piece(entry: TensorEntry) -> Piece:
-    return Piece(0, entry.offset, entry.nbytes, entry.type, entry.shape[0], entry.shape[1], entry.name)
-
-
-def _bias_piece(entry: TensorEntry, file: int) -> Piece:
+def _piece(entry: TensorEntry, file: int = 0) -> Piece:
     return Piece(file, entry.offset, entry.nbytes, entry.type, entry.shape[0], entry.shape[1], entry.name)

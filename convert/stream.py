@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -70,11 +70,12 @@ class SourceFiles:
         return cut_tensor(entry.path, entry.name, entry.offset, entry.nbytes, entry.path.stat().st_size)
 
 
-def converted(tensors: Iterable[PlannedTensor], files: SourceFiles, threads: int) -> Iterator[bytes]:
+def converted(tensors: Iterable[PlannedTensor], files: SourceFiles, threads: int) -> Generator[bytes, None, None]:
     """The bytes of all tensors in order, each converted to its planned type, in pieces that never span two tensors.
 
     Works on a few pieces at a time in `threads` threads, so memory is bounded whatever the size of the tensors:
-    about 30 MiB for each thread. Raises CutFile, MissingFile, BadFile for values a type cannot store.
+    about 30 MiB for each thread. Close the generator before `files`.
+    Raises CutFile, MissingFile, BadFile for values a type cannot store.
     """
     from moe_edge.convert.quantize import prepare  # numpy: not for the runtime, which only copies
 

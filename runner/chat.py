@@ -89,20 +89,27 @@ def chat_template(engine: Engine) -> Any:
     )
 
 
-@contextlib.contextmanager
-def stop_on_interrupt(engine: Engine) -> Iterator[list[bool]]:
-    """Inside, Ctrl-C stops the reply: a decode ends at the next expert; the list's first item tells."""
-    stopped = [False]
+@dataclass
+class Interrupt:
+    """Ctrl-C while a reply is made: the reply ends after the present token; before the first token, or when pressed
+    again, at the next expert, which costs the KV cache."""
 
-    def on_signal(_number: int, _frame: FrameType | None) -> None:
-        stopped[0] = True
-        engine.stop()
+    engine: Engine
+    pressed: int = 0
+    replying: bool = False  # a token has come
 
-    previous = signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield stopped
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self.pressed += 1
+        if not self.replying or self.pressed > 1:
+            self.engine.stop()
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        previous = signal.signal(signal.SIGINT, self._on_signal)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
 
 
 @dataclass
@@ -130,18 +137,20 @@ class Chat:
         if dropped:
             self.say(f"(the context is full: {dropped} of the oldest messages are no longer seen)")
         shown: list[str] = []
+        interrupt = Interrupt(self.engine)
 
         def show(text: str) -> None:
+            interrupt.replying = True
             shown.append(text)
             self.out.write(text)
             self.out.flush()
 
         result: Generation | None = None
         try:
-            with stop_on_interrupt(self.engine) as stopped:
+            with interrupt.caught():
                 result = generate(
                     self.engine, tokens, self.n_tokens, self.sampling,
-                    on_text=show, stop=stop, should_stop=lambda: stopped[0],
+                    on_text=show, stop=stop, should_stop=lambda: interrupt.pressed > 0,
                 )  # fmt: skip
         except Stopped:
             pass

@@ -189,7 +189,7 @@ def show(model: str | None, as_json: bool, n_ctx: int, n_ubatch: int, n_threads:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The skeleton to write; the store goes beside.")
 @click.option("--type", "type_", help="Quantize the experts to this ggml type (Q4_K, Q8_0, ...). Default: keep.")
-@click.option("--dense-type", help="Quantize the dense matrices to this type. Default: Q8_0 with --type, else keep.")
+@click.option("--dense-type", help="Type of the dense matrices. Default: Q8_0 when --type quantizes a checkpoint.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--force", is_flag=True, help="Replace files that exist.")
 @click.option("--json", "as_json", is_flag=True)

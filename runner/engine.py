@@ -26,6 +26,9 @@ from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES, FixedSizes,
 from moe_edge.schedulers.layout import Layout
 from moe_edge.schedulers.policy import Policy, make_policy
 
+# llama.cpp's vocabulary with its maps and merges, and ours of the header: measured at 151,936 tokens (docs/LOG.md).
+VOCAB_BYTES_PER_TOKEN = 400
+
 MICRO_BATCH = 512  # large, since every micro-batch reads the experts it touches once
 
 
@@ -89,10 +92,10 @@ def _llama_defaults(*, direct: bool, no_alloc: bool, n_outputs_max: int) -> Iter
     load_mode 4: direct I/O, so that dense weights leave nothing in the page cache. n_outputs_max 1: one row of
     logits in the compute buffer instead of one for each token of a micro-batch (297 MiB at 151,936 tokens).
     """
-    import llama_cpp
     from llama_cpp import _internals
+    from llama_cpp import llama_cpp as bindings  # the module whose names `Llama` looks up
 
-    model_defaults, context_defaults = llama_cpp.llama_model_default_params, llama_cpp.llama_context_default_params
+    model_defaults, context_defaults = bindings.llama_model_default_params, bindings.llama_context_default_params
     make_model = _internals.LlamaModel
 
     def model_params() -> Any:
@@ -108,19 +111,17 @@ def _llama_defaults(*, direct: bool, no_alloc: bool, n_outputs_max: int) -> Iter
 
     def load(*args: Any, **kwargs: Any) -> Any:  # Llama overwrites load_mode after it took the defaults
         if direct:
-            kwargs["params"].load_mode = llama_cpp.LLAMA_LOAD_MODE_DIRECT_IO
+            kwargs["params"].load_mode = bindings.LLAMA_LOAD_MODE_DIRECT_IO
         return make_model(*args, **kwargs)
 
-    llama_cpp.llama_cpp.llama_model_default_params = model_params
-    llama_cpp.llama_model_default_params = model_params
-    llama_cpp.llama_context_default_params = context_params
+    bindings.llama_model_default_params = model_params
+    bindings.llama_context_default_params = context_params
     _internals.LlamaModel = load
     try:
         yield
     finally:
-        llama_cpp.llama_cpp.llama_model_default_params = model_defaults
-        llama_cpp.llama_model_default_params = model_defaults
-        llama_cpp.llama_context_default_params = context_defaults
+        bindings.llama_model_default_params = model_defaults
+        bindings.llama_context_default_params = context_defaults
         _internals.LlamaModel = make_model
 
 
@@ -232,10 +233,11 @@ class Engine:
         import llama_cpp
 
         outputs = 0 if self.options.logits_all else 1
+        direct = no_alloc or not self.options.map_dense  # llama.cpp aborts on a mapped load that allocates nothing
         with _load_lock, captured_log() as log:
             self.native.arm()
             try:
-                with _llama_defaults(direct=no_alloc or not self.options.map_dense, no_alloc=no_alloc, n_outputs_max=outputs):
+                with _llama_defaults(direct=direct, no_alloc=no_alloc, n_outputs_max=outputs):
                     return llama_cpp.Llama(**self._llama_arguments()), "".join(log)
             except (ValueError, RuntimeError) as e:
                 said = [line.strip() for line in log if "error" in line.lower() or "fail" in line.lower()]
@@ -252,8 +254,7 @@ class Engine:
         del probe
         self.native.unbind()
         o = self.options
-        # llama.cpp's vocabulary: about 200 bytes a token with its maps and merges, measured (docs/LOG.md).
-        dense = self.model.dense_bytes + n_vocab * 220
+        dense = self.model.dense_bytes + n_vocab * VOCAB_BYTES_PER_TOKEN
         return FixedSizes(
             dense_bytes=dense,
             kv_bytes=log_megabytes(log, "KV"),
@@ -288,12 +289,11 @@ class Engine:
     def decoding(self) -> Iterator[None]:
         """Around anything that decodes: a failed decode becomes our own error, and the engine can go on after it."""
         self.native.set_stop(False)
-        try:
-            yield
-        except RuntimeError as e:
-            raise self._recover(e) from e
-        except MoeEdgeError:
-            raise
+        with captured_log():  # what llama.cpp has to say of a failed decode is said better by the engine
+            try:
+                yield
+            except RuntimeError as e:
+                raise self._recover(e) from e
 
     def _recover(self, cause: RuntimeError) -> BaseException:
         """After a failed decode: the reason as our own error; policy and KV cache set to what is really there."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_edge.models.errors import UsageError
+from moe_edge.models.errors import Stopped, UsageError
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.memory import peak_rss_bytes
 from moe_edge.runner.native import Counters
@@ -122,8 +122,8 @@ def generate(
 ) -> Generation:
     """Generate up to n_tokens; on_text gets the text as it comes. Raises UsageError when the prompt does not fit.
 
-    Stops at the model's end-of-generation token, at a stop text, when the context is full, or when should_stop()
-    turns true between tokens. Stopped, raised from a decode that was told to stop, is left to the caller.
+    Stops at the model's end-of-generation token, at a stop text, when the context is full, when should_stop() turns
+    true between tokens, or when the engine is told to stop. Raises Stopped only when no token had come by then.
     """
     tokens = tokenize(engine, prompt) if isinstance(prompt, str) else list(prompt)
     n_ctx = int(engine.llama.n_ctx())
@@ -138,25 +138,28 @@ def generate(
     writer = _TextWriter(on_text, stop)
     before = engine.counters()
     started = first = time.monotonic()
-    with engine.decoding():
-        for token in _tokens(engine, tokens, sampling or Sampling()):
-            now = time.monotonic()
-            if out.generated_tokens == 0:
-                first, out.ttft_seconds = now, now - started
-                out.prefill_counters = engine.counters().since(before)
-            out.decode_seconds = now - first
-            out.generated_tokens += 1
-            if _is_end(engine, token):
-                out.finish_reason = "stop"
-                break
-            if writer.add(engine.llama.detokenize([token], prev_tokens=tokens[-1:])):
-                out.finish_reason = "stop"
-                break
-            if out.generated_tokens >= n_tokens or engine.llama.n_tokens + 1 >= n_ctx:
-                break
-            if should_stop is not None and should_stop():
-                out.finish_reason = "stopped"
-                break
+    try:
+        with engine.decoding():
+            for token in _tokens(engine, tokens, sampling or Sampling()):
+                now = time.monotonic()
+                if out.generated_tokens == 0:
+                    first, out.ttft_seconds = now, now - started
+                    out.prefill_counters = engine.counters().since(before)
+                out.decode_seconds = now - first
+                out.generated_tokens += 1
+                ended = _is_end(engine, token)
+                if ended or writer.add(engine.llama.detokenize([token], prev_tokens=tokens[-1:])):
+                    out.finish_reason = "stop"
+                    break
+                if out.generated_tokens >= n_tokens or engine.llama.n_tokens + 1 >= n_ctx:
+                    break
+                if should_stop is not None and should_stop():
+                    out.finish_reason = "stopped"
+                    break
+    except Stopped:
+        if out.generated_tokens == 0:
+            raise
+        out.finish_reason = "stopped"
     out.text = writer.finish()
     out.counters = engine.counters().since(before)
     return out

@@ -110,7 +110,7 @@ def plan_memory(budget_bytes: int, fixed: FixedSizes, layout: Layout, top_k: int
     working_set = fixed.total_bytes + arena_working_set_bytes(layout, top_k)
     if budget_bytes < floor:
         raise BudgetTooSmall(
-            f"--ram {format_arg(budget_bytes)} is too small: this model needs {format_bytes(floor)} "
+            f"--ram {budget_bytes // MIB}MiB is too small: this model needs {format_arg(floor)} "
             f"(dense {format_bytes(fixed.dense_bytes)}, KV cache {format_bytes(fixed.kv_bytes)}, "
             f"compute {format_bytes(fixed.compute_bytes + fixed.scratch_bytes + fixed.program_excess_bytes)}, "
             f"experts {format_bytes(arena_floor_bytes(layout))}); "

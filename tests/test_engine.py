@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import open_engine
 from moe_edge.models.errors import BudgetTooSmall, EngineError, Stopped, WrongLibrary
-from moe_edge.runner.engine import Engine, EngineOptions, log_megabytes
+from moe_edge.runner.engine import Engine, EngineOptions, attention_defaults, log_megabytes
 from moe_edge.runner.generate import Sampling, generate
 from moe_edge.runner.native import check_abi
 from random_models import Shape, write_random_model
@@ -184,3 +184,19 @@ def test_another_ggml_is_refused_with_the_version_that_works() -> None:
         check_abi(2, 368, 368, "0.25.3", "0.26.0")
     with pytest.raises(WrongLibrary, match="400 bytes a tensor"):
         check_abi(2, 368, 400, "0.25.3", "0.25.3")
+
+
+def test_the_compute_buffer_has_room_for_one_row_of_logits_only(tmp_path: Path) -> None:
+    path = write_random_model(tmp_path / "m.gguf", "olmoe", Shape(n_vocab=8192))
+    engine = open_engine(path, "resident", n_ctx=512, n_ubatch=512, n_threads=2)
+    compute_bytes = engine.plan.fixed.compute_bytes
+    engine.close()
+    every = open_engine(path, "resident", n_ctx=512, n_ubatch=512, n_threads=2, logits_all=True)
+    assert every.plan.fixed.compute_bytes - compute_bytes > 511 * 8192 * 4
+    every.close()
+
+
+def test_attention_defaults_depend_on_the_model_and_the_context_alone() -> None:
+    assert attention_defaults(4096, 32, 17 << 30) == (True, 512)  # Qwen3-30B-A3B
+    assert attention_defaults(2048, 4, 13 << 20) == (False, 128)  # the embedded model
+    assert attention_defaults(256, 4, 1 << 30) == (False, 512)
