@@ -64,6 +64,20 @@ void Arena::make_room(size_t growth, int keep) {
     }
 }
 
+// Fault the pages in here, one thread in address order, so that they are neighbours in physical memory as well. Left to
+// the reader threads they come out interleaved, and products on them ran 10 to 20 % slower (LOG 2026-11-22).
+static void populate(char * from, size_t n) {
+#ifdef __linux__
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+    madvise(from, n, MADV_POPULATE_WRITE);  // kernels before 5.14 refuse: the reads fault the pages in then
+#else
+    (void) from;
+    (void) n;
+#endif
+}
+
 int Arena::acquire(size_t need_bytes) {
     if (free_.empty()) return -1;
     const size_t need = round_up(need_bytes, page_bytes());
@@ -82,6 +96,7 @@ int Arena::acquire(size_t need_bytes) {
         const size_t growth = need - s.committed;
         if (committed_ + growth > budget_) make_room(growth, slot);
         if (committed_ + growth > budget_) return -1;
+        populate(data(slot) + s.committed, growth);
         s.committed = need;
         committed_ += growth;
         peak_ = std::max(peak_, committed_);

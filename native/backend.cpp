@@ -12,18 +12,36 @@ namespace moe_edge {
 
 static StepRunner & runner_of(ggml_backend_t b) { return *static_cast<StepRunner *>(b->context); }
 
+// The model whose expert outputs this node weighs or adds up; null for other nodes. For graphs that come node by node.
+static Model * model_of_sum(const ggml_tensor * node) {
+    if (is_partial_sum(node)) node = node->src[1]->src[0];
+    return is_weighted(node) ? product_of(node->src[0])->model : nullptr;
+}
+
 static ggml_status graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
     StepRunner & r = runner_of(backend);
     const auto t0 = std::chrono::steady_clock::now();
     Model * model = nullptr;
+    const ggml_tensor * summed_until = nullptr;  // nodes up to this one were computed with their down product
     for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
-        const ggml_tensor * node = ggml_graph_node(graph, i);
-        const Stub * stub = product_of(node);
-        if (!stub) continue;  // views, and the activation between the products: done at the down product
-        model = stub->model;
-        std::lock_guard<std::mutex> lock(model->step_mutex);
-        if (!r.begun(*stub, node) && !r.begin(*stub, node)) return GGML_STATUS_FAILED;
-        if (stub->projection == DOWN && !r.finish(*stub, node)) return GGML_STATUS_FAILED;
+        ggml_tensor * node = ggml_graph_node(graph, i);
+        if (summed_until) {
+            if (node == summed_until) summed_until = nullptr;
+            continue;
+        }
+        if (const Stub * stub = product_of(node)) {
+            model = stub->model;
+            std::lock_guard<std::mutex> lock(model->step_mutex);
+            if (!r.begun(*stub, node) && !r.begin(*stub, node)) return GGML_STATUS_FAILED;
+            if (stub->projection != DOWN) continue;
+            WeightedSum sum;
+            const bool whole = find_weighted_sum(graph, i, sum);
+            if (!r.finish(*stub, node, whole ? &sum : nullptr)) return GGML_STATUS_FAILED;
+            if (whole) summed_until = sum.sum;
+        } else if (model_of_sum(node)) {
+            if (!r.run_node(*model_of_sum(node), node)) return GGML_STATUS_FAILED;
+        }
+        // the rest are views, and the activation between the products: done at the down product
     }
     if (model) {
         model->counters.step_ns +=

@@ -11,7 +11,12 @@ extern "C" {
 #define ME_ERROR_BYTES 1024
 
 enum me_status { ME_OK = 0, ME_FAILED = 1 };
-enum me_schedule_status { ME_SCHEDULE_OK = 0, ME_SCHEDULE_STOP = 1, ME_SCHEDULE_ERROR = 2 };
+enum me_schedule_status {
+    ME_SCHEDULE_OK = 0,
+    ME_SCHEDULE_STOP = 1,
+    ME_SCHEDULE_ERROR = 2,
+    ME_SCHEDULE_RESIDENT = 3,  // all are in memory at level 0: compute them in the order asked; nothing was written
+};
 
 struct me_piece_desc {  // one projection of one expert at one level
     int32_t file, type, projection, reserved;

@@ -14,9 +14,10 @@ constexpr int64_t ROW_TILE = 16;    // weight rows kept in L1 while a group's ro
 
 static ggml_type vec_dot_type(ggml_type weights) { return ggml_get_type_traits_cpu(weights)->vec_dot_type; }
 
-static int64_t row_work_bytes(const Layer & l) { return l.n_ff * 4 * 7 + l.n_embd * 4 * 3 + 64; }
+// Products and activations of one row (five covers biased and clamped ones), its input and its output.
+static int64_t row_work_bytes(const Layer & l) { return l.n_ff * 4 * 5 + l.n_embd * 4 * 2 + 64; }
 
-static int64_t large_rows(const Layer & l, int64_t n_tokens) {
+static int64_t most_rows(const Layer & l, int64_t n_tokens) {
     const int64_t fit = static_cast<int64_t>(WORK_BYTES) / row_work_bytes(l);
     return std::min(std::max<int64_t>(fit, BATCH_ROWS), std::max(n_tokens, BATCH_ROWS));
 }
@@ -72,6 +73,31 @@ static void dot_rows(const DotTask & t, int64_t from, int64_t to) {
     }
 }
 
+// sum[t] = ((e0*w0 + e1*w1) + e2*w2) ...: ggml's MUL and ADD nodes in one pass, rounded as they round (built with
+// -ffp-contract=off).
+static void sum_tokens(const Step & s, int64_t n_embd, int64_t from, int64_t to) {
+    constexpr int64_t TILE = 512;
+    for (int64_t t = from; t < to; t++) {
+        const float * w = s.weights.data() + t * s.n_used;
+        float * sum = reinterpret_cast<float *>(s.sum) + t * n_embd;
+        for (int64_t c = 0; c < n_embd; c += TILE) {
+            const int64_t n = std::min(TILE, n_embd - c);
+            float acc[TILE];
+            for (int64_t j = 0; j < s.n_used; j++) {
+                const float * e = reinterpret_cast<const float *>(s.out + static_cast<size_t>(j) * s.out_nb1 +
+                                                                  static_cast<size_t>(t) * s.out_nb2) + c;
+                const float wj = w[j];
+                if (j == 0) {
+                    for (int64_t i = 0; i < n; i++) acc[i] = e[i] * wj;
+                } else {
+                    for (int64_t i = 0; i < n; i++) acc[i] = acc[i] + e[i] * wj;
+                }
+            }
+            memcpy(sum + c, acc, static_cast<size_t>(n) * sizeof(float));
+        }
+    }
+}
+
 struct CopyTask { const char * src; char * dst; size_t bytes; };
 
 struct Ffn::Task {
@@ -106,6 +132,12 @@ struct FfnTasks {
             dot_rows(t.dots[d], from, std::min(from + ROW_CHUNK, t.dots[d].n_weight_rows));
         }
     }
+    static void sum(ggml_tensor *, int ith, int nth, void * arg) {
+        const Step & s = *static_cast<const Step *>(arg);
+        const int64_t n_embd = s.model->layers[static_cast<size_t>(s.layer_pos)].n_embd;
+        sum_tokens(s, n_embd, ith * s.n_tokens / nth, (ith + 1) * s.n_tokens / nth);
+    }
+    static void work(ggml_tensor *, int ith, int, void * arg) { (*static_cast<std::function<void(int)> *>(arg))(ith); }
     static void copy(ggml_tensor *, int ith, int nth, void * arg) {
         const auto & copies = static_cast<Ffn::Task *>(arg)->copies;
         const size_t n = copies.size(), i = static_cast<size_t>(ith), of = static_cast<size_t>(nth);
@@ -115,72 +147,82 @@ struct FfnTasks {
 
 // ---- life -------------------------------------------------------------------------------------------------------
 
-Ffn::Ffn() : cpu_(ggml_backend_cpu_init()) {
-    meta_.resize(ggml_tensor_overhead() * GRAPH_NODES * 2 + ggml_graph_overhead_custom(GRAPH_NODES, false));
+Lane::Lane(int n_threads) : cpu(ggml_backend_cpu_init()) {
+    ggml_backend_cpu_set_n_threads(cpu, n_threads);
+    meta.resize(ggml_tensor_overhead() * GRAPH_NODES * 2 + ggml_graph_overhead_custom(GRAPH_NODES, false));
 }
 
-Ffn::~Ffn() {
-    if (ctx_) ggml_free(ctx_);
-    ggml_backend_free(cpu_);
+Lane::~Lane() {
+    if (ctx) ggml_free(ctx);
+    ggml_backend_free(cpu);
+}
+
+ggml_context * Lane::fresh_context() {
+    if (ctx) ggml_free(ctx);
+    ctx = ggml_init({meta.size(), meta.data(), true});
+    used = 0;
+    return ctx;
+}
+
+char * Lane::work(size_t bytes) {
+    const size_t at = (used + 63) & ~static_cast<size_t>(63);
+    if (at + bytes > work_area.size()) return nullptr;
+    used = at + bytes;
+    return work_area.data() + at;
 }
 
 void Ffn::set_threads(int n) {
+    if (n == n_threads_) return;
     n_threads_ = n;
-    ggml_backend_cpu_set_n_threads(cpu_, n);
-}
-
-ggml_context * Ffn::fresh_context() {
-    if (ctx_) ggml_free(ctx_);
-    ctx_ = ggml_init({meta_.size(), meta_.data(), true});
-    work_used_ = 0;
-    return ctx_;
-}
-
-char * Ffn::work(size_t bytes) {
-    const size_t at = (work_used_ + 63) & ~static_cast<size_t>(63);
-    if (at + bytes > work_.size()) return nullptr;
-    work_used_ = at + bytes;
-    return work_.data() + at;
+    all_ = std::make_unique<Lane>(n);
+    own_.clear();
+    for (int i = 0; i < n; i++) own_.push_back(std::make_unique<Lane>(1));
 }
 
 static void grow(std::vector<char> & v, int64_t bytes) {
     if (static_cast<int64_t>(v.size()) < bytes) v.resize(static_cast<size_t>(bytes));
 }
 
+static int64_t lane_bytes(const Layer & l, int64_t n_tokens) { return most_rows(l, n_tokens) * row_work_bytes(l) + 4096; }
+
+void Ffn::reserve(Lane & lane, const Step & s, int64_t hidden_rows) {
+    const Layer & l = s.model->layers[static_cast<size_t>(s.layer_pos)];
+    grow(lane.work_area, lane_bytes(l, s.n_tokens));
+    grow(lane.hidden, hidden_rows * l.n_ff * 4);
+}
+
 int64_t Ffn::scratch_bytes(const Model & m, int64_t n_ubatch, int64_t n_used, int n_threads) {
     int64_t most = 0;
     for (const Layer & l : m.layers) {
         const int64_t x = n_ubatch * l.n_embd * 4, quantized = x;  // a vec_dot type never exceeds F32; most take a quarter
-        const int64_t work = large_rows(l, n_ubatch) * row_work_bytes(l) + 4096;
+        const int64_t lanes = (n_threads + 1) * (lane_bytes(l, n_ubatch) + (MANY_ROWS - 1) * l.n_ff * 4);
         const int64_t hidden = small_rows(l, n_ubatch, n_used) * l.n_ff * 4;
         const int64_t rows = n_ubatch * n_used * static_cast<int64_t>(sizeof(Row) + 4);
-        most = std::max(most, x + quantized + work + hidden + rows);
+        most = std::max(most, x + quantized + lanes + hidden + rows);
     }
-    // the CPU backend's own work buffer: ggml's tiled kernels take 512 KiB a thread
+    // the CPU backends' own work buffers: ggml's tiled kernels take 512 KiB a thread
     return most + (int64_t{1} << 20) * n_threads + (int64_t{1} << 20);
 }
 
 void Ffn::begin(Step & s, const ggml_tensor * x) {
     const Layer & l = s.model->layers[static_cast<size_t>(s.layer_pos)];
-    next_hidden_ = 0;
     const size_t row = static_cast<size_t>(l.n_embd) * sizeof(float);
     grow(x_, s.n_tokens * l.n_embd * 4);
     for (int64_t t = 0; t < s.n_tokens; t++) {
         memcpy(x_.data() + static_cast<size_t>(t) * row, static_cast<const char *>(x->data) + static_cast<size_t>(t) * x->nb[2], row);
     }
     for (auto & q : quantized_) q.valid = false;
-    grow(work_, large_rows(l, s.n_tokens) * row_work_bytes(l) + 4096);
-    grow(hidden_, small_rows(l, s.n_tokens, s.n_used) * l.n_ff * 4);
+    all_->next_hidden = 0;
 }
 
 // ---- graphs -----------------------------------------------------------------------------------------------------
 
-ggml_tensor * Ffn::custom(void (*fn)(ggml_tensor *, int, int, void *), ggml_tensor * after, void * arg) {
+// A node that runs fn(thread, threads, arg) on every thread of the lane; added to the graph after what is there.
+static void add_custom(Lane & lane, ggml_cgraph * graph, void (*fn)(ggml_tensor *, int, int, void *), void * arg) {
     static float nothing = 0;
-    ggml_tensor * args[1] = {after};
-    ggml_tensor * t = ggml_custom_4d(ctx_, GGML_TYPE_F32, 1, 1, 1, 1, args, after ? 1 : 0, fn, GGML_N_TASKS_MAX, arg);
+    ggml_tensor * t = ggml_custom_4d(lane.ctx, GGML_TYPE_F32, 1, 1, 1, 1, nullptr, 0, fn, GGML_N_TASKS_MAX, arg);
     t->data = &nothing;
-    return t;
+    ggml_build_forward_expand(graph, t);
 }
 
 const char * Ffn::x_rows(ggml_type type, const Step & s, std::vector<QuantizeTask> & tasks) {
@@ -190,29 +232,45 @@ const char * Ffn::x_rows(ggml_type type, const Step & s, std::vector<QuantizeTas
     if (q == quantized_.end()) q = quantized_.insert(q, {type, {}, false});
     if (!q->valid) {
         grow(q->rows, static_cast<int64_t>(ggml_row_size(type, n_embd)) * s.n_tokens);
-        tasks.push_back({x_.data(), static_cast<size_t>(n_embd) * sizeof(float), q->rows.data(), type, n_embd, s.n_tokens});
+        const QuantizeTask task{x_.data(), static_cast<size_t>(n_embd) * sizeof(float), q->rows.data(), type, n_embd, s.n_tokens};
+        // A few rows take less time than a barrier between threads.
+        if (s.n_tokens * n_embd <= 16384) {
+            quantize_rows(task, 0, 1);
+        } else {
+            tasks.push_back(task);
+        }
         q->valid = true;
     }
     return q->rows.data();
 }
 
-bool Ffn::compute(ggml_cgraph * graph, Step & s, std::string & error) {
+static bool compute(Lane & lane, ggml_cgraph * graph, std::string & error) {
     for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
         ggml_tensor * t = ggml_graph_node(graph, i);
-        if (!t->data) t->data = work(ggml_nbytes(t));
+        if (!t->data) t->data = lane.work(ggml_nbytes(t));
         if (!t->data) {
             error = std::string("the activation of this model needs more work memory than planned, at '") + ggml_op_desc(t) + "'";
             return false;
         }
     }
-    const auto t0 = std::chrono::steady_clock::now();
-    const ggml_status status = ggml_backend_graph_compute(cpu_, graph);
-    s.model->counters.compute_ns +=
-        std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - t0).count();
-    s.model->counters.graphs++;
+    const ggml_status status = ggml_backend_graph_compute(lane.cpu, graph);
     if (status != GGML_STATUS_SUCCESS) error = std::string("ggml could not compute the experts: ") + ggml_status_to_string(status);
     return status == GGML_STATUS_SUCCESS;
 }
+
+// Time a cooperative graph as computing.
+class Timed {
+public:
+    explicit Timed(Model & m) : m_(m), t0_(std::chrono::steady_clock::now()) {}
+    ~Timed() {
+        m_.counters.compute_ns +=
+            std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - t0_).count();
+        m_.counters.graphs++;
+    }
+private:
+    Model & m_;
+    std::chrono::steady_clock::time_point t0_;
+};
 
 static ggml_tensor * f32_rows(ggml_context * ctx, int64_t n_cols, int64_t n_rows, char * data) {
     ggml_tensor * t = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_cols, 1, n_rows);
@@ -220,26 +278,24 @@ static ggml_tensor * f32_rows(ggml_context * ctx, int64_t n_cols, int64_t n_rows
     return t;
 }
 
-bool Ffn::activation(Step & s, ActivationInputs & in, int64_t n_rows, ggml_tensor ** out, std::string & error) {
+static ggml_tensor * activation(Lane & lane, Step & s, ActivationInputs & in, std::string & error) {
     Layer & l = s.model->layers[static_cast<size_t>(s.layer_pos)];
     auto bias = [&](std::vector<float> & values) -> ggml_tensor * {
         if (values.empty()) return nullptr;
-        ggml_tensor * t = ggml_new_tensor_2d(ctx_, GGML_TYPE_F32, l.n_ff, l.n_expert);
+        ggml_tensor * t = ggml_new_tensor_2d(lane.ctx, GGML_TYPE_F32, l.n_ff, l.n_expert);
         t->data = values.data();
         return t;
     };
     in.n_ff = l.n_ff;
     in.bias_up = bias(l.bias_up);
     in.bias_gate = bias(l.bias_gate);
-    *out = build_activation(ctx_, s.hidden, in, error);
-    return *out != nullptr;
+    return build_activation(lane.ctx, s.hidden, in, error);
 }
 
-// The product tensors of a layer at the real width, in the work area.
-static bool product_tensors(ggml_context * ctx, const Layer & l, int64_t n_rows, ActivationInputs & in, char * (*alloc)(void *, size_t),
-                            void * self) {
+// The product tensors of a layer at the real width, in the work area; false when it is used up.
+static bool product_tensors(Lane & lane, const Layer & l, int64_t n_rows, ActivationInputs & in) {
     auto rows = [&](int64_t width) {
-        return f32_rows(ctx, width, n_rows, alloc(self, static_cast<size_t>(width * n_rows) * sizeof(float)));
+        return f32_rows(lane.ctx, width, n_rows, lane.work(static_cast<size_t>(width * n_rows) * sizeof(float)));
     };
     if (l.fused) {
         in.gate_up = rows(2 * l.n_ff);
@@ -251,28 +307,77 @@ static bool product_tensors(ggml_context * ctx, const Layer & l, int64_t n_rows,
 }
 
 bool Ffn::run_small(Step & s, const std::vector<Group *> & ready, const std::vector<Group *> & hidden, std::string & error) {
+    reserve(*all_, s, small_rows(s.model->layers[static_cast<size_t>(s.layer_pos)], s.n_tokens, s.n_used));
+    const Timed timed(*s.model);
+    return small(*all_, s, ready, hidden, error);
+}
+
+bool Ffn::run_large(Step & s, Group & g, std::string & error) {
+    reserve(*all_, s, 0);
+    const Timed timed(*s.model);
+    return large(*all_, s, g, error);
+}
+
+bool Ffn::run_alone(Step & s, int thread, Group & g, std::string & error) {
+    Lane & lane = *own_[static_cast<size_t>(thread)];
+    reserve(lane, s, MANY_ROWS - 1);
+    lane.next_hidden = 0;
+    return g.n_rows < MANY_ROWS ? small(lane, s, {&g}, {}, error) : large(lane, s, g, error);
+}
+
+bool Ffn::run_workers(Step & s, const std::function<void(int)> & worker, std::string & error) {
+    // The input is quantized once, by all threads, into every type that a planned unit asks for.
+    Task quantize_x;
+    for (const Group & g : s.groups) {
+        const Unit & u = s.model->unit(g.unit);
+        for (int p = 0; p < u.n_pieces; p++) {
+            if (u.pieces[p].projection != DOWN) x_rows(vec_dot_type(u.pieces[p].type), s, quantize_x.quantize);
+        }
+    }
+    Lane & lane = *all_;
+    ggml_cgraph * graph = ggml_new_graph_custom(lane.fresh_context(), GRAPH_NODES, false);
+    if (!quantize_x.quantize.empty()) add_custom(lane, graph, FfnTasks::quantize, &quantize_x);
+    add_custom(lane, graph, FfnTasks::work, const_cast<std::function<void(int)> *>(&worker));
+    if (s.sum) add_custom(lane, graph, FfnTasks::sum, &s);
+    s.model->counters.graphs++;
+    return compute(lane, graph, error);
+}
+
+bool Ffn::run_sum(Step & s, std::string & error) {
+    if (!s.sum) return true;
+    const int64_t n_embd = s.model->layers[static_cast<size_t>(s.layer_pos)].n_embd;
+    if (s.n_tokens * s.n_used * n_embd <= 32768) {  // a few microseconds: less than waking the threads
+        sum_tokens(s, n_embd, 0, s.n_tokens);
+        return true;
+    }
+    ggml_cgraph * graph = ggml_new_graph_custom(all_->fresh_context(), GRAPH_NODES, false);
+    add_custom(*all_, graph, FfnTasks::sum, &s);
+    return compute(*all_, graph, error);
+}
+
+bool Ffn::run_node(ggml_tensor * node, std::string & error) {
+    ggml_cgraph * graph = ggml_new_graph_custom(all_->fresh_context(), GRAPH_NODES, false);
+    ggml_graph_add_node(graph, node);
+    return compute(*all_, graph, error);
+}
+
+bool Ffn::small(Lane & lane, Step & s, const std::vector<Group *> & ready, const std::vector<Group *> & hidden, std::string & error) {
     Model & m = *s.model;
     const Layer & l = m.layers[static_cast<size_t>(s.layer_pos)];
-    ggml_context * ctx = fresh_context();
+    ggml_context * ctx = lane.fresh_context();
     ggml_cgraph * graph = ggml_new_graph_custom(ctx, GRAPH_NODES, false);
     Task quantize_x, up_dots, quantize_h, down_dots;
-    ggml_tensor * last = nullptr;
-    auto add_node = [&](void (*fn)(ggml_tensor *, int, int, void *), Task & t) {
-        last = custom(fn, nullptr, &t);
-        ggml_build_forward_expand(graph, last);
-    };
 
     int64_t n_rows = 0;
     for (const Group * g : ready) n_rows += g->n_rows;
     if (n_rows > 0) {
         ActivationInputs in;
-        const auto alloc = [](void * self, size_t n) { return static_cast<Ffn *>(self)->work(n); };
-        if (!product_tensors(ctx, l, n_rows, in, alloc, this)) {
+        if (!product_tensors(lane, l, n_rows, in)) {
             error = "the work area is too small for one batch of experts";
             return false;
         }
         in.ids = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 1, n_rows);
-        auto * ids = reinterpret_cast<int32_t *>(work(static_cast<size_t>(n_rows) * sizeof(int32_t)));
+        auto * ids = reinterpret_cast<int32_t *>(lane.work(static_cast<size_t>(n_rows) * sizeof(int32_t)));
         in.ids->data = ids;
         int64_t at = 0;
         for (const Group * g : ready) {
@@ -294,19 +399,19 @@ bool Ffn::run_small(Step & s, const std::vector<Group *> & ready, const std::vec
             at += g->n_rows;
         }
         up_dots.finish_dots();
-        if (!quantize_x.quantize.empty()) add_node(FfnTasks::quantize, quantize_x);
-        add_node(FfnTasks::dots, up_dots);
-        ggml_tensor * h = nullptr;
-        if (!activation(s, in, n_rows, &h, error)) return false;
-        h->data = hidden_.data() + static_cast<size_t>(next_hidden_ * l.n_ff) * sizeof(float);
+        if (!quantize_x.quantize.empty()) add_custom(lane, graph, FfnTasks::quantize, &quantize_x);
+        add_custom(lane, graph, FfnTasks::dots, &up_dots);
+        ggml_tensor * h = activation(lane, s, in, error);
+        if (!h) return false;
+        h->data = lane.hidden.data() + static_cast<size_t>(lane.next_hidden * l.n_ff) * sizeof(float);
         ggml_build_forward_expand(graph, h);
     }
 
     // Where each group's hidden rows are: those computed in this graph come right after the earlier ones.
     std::vector<Group *> down;
     for (Group * g : ready) {
-        g->hidden_row = next_hidden_;
-        next_hidden_ += g->n_rows;
+        g->hidden_row = lane.next_hidden;
+        lane.next_hidden += g->n_rows;
         g->state = Group::HIDDEN;
         if (m.unit(g->unit).ready & m.unit(g->unit).bit(DOWN)) down.push_back(g);
     }
@@ -316,10 +421,10 @@ bool Ffn::run_small(Step & s, const std::vector<Group *> & ready, const std::vec
         const Piece & piece = u.piece(DOWN);
         const ggml_type ht = vec_dot_type(piece.type);
         const size_t row_bytes = ggml_row_size(ht, l.n_ff);
-        const char * h = hidden_.data() + static_cast<size_t>(g->hidden_row * l.n_ff) * sizeof(float);
+        const char * h = lane.hidden.data() + static_cast<size_t>(g->hidden_row * l.n_ff) * sizeof(float);
         const char * hq = h;
         if (ht != GGML_TYPE_F32) {
-            char * dst = work(row_bytes * static_cast<size_t>(g->n_rows));
+            char * dst = lane.work(row_bytes * static_cast<size_t>(g->n_rows));
             if (!dst) {
                 error = "the work area is too small for the hidden rows of one batch of experts";
                 return false;
@@ -336,36 +441,35 @@ bool Ffn::run_small(Step & s, const std::vector<Group *> & ready, const std::vec
         down_dots.dots.push_back({m.data(u, piece), piece.type, piece.cols, piece.rows, nullptr, g->n_rows});
     }
     down_dots.finish_dots();
-    if (!quantize_h.quantize.empty()) add_node(FfnTasks::quantize, quantize_h);
-    if (!down.empty()) add_node(FfnTasks::dots, down_dots);
-    if (!compute(graph, s, error)) return false;
+    if (!quantize_h.quantize.empty()) add_custom(lane, graph, FfnTasks::quantize, &quantize_h);
+    if (!down.empty()) add_custom(lane, graph, FfnTasks::dots, &down_dots);
+    if (!compute(lane, graph, error)) return false;
     for (Group * g : down) g->state = Group::DONE;
     return true;
 }
 
-bool Ffn::run_large(Step & s, Group & g, std::string & error) {
-    const Layer & l = s.model->layers[static_cast<size_t>(s.layer_pos)];
-    const int64_t most = large_rows(l, s.n_tokens);
+bool Ffn::large(Lane & lane, Step & s, Group & g, std::string & error) {
+    const int64_t most = most_rows(s.model->layers[static_cast<size_t>(s.layer_pos)], s.n_tokens);
     for (int64_t from = 0; from < g.n_rows; from += most) {
-        if (!run_large_rows(s, g, from, std::min(most, g.n_rows - from), error)) return false;
+        if (!large_rows(lane, s, g, from, std::min(most, g.n_rows - from), error)) return false;
     }
     g.state = Group::DONE;
     return true;
 }
 
-bool Ffn::run_large_rows(Step & s, Group & g, int64_t from, int64_t n, std::string & error) {
+bool Ffn::large_rows(Lane & lane, Step & s, Group & g, int64_t from, int64_t n, std::string & error) {
     Model & m = *s.model;
     const Layer & l = m.layers[static_cast<size_t>(s.layer_pos)];
     Unit & u = m.unit(g.unit);
-    ggml_context * ctx = fresh_context();
+    ggml_context * ctx = lane.fresh_context();
     ggml_cgraph * graph = ggml_new_graph_custom(ctx, GRAPH_NODES, false);
     Task quantize_x, gather, scatter;
 
     ggml_tensor * zero_ids = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 1, n);
-    zero_ids->data = work(static_cast<size_t>(n) * sizeof(int32_t));
+    zero_ids->data = lane.work(static_cast<size_t>(n) * sizeof(int32_t));
     ActivationInputs in;
     in.ids = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 1, n);
-    in.ids->data = work(static_cast<size_t>(n) * sizeof(int32_t));
+    in.ids->data = lane.work(static_cast<size_t>(n) * sizeof(int32_t));
     std::fill_n(static_cast<int32_t *>(zero_ids->data), n, 0);
     std::fill_n(static_cast<int32_t *>(in.ids->data), n, g.expert);
 
@@ -384,7 +488,7 @@ bool Ffn::run_large_rows(Step & s, Group & g, int64_t from, int64_t n, std::stri
             const char * x = x_rows(xt, s, quantize_x.quantize);
             const size_t row_bytes = ggml_row_size(xt, l.n_embd);
             ggml_tensor * xg = ggml_new_tensor_3d(ctx, xt, l.n_embd, 1, n);
-            xg->data = work(row_bytes * static_cast<size_t>(n));
+            xg->data = lane.work(row_bytes * static_cast<size_t>(n));
             if (!xg->data) {
                 error = "the work area is too small for the rows of one expert";
                 return false;
@@ -397,7 +501,7 @@ bool Ffn::run_large_rows(Step & s, Group & g, int64_t from, int64_t n, std::stri
             xg_by_type[xt] = xg;
         }
         ggml_tensor * product = ggml_mul_mat_id(ctx, weights(piece), xg_by_type[xt], zero_ids);
-        product->data = work(ggml_nbytes(product));
+        product->data = lane.work(ggml_nbytes(product));
         if (!product->data) {
             error = "the work area is too small for the products of one expert";
             return false;
@@ -405,13 +509,13 @@ bool Ffn::run_large_rows(Step & s, Group & g, int64_t from, int64_t n, std::stri
         (piece.projection == UP ? in.up : piece.projection == GATE ? in.gate : in.gate_up) = product;
         products.push_back(product);
     }
-    if (!quantize_x.quantize.empty()) ggml_build_forward_expand(graph, custom(FfnTasks::quantize, nullptr, &quantize_x));
-    ggml_build_forward_expand(graph, custom(FfnTasks::copy, nullptr, &gather));
+    if (!quantize_x.quantize.empty()) add_custom(lane, graph, FfnTasks::quantize, &quantize_x);
+    add_custom(lane, graph, FfnTasks::copy, &gather);
     for (ggml_tensor * p : products) ggml_build_forward_expand(graph, p);
-    ggml_tensor * h = nullptr;
-    if (!activation(s, in, n, &h, error)) return false;
+    ggml_tensor * h = activation(lane, s, in, error);
+    if (!h) return false;
     ggml_tensor * y = ggml_mul_mat_id(ctx, weights(u.piece(DOWN)), h, zero_ids);
-    y->data = work(ggml_nbytes(y));
+    y->data = lane.work(ggml_nbytes(y));
     if (!y->data) {
         error = "the work area is too small for the output of one expert";
         return false;
@@ -423,8 +527,8 @@ bool Ffn::run_large_rows(Step & s, Group & g, int64_t from, int64_t n, std::stri
         scatter.copies.push_back({static_cast<const char *>(y->data) + static_cast<size_t>(r) * out_bytes,
                                   s.out + static_cast<size_t>(row.slot) * s.out_nb1 + static_cast<size_t>(row.token) * s.out_nb2, out_bytes});
     }
-    ggml_build_forward_expand(graph, custom(FfnTasks::copy, nullptr, &scatter));
-    return compute(graph, s, error);
+    add_custom(lane, graph, FfnTasks::copy, &scatter);
+    return compute(lane, graph, error);
 }
 
 }  // namespace moe_edge

@@ -1,9 +1,13 @@
-// The arithmetic of one MoE layer at the real width, on ggml's own kernels and threads.
+// The arithmetic of one MoE layer at the real width, on ggml's own kernels and threads. Two ways to share the work: all
+// threads on the same experts, row chunk by row chunk (decode: latency), or each thread an expert of its own (prefill:
+// no barrier between experts, and whoever is free takes the next one that has arrived).
 // Few rows for an expert: `vec_dot` over its weight rows, shared among the threads of one CPU backend. Many rows: ggml's
 // MUL_MAT_ID on that one expert, which is the kernel stock llama.cpp takes for it (tiled where there is one). The choice
 // depends on the number of rows alone, never on what is in memory, so the result is the same for every budget.
 #pragma once
 #include <atomic>
+#include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -16,7 +20,7 @@ namespace moe_edge {
 // ggml's tiled kernels start at 8 rows (ggml-cpu/tiled, ggml_tiled_min_batch); below, stock uses vec_dot as we do.
 constexpr int64_t MANY_ROWS = 8;
 constexpr int64_t BATCH_ROWS = 64;              // rows of small groups computed in one graph
-constexpr size_t WORK_BYTES = 16u << 20;        // target size of the F32 work area; large groups are cut to fit
+constexpr size_t WORK_BYTES = 16u << 20;        // target size of a lane's work area; larger groups are cut to fit
 
 struct Row { int32_t token, slot; };            // slot: position among the token's selected experts
 
@@ -25,6 +29,7 @@ struct Group {                                  // the rows of one expert in thi
     int unit = -1;
     int64_t first_row = 0, n_rows = 0;          // in Step::rows
     int64_t hidden_row = 0;                     // of a small group in state HIDDEN
+    bool taken = false;                         // by a worker
     enum State { WAITING, HIDDEN, DONE } state = WAITING;
 };
 
@@ -39,50 +44,70 @@ struct Step {                                   // one MoE layer of one micro-ba
     // output of the down product: F32 [n_embd, n_used, n_tokens]
     char * out = nullptr;
     size_t out_nb1 = 0, out_nb2 = 0;
+    std::vector<float> weights;                 // [n_tokens][n_used], when the sum is ours to make
+    char * sum = nullptr;                       // F32 [n_embd, n_tokens], or null
     const ggml_tensor * hidden = nullptr;       // the graph's input of the down product: tells the activation
 };
 
 struct QuantizeTask;
 
+// What one graph needs: nodes, work memory, and a CPU backend to run it on.
+struct Lane {
+    explicit Lane(int n_threads);
+    ~Lane();
+    Lane(const Lane &) = delete;
+    Lane & operator=(const Lane &) = delete;
+    ggml_context * fresh_context();       // forgets the nodes and the work memory of the graph before
+    char * work(size_t bytes);            // null when it is used up
+
+    ggml_backend_t cpu;
+    ggml_context * ctx = nullptr;
+    std::vector<char> meta, work_area, hidden;  // hidden: F32 rows between activation and down product
+    size_t used = 0;
+    int64_t next_hidden = 0;
+};
+
 class Ffn {
 public:
-    Ffn();
-    ~Ffn();
-    Ffn(const Ffn &) = delete;
-    Ffn & operator=(const Ffn &) = delete;
+    Ffn() { set_threads(1); }
     void set_threads(int n);
     int threads() const { return n_threads_; }
 
     // Copy the step's input: F32 [n_embd, 1, n_tokens] with row stride nb2. It may not outlive the first product node.
     void begin(Step & s, const ggml_tensor * x);
-    // Hidden rows of `ready`, then the down product of those among them and in `hidden` whose down piece is there.
-    // All groups here have fewer than MANY_ROWS rows, at most BATCH_ROWS rows in `ready`.
+
+    // All threads together. Hidden rows of `ready`, then the down product of those among them and in `hidden` whose
+    // down piece is there. Groups here have fewer than MANY_ROWS rows, `ready` has at most BATCH_ROWS together.
     bool run_small(Step & s, const std::vector<Group *> & ready, const std::vector<Group *> & hidden, std::string & error);
     bool run_large(Step & s, Group & g, std::string & error);
+
+    // Each thread on its own. `worker` is called once on each thread with its number and may call run_alone for groups
+    // whose pieces are all there; different threads, different groups.
+    bool run_workers(Step & s, const std::function<void(int)> & worker, std::string & error);
+    // The weighted sum of a finished step, when it has one; run_workers does it by itself.
+    bool run_sum(Step & s, std::string & error);
+    // One of llama.cpp's own nodes, as the CPU backend would.
+    bool run_node(ggml_tensor * node, std::string & error);
+    bool run_alone(Step & s, int thread, Group & g, std::string & error);
 
     static int64_t scratch_bytes(const Model & m, int64_t n_ubatch, int64_t n_used, int n_threads);
 
 private:
+    friend struct FfnTasks;
     struct Task;  // arguments of the custom nodes
     // The step's input in `type`; adds the task that quantizes it when this step has not done so yet.
     const char * x_rows(ggml_type type, const Step & s, std::vector<QuantizeTask> & tasks);
-    ggml_tensor * custom(void (*fn)(ggml_tensor *, int, int, void *), ggml_tensor * after, void * arg);
-    bool compute(ggml_cgraph * graph, Step & s, std::string & error);
-    bool activation(Step & s, ActivationInputs & in, int64_t n_rows, ggml_tensor ** out, std::string & error);
-    ggml_context * fresh_context();
-    bool run_large_rows(Step & s, Group & g, int64_t from, int64_t n, std::string & error);
-    char * work(size_t bytes);
+    bool small(Lane & lane, Step & s, const std::vector<Group *> & ready, const std::vector<Group *> & hidden, std::string & error);
+    bool large(Lane & lane, Step & s, Group & g, std::string & error);
+    bool large_rows(Lane & lane, Step & s, Group & g, int64_t from, int64_t n, std::string & error);
+    void reserve(Lane & lane, const Step & s, int64_t hidden_rows);
 
-    ggml_backend_t cpu_ = nullptr;
-    int n_threads_ = 1;
-    std::vector<char> meta_;                    // holds graph nodes
-    ggml_context * ctx_ = nullptr;
-    std::vector<char> x_, work_, hidden_;
-    size_t work_used_ = 0;
-    int64_t next_hidden_ = 0;
+    int n_threads_ = 0;
+    std::unique_ptr<Lane> all_;               // every thread
+    std::vector<std::unique_ptr<Lane>> own_;  // one for each thread
+    std::vector<char> x_;
     struct Quantized { ggml_type type; std::vector<char> rows; bool valid; };
     std::vector<Quantized> quantized_;
-    friend struct FfnTasks;
 };
 
 }  // namespace moe_edge

@@ -109,9 +109,61 @@ static bool is_hidden(const ggml_tensor * t, int depth) {
     }
 }
 
+bool is_weighted(const ggml_tensor * node) {
+    if (node->op != GGML_OP_MUL || node->type != GGML_TYPE_F32 || !node->src[0]) return false;
+    const Stub * s = product_of(node->src[0]);
+    const ggml_tensor * w = node->src[1];
+    return s && s->projection == DOWN && w->type == GGML_TYPE_F32 && w->ne[0] == 1 && w->ne[1] == node->ne[1] && w->ne[2] == node->ne[2];
+}
+
+static bool is_slice(const ggml_tensor * t) { return t && t->op == GGML_OP_VIEW && t->src[0] && is_weighted(t->src[0]); }
+
+bool is_partial_sum(const ggml_tensor * node) {
+    while (node->op == GGML_OP_ADD && is_slice(node->src[1])) {
+        if (is_slice(node->src[0])) return true;
+        node = node->src[0];
+    }
+    return false;
+}
+
+bool find_weighted_sum(ggml_cgraph * graph, int down, WeightedSum & out) {
+    const ggml_tensor * product = ggml_graph_node(graph, down);
+    const ggml_tensor * weighted = nullptr;
+    const ggml_tensor * last = nullptr;
+    const int64_t n_used = product->ne[1];
+    int64_t n_added = 0;
+    for (int i = down + 1; i < ggml_graph_n_nodes(graph) && n_added < n_used; i++) {
+        ggml_tensor * t = ggml_graph_node(graph, i);
+        if (!weighted) {
+            if (t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE) continue;
+            if (!is_weighted(t) || t->src[0] != product || (t->flags & GGML_TENSOR_FLAG_OUTPUT)) return false;
+            weighted = t;
+        } else if (t->op == GGML_OP_ADD) {
+            auto slice = [&](const ggml_tensor * v, int64_t j) {
+                return is_slice(v) && v->src[0] == weighted && v->ne[0] == weighted->ne[0] && v->ne[1] == weighted->ne[2] &&
+                       v->nb[1] == weighted->nb[2] && v->view_offs == static_cast<size_t>(j) * weighted->nb[1];
+            };
+            const int64_t j = n_added == 0 ? 1 : n_added;
+            const bool first = n_added == 0 && slice(t->src[0], 0);
+            if (!(first || (last && t->src[0] == last)) || !slice(t->src[1], j)) return false;
+            n_added = j + 1;
+            last = t;
+            if (n_added == n_used) {
+                out.weights = weighted->src[1];
+                out.sum = t;
+                return ggml_is_contiguous(t);
+            }
+            if (t->flags & GGML_TENSOR_FLAG_OUTPUT) return false;
+        } else if (t->op != GGML_OP_VIEW) {
+            return false;
+        }
+    }
+    return false;
+}
+
 bool is_ours(const ggml_tensor * node) {
     if (node->op == GGML_OP_MUL_MAT_ID) return find_stub(node->src[0]) != nullptr;
-    return is_hidden(node, 0);
+    return is_hidden(node, 0) || is_weighted(node) || is_partial_sum(node);
 }
 
 static ggml_tensor * rebuild(ggml_context * ctx, const ggml_tensor * t, const ActivationInputs & in, std::string & error);

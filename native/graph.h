@@ -29,6 +29,17 @@ const Stub * product_of(const ggml_tensor * node);
 // True for the nodes the engine computes: expert products and what lies between them.
 bool is_ours(const ggml_tensor * node);
 
+// The weighted sum over a token's experts, ((e0*w0 + e1*w1) + e2*w2) ..., as llama.cpp builds it behind the down product.
+struct WeightedSum {
+    const ggml_tensor * weights = nullptr;  // F32 [1, n_used, n_tokens]
+    ggml_tensor * sum = nullptr;            // F32 [n_embd, n_tokens]: the last addition
+};
+bool is_weighted(const ggml_tensor * node);      // the down product times the gate weights
+bool is_partial_sum(const ggml_tensor * node);   // an addition of slices of it
+// Finds the whole sum of the down product at `down` among the nodes behind it. False when it is not all in this graph,
+// or not in the form above: its nodes are then computed one by one.
+bool find_weighted_sum(ggml_cgraph * graph, int down, WeightedSum & out);
+
 // Rebuilds, at the real width and for n_rows rows, the operations between the expert products and `hidden` (the
 // input of the down product). `gate_up` holds gate rows first. Every op is copied with its op_params, so its bits are
 // ggml's own. Returns null and fills error for an operation it does not know.

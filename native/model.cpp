@@ -151,13 +151,25 @@ void Model::on_read(const ReadJob & job, const std::string & error) {
     arrived_.notify_all();
 }
 
-void Model::wait_arrival(int64_t seen) {
-    const auto t0 = std::chrono::steady_clock::now();
-    {
-        std::unique_lock<std::mutex> lock(mutex_);
-        arrived_.wait(lock, [&] { return arrivals_ != seen || !error_.empty() || in_flight_ == 0; });
+bool Model::wait_arrival(int64_t seen, int n_waiters) {
+    using clock = std::chrono::steady_clock;
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (arrivals_ != seen || !error_.empty()) return true;
+    const bool stalled = n_waiting_ + 1 == n_waiters;
+    if (stalled && in_flight_ == 0) return false;
+    n_waiting_++;
+    if (stalled) stalled_since_ = clock::now();
+    arrived_.wait(lock, [&] { return arrivals_ != seen || !error_.empty(); });
+    if (n_waiting_-- == n_waiters) {
+        counters.stall_ns += std::chrono::duration_cast<std::chrono::nanoseconds>(clock::now() - stalled_since_).count();
     }
-    counters.stall_ns += std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - t0).count();
+    return true;
+}
+
+void Model::tell_waiters() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    arrivals_++;
+    arrived_.notify_all();
 }
 
 void Model::drain() {

@@ -3,6 +3,7 @@
 // Created and freed by Python (capi.h); used by the backends of all contexts of one llama model, one at a time (step_mutex).
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <memory>
@@ -73,8 +74,11 @@ public:
     // Start reading an absent unit; false when the arena has no room for it under the budget.
     bool load(int unit_id);
     void evict(int unit_id);
-    // Sleep until some piece has arrived since `seen` (a value of arrivals()), or an error, or stop. Counts the stall.
-    void wait_arrival(int64_t seen);
+    // Sleep until something has changed since `seen` (a value of arrivals()): a piece arrived, a worker finished, an error.
+    // n_waiters: threads that may wait at the same time; time in which all of them wait is counted as stall.
+    // False when nothing can change any more: no read is in flight and no other thread is at work.
+    bool wait_arrival(int64_t seen, int n_waiters);
+    void tell_waiters();
     int64_t arrivals() { std::lock_guard<std::mutex> l(mutex_); return arrivals_; }
     // Wait for reads in flight, then drop every unit that is not whole. After an error.
     void drain();
@@ -106,6 +110,8 @@ private:
     std::mutex mutex_;
     std::condition_variable arrived_;
     int64_t arrivals_ = 0, in_flight_ = 0;
+    int n_waiting_ = 0;
+    std::chrono::steady_clock::time_point stalled_since_;
     std::string error_;
 };
 

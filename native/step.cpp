@@ -74,7 +74,15 @@ bool StepRunner::ask_scheduler() {
     const int64_t t0 = now_ns();
     const int32_t status = m.schedule(m.schedule_user, step_.layer_pos, static_cast<int32_t>(step_.n_tokens), n);
     m.counters.schedule_ns += now_ns() - t0;
-    if (status != ME_SCHEDULE_OK) return fail(status == ME_SCHEDULE_STOP ? "stopped" : "the scheduler failed");
+    if (status == ME_SCHEDULE_RESIDENT) {
+        for (int i = 0; i < n; i++) {
+            m.mail.order[i] = i;
+            m.mail.level[i] = 0;
+            m.mail.victim_count[i] = 0;
+        }
+    } else if (status != ME_SCHEDULE_OK) {
+        return fail(status == ME_SCHEDULE_STOP ? "stopped" : "the scheduler failed");
+    }
 
     step_.groups.clear();
     loads_.clear();
@@ -111,17 +119,21 @@ bool StepRunner::ask_scheduler() {
 }
 
 // Start every read that can start: in plan order, stopping at the first whose victims this step still needs.
-bool StepRunner::dispatch_loads() {
+bool StepRunner::dispatch_loads(std::string & error) {
     Model & m = *step_.model;
     while (next_load_ < loads_.size()) {
         Load & load = loads_[next_load_];
         for (int v : load.victims) {
-            if (v < 0 || v >= m.n_units() || m.unit(v).slot < 0) return fail("the scheduler's plan evicts an expert that is not in memory");
+            if (v < 0 || v >= m.n_units() || m.unit(v).slot < 0) {
+                error = "the scheduler's plan evicts an expert that is not in memory";
+                return false;
+            }
             if (busy_[static_cast<size_t>(v)]) return true;
         }
         for (int v : load.victims) m.evict(v);
         if (!m.load(step_.groups[static_cast<size_t>(load.group)].unit)) {
-            return fail("the scheduler's plan exceeds the memory of the expert arena");
+            error = "the scheduler's plan exceeds the memory of the expert arena";
+            return false;
         }
         next_load_++;
     }
@@ -136,7 +148,8 @@ bool StepRunner::begin(const Stub & stub, const ggml_tensor * product) {
     ffn.begin(step_, product->src[1]);
     if (!ask_scheduler()) return false;
     pending_ = true;
-    return dispatch_loads();
+    std::string error;
+    return dispatch_loads(error) || fail(error);
 }
 
 // Compute what has arrived. Small groups share a graph; a large one has its own.
@@ -170,28 +183,122 @@ bool StepRunner::compute_ready(bool & progress) {
         if (!ffn.run_large(step_, g, error)) return fail(error);
         progress = true;
         busy_[static_cast<size_t>(g.unit)] = 0;
-        if (!dispatch_loads()) return false;
+        if (!dispatch_loads(error)) return fail(error);
     }
     for (Group & g : step_.groups) {
         if (g.state == Group::DONE) busy_[static_cast<size_t>(g.unit)] = 0;
     }
-    return dispatch_loads();
+    return dispatch_loads(error) || fail(error);
 }
 
-bool StepRunner::finish(const Stub & stub, const ggml_tensor * down) {
+// All threads on the same experts, as they arrive.
+bool StepRunner::compute_together() {
     Model & m = *step_.model;
+    for (;;) {
+        const int64_t seen = m.arrivals();
+        if (m.failed()) return fail("");
+        if (asked_to_stop()) return fail("stopped");
+        bool progress = false;
+        if (!compute_ready(progress)) return false;
+        if (std::all_of(step_.groups.begin(), step_.groups.end(), [](const Group & g) { return g.state == Group::DONE; })) return true;
+        if (!progress && !m.wait_arrival(seen, 1)) return fail("the scheduler's plan waits for an expert that nothing will bring");
+    }
+}
+
+// The largest group that has arrived and nobody has taken; null when none has.
+Group * StepRunner::take_group(bool & all_taken) {
+    Model & m = *step_.model;
+    Group * best = nullptr;
+    all_taken = true;
+    for (Group & g : step_.groups) {
+        if (g.taken) continue;
+        all_taken = false;
+        const Unit & u = m.unit(g.unit);
+        if (u.slot < 0 || u.ready.load(std::memory_order_acquire) != u.all_bits()) continue;
+        if (!best || g.n_rows > best->n_rows) best = &g;
+    }
+    if (best) best->taken = true;
+    return best;
+}
+
+void StepRunner::work(int thread) {
+    Model & m = *step_.model;
+    std::string error;
+    for (;;) {
+        const int64_t seen = m.arrivals();
+        Group * g = nullptr;
+        bool all_taken = false;
+        {
+            std::lock_guard<std::mutex> lock(workers_mutex_);
+            if (worker_error_.empty() && asked_to_stop()) worker_error_ = "stopped";
+            if (!worker_error_.empty() || m.failed()) break;
+            g = take_group(all_taken);
+        }
+        if (all_taken && !g) break;
+        if (!g) {
+            if (m.wait_arrival(seen, ffn.threads())) continue;
+            error = "the scheduler's plan waits for an expert that nothing will bring";
+        } else {
+            ffn.run_alone(step_, thread, *g, error);
+        }
+        std::lock_guard<std::mutex> lock(workers_mutex_);
+        if (g && error.empty()) {
+            busy_[static_cast<size_t>(g->unit)] = 0;
+            dispatch_loads(error);
+        }
+        if (!error.empty()) {
+            if (worker_error_.empty()) worker_error_ = error;
+            break;
+        }
+        m.tell_waiters();
+    }
+    m.tell_waiters();
+}
+
+// Each thread takes the next expert that has arrived: no barrier between experts.
+bool StepRunner::compute_by_workers() {
+    Model & m = *step_.model;
+    worker_error_.clear();
+    const int64_t t0 = now_ns(), stalled = m.counters.stall_ns;
+    std::string error;
+    const bool ok = ffn.run_workers(step_, [this](int thread) { work(thread); }, error);
+    m.counters.compute_ns += now_ns() - t0 - (m.counters.stall_ns - stalled);
+    if (!ok || !worker_error_.empty() || m.failed()) return fail(ok ? worker_error_ : error);
+    return true;
+}
+
+bool StepRunner::run_node(Model & model, ggml_tensor * node) {
+    std::string error;
+    if (ffn.run_node(node, error)) return true;
+    model.set_error(error);
+    return false;
+}
+
+bool StepRunner::finish(const Stub & stub, const ggml_tensor * down, const WeightedSum * sum) {
     step_.hidden = down->src[1];
     step_.out = static_cast<char *>(down->data);
     step_.out_nb1 = down->nb[1];
     step_.out_nb2 = down->nb[2];
-    for (;;) {
-        const int64_t seen = m.arrivals();
-        if (m.failed()) return fail("");
-        if (m.stop || (abort && abort(abort_data))) return fail("stopped");
-        bool progress = false;
-        if (!compute_ready(progress)) return false;
-        if (std::all_of(step_.groups.begin(), step_.groups.end(), [](const Group & g) { return g.state == Group::DONE; })) break;
-        if (!progress) m.wait_arrival(seen);
+    step_.sum = sum ? static_cast<char *>(sum->sum->data) : nullptr;
+    if (sum) {  // copied: the sum may be given the memory of the weights
+        const ggml_tensor * w = sum->weights;
+        step_.weights.resize(static_cast<size_t>(step_.n_tokens * step_.n_used));
+        for (int64_t t = 0; t < step_.n_tokens; t++) {
+            for (int64_t j = 0; j < step_.n_used; j++) {
+                step_.weights[static_cast<size_t>(t * step_.n_used + j)] = *reinterpret_cast<const float *>(
+                    static_cast<const char *>(w->data) + static_cast<size_t>(j) * w->nb[1] + static_cast<size_t>(t) * w->nb[2]);
+            }
+        }
+    }
+    // Few rows, or too few experts to go round: latency counts, all threads share each expert. The bits are the same.
+    const auto n_threads = static_cast<size_t>(ffn.threads());
+    const bool alone = step_.rows.size() >= 32 * n_threads && step_.groups.size() >= 2 * n_threads;
+    std::string error;
+    if (alone) {
+        if (!compute_by_workers()) return false;
+    } else {
+        if (!compute_together()) return false;
+        if (!ffn.run_sum(step_, error)) return fail(error);
     }
     pending_ = false;
     return true;

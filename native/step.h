@@ -1,6 +1,8 @@
 // Runs one MoE layer of one micro-batch: asks the scheduler once, starts the reads in its order, and computes each
 // expert as it arrives. A victim that this step still needs is evicted only after it has been computed.
 #pragma once
+#include <mutex>
+#include <string>
 #include <vector>
 
 #include "ffn.h"
@@ -16,7 +18,9 @@ public:
     // At the first expert product of a layer: copy the input, schedule, start reading. False: the model has the error.
     bool begin(const Stub & stub, const ggml_tensor * product);
     // At the down product: compute everything into it.
-    bool finish(const Stub & stub, const ggml_tensor * down);
+    // `sum`: where the weighted sum behind it goes, or null when its nodes come one by one.
+    bool finish(const Stub & stub, const ggml_tensor * down, const WeightedSum * sum);
+    bool run_node(Model & model, ggml_tensor * node);
     bool begun(const Stub & stub, const ggml_tensor * node) const {
         return pending_ && step_.model == stub.model && step_.layer_pos == stub.layer_pos && step_.ids_node == node->src[2];
     }
@@ -26,8 +30,13 @@ private:
     struct Load { int group; std::vector<int> victims; };
     bool group_by_expert(const ggml_tensor * ids);
     bool ask_scheduler();
-    bool dispatch_loads();
+    bool dispatch_loads(std::string & error);
     bool compute_ready(bool & progress);
+    bool compute_together();
+    bool compute_by_workers();
+    void work(int thread);
+    Group * take_group(bool & all_taken);
+    bool asked_to_stop() const { return step_.model->stop || (abort && abort(abort_data)); }
     bool fail(const std::string & why);
 
     Step step_;
@@ -36,6 +45,8 @@ private:
     size_t next_load_ = 0;
     std::vector<uint8_t> busy_;  // unit id -> this step still needs it
     std::vector<Group> by_expert_;
+    std::mutex workers_mutex_;  // guards groups' taken and state, loads_ and busy_ while workers run
+    std::string worker_error_;
 };
 
 }  // namespace moe_edge

@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,7 @@ class Engine:
         self.flash_attn, self.n_ubatch = self._attention()
         self._policy: Policy | None = None
         self.native = NativeModel(
-            self.model, self._schedule, n_io_threads=self.options.n_io_threads, direct_io=self.options.direct_io
+            self.model, n_io_threads=self.options.n_io_threads, direct_io=self.options.direct_io
         )
         self.llama: Any = None
         try:
@@ -185,12 +185,6 @@ class Engine:
     def policy(self) -> Policy:
         assert self._policy is not None, "load() first"
         return self._policy
-
-    def _schedule(
-        self, layer: int, n_tokens: int, experts: list[int], counts: list[int]
-    ) -> tuple[Sequence[int], Sequence[int], Sequence[Sequence[int]]]:
-        plan = self.policy.plan(layer, experts, counts)
-        return plan.order, plan.levels, plan.victims
 
     def trained_context(self) -> int:
         """The context length the skeleton names; 4096 when it names none."""
@@ -275,6 +269,7 @@ class Engine:
         if self.llama is not None:
             return self.llama
         self._policy = make_policy(self.options.policy, self.layout, self.plan.arena_bytes)
+        self.native.schedule = self._policy.plan
         self.native.set_arena(self.plan.arena_bytes)
         self.llama, _ = self._new_llama(no_alloc=False)
         if self.native.bound_tensors == 0:

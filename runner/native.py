@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint8, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,11 +17,12 @@ from typing import Any
 
 from moe_edge.convert.store import ExpertModel
 from moe_edge.models.errors import EngineError, MissingFile, WrongLibrary
+from moe_edge.schedulers.layout import StepPlan
 
 WORKING_VERSION = "llama-cpp-python 0.3.36"
 ERROR_BYTES = 1024
 PROJECTION_CODES = {"up": 0, "gate": 1, "down": 2, "gate_up": 3}
-SCHEDULE_OK, SCHEDULE_STOP, SCHEDULE_ERROR = 0, 1, 2
+SCHEDULE_OK, SCHEDULE_STOP, SCHEDULE_ERROR, SCHEDULE_RESIDENT = 0, 1, 2, 3
 
 
 class PieceDesc(Structure):
@@ -227,26 +228,24 @@ class Mail:
         )
 
 
-Schedule = Callable[[int, int, list[int], list[int]], tuple[Sequence[int], Sequence[int], Sequence[Sequence[int]]]]
+Schedule = Callable[[int, list[int], list[int]], StepPlan | None]
 
 
 class NativeModel:
     """Owns one native model: its unit table, arena, readers and counters.
 
-    schedule(layer, n_tokens, experts, counts) -> (order, levels, victims); called on the thread that decodes. What it
-    raises is kept in `schedule_error` and fails the decode.
+    schedule(layer, experts, counts), a policy's plan(), is called on the thread that decodes. What it raises is kept in
+    `schedule_error` and fails the decode.
     """
 
-    def __init__(
-        self, model: ExpertModel, schedule: Schedule, *, n_io_threads: int = 4, direct_io: bool = True
-    ) -> None:
+    def __init__(self, model: ExpertModel, *, n_io_threads: int = 4, direct_io: bool = True) -> None:
         self._lib = library()
         self._handle: int | None = None
         self.n_units = sum(layer.n_expert for layer in model.layers) * len(model.levels)
         self.mail = Mail(max(layer.n_expert for layer in model.layers), self.n_units)
         self.schedule_error: BaseException | None = None
+        self.schedule: Schedule | None = None
         self.stop_requested = False
-        self._schedule = schedule
         self._callback = SCHEDULE_FN(self._on_step)
         desc, keep = _describe(model)
         desc.n_io_threads, desc.direct_io = n_io_threads, int(direct_io)
@@ -257,20 +256,23 @@ class NativeModel:
         if not self._handle:
             raise MissingFile(error.value.decode())
 
-    def _on_step(self, _user: object, layer: int, n_tokens: int, n: int) -> int:
+    def _on_step(self, _user: object, layer: int, _n_tokens: int, n: int) -> int:
         if self.stop_requested:
             return SCHEDULE_STOP
         mail = self.mail
         try:
-            order, levels, victims = self._schedule(layer, n_tokens, mail.experts[:n], mail.counts[:n])
+            assert self.schedule is not None, "no policy yet"
+            plan = self.schedule(layer, mail.experts[:n], mail.counts[:n])
+            if plan is None:
+                return SCHEDULE_RESIDENT
             at = 0
-            for i, gone in enumerate(victims):
+            for i, gone in enumerate(plan.victims):
                 mail.victim_count[i] = len(gone)
                 for unit in gone:
                     mail.victims[at] = unit
                     at += 1
-            mail.order[:n] = list(order)
-            mail.level[:n] = list(levels)
+            mail.order[:n] = list(plan.order)
+            mail.level[:n] = list(plan.levels)
             return SCHEDULE_OK
         except BaseException as e:  # a callback cannot raise through C: kept, and raised after the decode
             self.schedule_error = e

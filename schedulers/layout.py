@@ -55,8 +55,7 @@ class Layout:
         return sum(self.unit_bytes[:: self.n_levels])
 
 
-@dataclass(frozen=True)
-class StepPlan:
+class StepPlan(NamedTuple):
     """The answer for one MoE layer and micro-batch.
 
     order: permutation of the asked experts' positions, the order to fetch in. levels: precision level of each step.

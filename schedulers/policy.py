@@ -16,8 +16,12 @@ from moe_edge.schedulers.layout import Layout, StepPlan
 class Policy(Protocol):
     name: str
 
-    def plan(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> StepPlan:
-        """Decide one step: `experts` are distinct, `counts` says how many tokens of the micro-batch go to each."""
+    def plan(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> StepPlan | None:
+        """Decide one step: `experts` are distinct, `counts` says how many tokens of the micro-batch go to each.
+
+        None: all are in memory at level 0; compute them. It saves the answer's way through ctypes, which is most of
+        what a step without a miss costs (docs/LOG.md).
+        """
         ...
 
     def reset(self, resident: Iterable[int]) -> None:
@@ -55,9 +59,16 @@ class ExactLru:
         self._resident = OrderedDict((u, sizes[u]) for u in resident)
         self._used_bytes = sum(self._resident.values())
 
-    def plan(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> StepPlan:
+    def plan(self, layer: int, experts: Sequence[int], counts: Sequence[int]) -> StepPlan | None:
         first, n_levels = self._layout.first_unit[layer], self._layout.n_levels
         cache = self._resident
+        renew = cache.move_to_end
+        try:
+            for expert in experts:
+                renew(first + expert * n_levels)
+            return None
+        except KeyError:  # a miss: the hits before it are renewed once more below, which changes nothing
+            pass
         hits: list[int] = []
         misses: list[int] = []
         for i, expert in enumerate(experts):

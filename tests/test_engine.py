@@ -16,6 +16,7 @@ from moe_edge.models.errors import BudgetTooSmall, EngineError, Stopped, WrongLi
 from moe_edge.runner.engine import Engine, EngineOptions, attention_defaults, log_megabytes
 from moe_edge.runner.generate import Sampling, generate
 from moe_edge.runner.native import check_abi
+from moe_edge.schedulers.layout import StepPlan
 from random_models import Shape, write_random_model
 from reference import logits_of_context, stock_logits
 
@@ -59,7 +60,7 @@ def test_what_the_scheduler_raises_comes_out_of_the_decode_and_the_engine_goes_o
     path = random_model("olmoe")
     with small(path) as engine:
         with monkeypatch.context() as m:
-            m.setattr(engine.policy, "plan", lambda *_: 1 / 0)
+            m.setattr(engine.native, "schedule", lambda *_: 1 / 0)
             with pytest.raises(EngineError, match="the scheduler failed: ZeroDivisionError"):
                 logits(engine)
         assert np.array_equal(logits(engine), stock_logits(path, TOKENS, 32, 2, n_ctx=128))
@@ -78,9 +79,8 @@ def test_a_wrong_plan_is_refused_by_the_engine(
     random_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, spoil: Callable[..., object], says: str
 ) -> None:
     with small(random_model("olmoe"), "floor") as engine:
-        right = engine.native._schedule
         with monkeypatch.context() as m:
-            m.setattr(engine.native, "_schedule", lambda *a: spoil(*right(*a)))
+            m.setattr(engine.native, "schedule", lambda *a: StepPlan(*spoil(*engine.policy.plan(*a))))  # type: ignore
             with pytest.raises(EngineError, match=says):
                 logits(engine)
         assert np.isfinite(logits(engine)).all()
@@ -136,13 +136,11 @@ def test_with_everything_resident_each_expert_is_read_once_and_only_what_is_used
 def test_the_scheduler_is_called_once_for_each_moe_layer_and_micro_batch(random_model: Callable[[str], Path]) -> None:
     calls: list[int] = []
     with small(random_model("olmoe"), "floor") as engine:
-        right = engine.native._schedule
-
-        def count(layer: int, *rest: object) -> object:
+        def count(layer: int, experts: list[int], counts: list[int]) -> StepPlan | None:
             calls.append(layer)
-            return right(layer, *rest)  # type: ignore[arg-type]
+            return engine.policy.plan(layer, experts, counts)
 
-        engine.native._schedule = count  # type: ignore[assignment]
+        engine.native.schedule = count
         logits(engine)  # 40 tokens in micro-batches of 32 and 8
     assert calls == [0, 1, 0, 1]
 

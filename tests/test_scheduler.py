@@ -17,6 +17,8 @@ def layout(n_layers: int = 2, n_experts: int = 4, unit_bytes: int = 10) -> Layou
 def ask(policy: Policy, layer: int, *experts: int) -> list[tuple[int, list[int]]]:
     """[(expert, victims)] in plan order."""
     plan = policy.plan(layer, experts, [1] * len(experts))
+    if plan is None:  # all in memory
+        return [(e, []) for e in experts]
     assert sorted(plan.order) == list(range(len(experts)))
     assert list(plan.levels) == [0] * len(experts)
     return [(experts[i], list(v)) for i, v in zip(plan.order, plan.victims, strict=True)]
@@ -40,6 +42,13 @@ def test_a_free_arena_evicts_nothing() -> None:
     assert ask(lru, 0, 2, 0) == [(2, []), (0, [])]
     assert ask(lru, 1, 3) == [(3, [])]
     assert lru.used_bytes == 30
+
+
+def test_a_step_without_a_miss_is_answered_by_none_and_renews_its_experts() -> None:
+    lru = ExactLru(layout(), 30)
+    ask(lru, 0, 0, 1, 2)
+    assert lru.plan(0, [1, 0], [1, 1]) is None
+    assert lru.resident == (2, 1, 0)
 
 
 def test_hits_come_before_misses_and_the_oldest_use_is_evicted() -> None:
