@@ -20,7 +20,7 @@ namespace moe_edge {
 // ggml's tiled kernels start at 8 rows (ggml-cpu/tiled, ggml_tiled_min_batch); below, stock uses vec_dot as we do.
 constexpr int64_t MANY_ROWS = 8;
 constexpr int64_t BATCH_ROWS = 64;              // rows of small groups computed in one graph
-constexpr size_t WORK_BYTES = 16u << 20;        // target size of a lane's work area; larger groups are cut to fit
+constexpr size_t WORK_BYTES = 4u << 20;         // target size of a lane's work area; larger groups are cut, which changes no bit
 
 struct Row { int32_t token, slot; };            // slot: position among the token's selected experts
 
