@@ -450,8 +450,11 @@ bool Ffn::small(Lane & lane, Step & s, const std::vector<Group *> & ready, const
 
 bool Ffn::large(Lane & lane, Step & s, Group & g, std::string & error) {
     const int64_t most = most_rows(s.model->layers[static_cast<size_t>(s.layer_pos)], s.n_tokens);
-    for (int64_t from = 0; from < g.n_rows; from += most) {
-        if (!large_rows(lane, s, g, from, std::min(most, g.n_rows - from), error)) return false;
+    // Equal parts: a rest of fewer than MANY_ROWS would get another kernel than the whole, and other bits.
+    const int64_t n_parts = (g.n_rows + most - 1) / most;
+    for (int64_t part = 0; part < n_parts; part++) {
+        const int64_t from = part * g.n_rows / n_parts, to = (part + 1) * g.n_rows / n_parts;
+        if (!large_rows(lane, s, g, from, to - from, error)) return false;
     }
     g.state = Group::DONE;
     return true;

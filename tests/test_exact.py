@@ -73,6 +73,15 @@ def test_many_experts_and_odd_widths_give_stock_bits(tmp_path: Path) -> None:
     assert np.array_equal(ours, stock_logits(path, some_tokens(300), 128, 2, n_ctx=640))
 
 
+def test_a_group_larger_than_the_work_area_gives_stock_bits_whatever_its_rest(tmp_path: Path) -> None:
+    """Both experts get every token; 4 MiB of work area hold some 107 rows of this width, so the lengths leave rests."""
+    shape = Shape(n_layer=1, n_embd=1024, n_ff=1536, n_expert=2, n_used=2)
+    path = write_random_model(tmp_path / "m.gguf", "qwen3moe", shape)
+    lengths = (*range(100, 116), 216, 330)
+    for n, ours in zip(lengths, engine_logits(path, "resident", lengths, 512, 2), strict=True):
+        assert np.array_equal(ours, stock_logits(path, some_tokens(n), 512, 2, n_ctx=640)), f"{n} tokens"
+
+
 def test_split_files_are_read_in_place(tmp_path: Path) -> None:
     whole = write_random_model(tmp_path / "w.gguf", "olmoe")
     first = write_random_model(tmp_path / "s.gguf", "olmoe", split=True)
