@@ -219,11 +219,11 @@ def _moe_edge(job: Job) -> Opened:
 
 
 def _ceiling(job: Job) -> dict[str, Any]:
-    import ceiling
+    from moe_edge.runner import probe
 
     return {
-        "disk_bytes_per_second": ceiling.disk_bytes_per_second(Path(job.model)),
-        "memory_bytes_per_second": ceiling.memory_bytes_per_second(job.n_threads),
+        "disk_bytes_per_second": probe.disk_bytes_per_second(Path(job.model)),
+        "memory_bytes_per_second": probe.memory_bytes_per_second(job.n_threads),
     }
 
 

@@ -5,6 +5,7 @@
 
 #include "backend.h"
 #include "ffn.h"
+#include "ggml-cpu.h"
 #include "ggml_abi.h"
 #include "graph.h"
 #include "model.h"
@@ -15,6 +16,18 @@ struct me_model {
     Model model;
     explicit me_model(const me_model_desc & d) : model(d) {}
 };
+
+void * me_threadpool_new(int32_t n_threads) {
+    ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);
+    ggml_threadpool * pool = ggml_threadpool_new(&params);
+    set_shared_pool(pool, n_threads);
+    return pool;
+}
+
+void me_threadpool_free(void * pool) {
+    set_shared_pool(nullptr, 0);
+    ggml_threadpool_free(static_cast<ggml_threadpool *>(pool));
+}
 
 static void say(char * error, const char * text) { snprintf(error, ME_ERROR_BYTES, "%s", text); }
 

@@ -70,6 +70,12 @@ struct me_abi_info {
 
 typedef struct me_model me_model;
 
+// A ggml thread pool for builds of ggml without OpenMP, which would otherwise create and join threads for every graph.
+// The engine's own graphs of n_threads threads use it from then on; attach it to the llama context as well. Null frees
+// nothing: me_threadpool_free does, after the context is gone.
+ME_API void * me_threadpool_new(int32_t n_threads);
+ME_API void me_threadpool_free(void * pool);
+
 ME_API void me_abi(struct me_abi_info * out);
 // ggml_tensor_overhead() of the ggml that is loaded now: the size of a ggml_tensor and its header.
 ME_API int32_t me_loaded_tensor_overhead(void);

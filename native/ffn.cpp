@@ -147,8 +147,17 @@ struct FfnTasks {
 
 // ---- life -------------------------------------------------------------------------------------------------------
 
+static std::atomic<ggml_threadpool *> g_pool{nullptr};
+static std::atomic<int> g_pool_threads{0};
+
+void set_shared_pool(ggml_threadpool * pool, int n_threads) {
+    g_pool = pool;
+    g_pool_threads = n_threads;
+}
+
 Lane::Lane(int n_threads) : cpu(ggml_backend_cpu_init()) {
     ggml_backend_cpu_set_n_threads(cpu, n_threads);
+    if (n_threads > 1 && n_threads == g_pool_threads) ggml_backend_cpu_set_threadpool(cpu, g_pool);
     meta.resize(ggml_tensor_overhead() * GRAPH_NODES * 2 + ggml_graph_overhead_custom(GRAPH_NODES, false));
 }
 

@@ -51,6 +51,10 @@ struct Step {                                   // one MoE layer of one micro-ba
 
 struct QuantizeTask;
 
+// The pool that lanes of n_threads threads share with llama.cpp, which never runs at the same time as they do; for builds
+// without OpenMP. Null: each graph makes its threads, or OpenMP has them.
+void set_shared_pool(ggml_threadpool * pool, int n_threads);
+
 // What one graph needs: nodes, work memory, and a CPU backend to run it on.
 struct Lane {
     explicit Lane(int n_threads);

@@ -210,5 +210,34 @@ def convert(
     click.echo(json.dumps(report.to_json()) if as_json else report.text())
 
 
+@main.command()
+@click.argument("model", required=False)
+@click.option("--ram", "--budget", "ram", multiple=True, type=Size(), help="A budget to run at; may be given again. "
+              "Default: a quarter of the experts, a half, and all where they fit.")
+@click.option("-n", "--max-tokens", "n_tokens", type=click.IntRange(min=2), default=256, show_default=True)
+@click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(min=0), default=0)
+@click.option("-ub", "--ubatch-size", "n_ubatch", type=click.IntRange(min=0), default=0)
+@click.option("-t", "--threads", "n_threads", type=click.IntRange(min=0), default=0)
+@click.option("--json", "as_json", is_flag=True)
+@reports_errors
+def bench(
+    model: str | None, ram: tuple[int | None, ...], n_tokens: int, n_ctx: int, n_ubatch: int, n_threads: int,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Measure this machine with MODEL and print a block to paste."""
+    from moe_edge.models.embedded import tiny_model_path
+    from moe_edge.runner.bench import bench as run
+    from moe_edge.runner.bench import markdown
+    from moe_edge.runner.memory import auto_budget_bytes
+    from moe_edge.schedulers.budget import format_bytes
+
+    wanted = [auto_budget_bytes() if n is None else n for n in ram]
+    result = run(
+        model or tiny_model_path(), {f"--ram {format_bytes(n)}": n for n in wanted} or None, n_tokens,
+        n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, tell=lambda text: click.echo(text, err=True),
+    )  # fmt: skip
+    click.echo(json.dumps(result) if as_json else markdown(result))
+
+
 if __name__ == "__main__":
     main()

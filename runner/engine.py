@@ -21,7 +21,7 @@ from moe_edge.convert.gguf import read_gguf
 from moe_edge.convert.store import ExpertModel, open_model
 from moe_edge.models.errors import EngineError, MoeEdgeError, Stopped
 from moe_edge.runner.memory import auto_budget_bytes, current_rss_bytes
-from moe_edge.runner.native import Counters, NativeModel
+from moe_edge.runner.native import Counters, NativeModel, ThreadPool
 from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES, FixedSizes, MemoryPlan, plan_memory
 from moe_edge.schedulers.layout import Layout
 from moe_edge.schedulers.policy import Policy, make_policy
@@ -172,6 +172,7 @@ class Engine:
             self.model, n_io_threads=self.options.n_io_threads, direct_io=self.options.direct_io
         )
         self.llama: Any = None
+        self._pool: ThreadPool | None = None
         try:
             self.layout = Layout(
                 tuple(layer.n_expert for layer in self.model.layers), len(self.model.levels), self.native.unit_bytes()
@@ -274,6 +275,8 @@ class Engine:
         self.llama, _ = self._new_llama(no_alloc=False)
         if self.native.bound_tensors == 0:
             raise EngineError(f"{self.model.skeleton}: llama.cpp offered no expert tensor of it to the engine")
+        if ThreadPool.is_needed() and self.options.threads() > 1:
+            self._pool = ThreadPool(self.llama._ctx.ctx, self.options.threads())
         self.load_seconds = time.monotonic() - self.started
         return self.llama
 
@@ -313,6 +316,9 @@ class Engine:
         if self.llama is not None:
             self.llama.close()
             self.llama = None
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
         self.native.close()
 
     def __enter__(self) -> Engine:

@@ -119,11 +119,13 @@ def generate(
     on_text: Callable[[str], None] | None = None,
     stop: Sequence[str] = (),
     should_stop: Callable[[], bool] | None = None,
+    ignore_end: bool = False,
 ) -> Generation:
     """Generate up to n_tokens; on_text gets the text as it comes. Raises UsageError when the prompt does not fit.
 
     Stops at the model's end-of-generation token, at a stop text, when the context is full, when should_stop() turns
     true between tokens, or when the engine is told to stop. Raises Stopped only when no token had come by then.
+    ignore_end: go on after an end-of-generation token, for benchmarks.
     """
     tokens = tokenize(engine, prompt) if isinstance(prompt, str) else list(prompt)
     n_ctx = int(engine.llama.n_ctx())
@@ -147,7 +149,7 @@ def generate(
                     out.prefill_counters = engine.counters().since(before)
                 out.decode_seconds = now - first
                 out.generated_tokens += 1
-                ended = _is_end(engine, token)
+                ended = not ignore_end and _is_end(engine, token)
                 if ended or writer.add(engine.llama.detokenize([token], prev_tokens=tokens[-1:])):
                     out.finish_reason = "stop"
                     break

@@ -187,6 +187,8 @@ def _declare(lib: Any) -> None:
         "me_abi": (None, [POINTER(AbiInfo)]),
         "me_loaded_tensor_overhead": (c_int32, []),
         "me_register": (c_int32, [text]),
+        "me_threadpool_new": (c_void_p, [c_int32]),
+        "me_threadpool_free": (None, [c_void_p]),
         "me_model_open": (model, [POINTER(ModelDesc), text]),
         "me_model_set_arena": (c_int32, [model, c_int64, text]),
         "me_model_close": (None, [model]),
@@ -205,6 +207,34 @@ def _declare(lib: Any) -> None:
     for name, (restype, argtypes) in signatures.items():
         f = getattr(lib, name)
         f.restype, f.argtypes = restype, argtypes
+
+
+class ThreadPool:
+    """One pool of threads for llama.cpp and the engine, where ggml has no OpenMP (macOS); see native/capi.h.
+
+    Make it before the first decode, close it after the context.
+    """
+
+    def __init__(self, context: Any, n_threads: int) -> None:
+        from llama_cpp import llama_cpp as bindings
+
+        self._lib = library()
+        self._pool = self._lib.me_threadpool_new(n_threads)
+        attach = bindings._lib.llama_attach_threadpool
+        attach.restype, attach.argtypes = None, [c_void_p, c_void_p, c_void_p]
+        attach(context, self._pool, self._pool)
+
+    @staticmethod
+    def is_needed() -> bool:
+        """Whether this llama.cpp was built without OpenMP."""
+        from llama_cpp import llama_cpp as bindings
+
+        return b"OPENMP = 1" not in bindings.llama_print_system_info()
+
+    def close(self) -> None:
+        if self._pool:
+            self._lib.me_threadpool_free(self._pool)
+            self._pool = None
 
 
 class Mail:

@@ -135,6 +135,22 @@ def test_convert_then_generate(tmp_path: Path) -> None:
     assert result["generated_tokens"] == 8
 
 
+def test_bench_prints_rows_for_each_budget_and_a_block_to_paste() -> None:
+    done = run("bench", "-n", 8, "--ram", "36MiB", "--ram", "48MiB", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert [row["name"] for row in result["rows"]] == [
+        "--ram 36.0 MiB, cold", "--ram 36.0 MiB, warm", "--ram 48.0 MiB, cold", "--ram 48.0 MiB, warm",
+    ]  # fmt: skip
+    small, large = result["rows"][1], result["rows"][3]
+    assert small["expert_bytes_per_token"] > large["expert_bytes_per_token"]
+    assert small["expert_hit_rate"] < large["expert_hit_rate"] <= 1
+    assert all(row["decode_tok_s"] > 0 and row["peak_rss_bytes"] < (48 + 64) << 20 for row in result["rows"])
+    block = run("bench", "-n", 4, "--ram", "40MiB").stdout
+    assert "| row | --ram | tok/s |" in block and block.count("| --ram 40.0 MiB, ") == 2
+    assert "is too small" in fails_last(2, "bench", "-n", 4, "--ram", "5MiB")
+
+
 def test_a_model_that_is_not_there() -> None:
     assert "nowhere.gguf" in fails(1, "generate", "nowhere.gguf", "-p", "x")
 
