@@ -96,7 +96,7 @@ def make_row(name: str, results: Sequence[dict[str, Any]]) -> BenchRow:
     speeds = [r["decode_tok_s"] for r in results]
 
     def median(key: str) -> float:
-        return statistics.median(r[key] for r in results)
+        return float(statistics.median(r[key] for r in results))
 
     return BenchRow(
         name=name,
