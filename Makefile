@@ -28,7 +28,7 @@ $(VENV)/.installed: $(VENV)/.dependencies $(SOURCES)
 demo: setup
 	rm -rf $(DEMO) && mkdir -p $(DEMO)
 	$(BIN)/moe-edge convert models/tiny/tiny-moe-small.Q8_0.gguf -o $(DEMO)/tiny.gguf
-	$(BIN)/moe-edge generate $(DEMO)/tiny.gguf -p "The king said" -n 48 --temp 0 --ram 36MiB
+	$(BIN)/moe-edge generate $(DEMO)/tiny.gguf -p "The king said" -n 48 --temp 0 --ram 38MiB
 
 test: setup
 	$(BIN)/python -m pytest

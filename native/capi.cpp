@@ -25,7 +25,7 @@ void * me_threadpool_new(int32_t n_threads) {
 }
 
 void me_threadpool_free(void * pool) {
-    set_shared_pool(nullptr, 0);
+    forget_shared_pool(static_cast<ggml_threadpool *>(pool));
     ggml_threadpool_free(static_cast<ggml_threadpool *>(pool));
 }
 

@@ -155,6 +155,10 @@ void set_shared_pool(ggml_threadpool * pool, int n_threads) {
     g_pool_threads = n_threads;
 }
 
+void forget_shared_pool(ggml_threadpool * pool) {
+    if (g_pool == pool) set_shared_pool(nullptr, 0);
+}
+
 Lane::Lane(int n_threads) : cpu(ggml_backend_cpu_init()) {
     ggml_backend_cpu_set_n_threads(cpu, n_threads);
     if (n_threads > 1 && n_threads == g_pool_threads) ggml_backend_cpu_set_threadpool(cpu, g_pool);
@@ -204,7 +208,9 @@ int64_t Ffn::scratch_bytes(const Model & m, int64_t n_ubatch, int64_t n_used, in
     int64_t most = 0;
     for (const Layer & l : m.layers) {
         const int64_t x = n_ubatch * l.n_embd * 4, quantized = x;  // a vec_dot type never exceeds F32; most take a quarter
-        const int64_t lanes = (n_threads + 1) * (lane_bytes(l, n_ubatch) + (MANY_ROWS - 1) * l.n_ff * 4);
+        // a lane: work area, hidden rows, and the backend's copy of the down product's input in the type of its kernel
+        const int64_t lane = lane_bytes(l, n_ubatch) + (MANY_ROWS - 1) * l.n_ff * 4 + most_rows(l, n_ubatch) * l.n_ff * 2;
+        const int64_t lanes = (n_threads + 1) * lane;
         const int64_t hidden = small_rows(l, n_ubatch, n_used) * l.n_ff * 4;
         const int64_t rows = n_ubatch * n_used * static_cast<int64_t>(sizeof(Row) + 4);
         most = std::max(most, x + quantized + lanes + hidden + rows);

@@ -54,6 +54,7 @@ struct QuantizeTask;
 // The pool that lanes of n_threads threads share with llama.cpp, which never runs at the same time as they do; for builds
 // without OpenMP. Null: each graph makes its threads, or OpenMP has them.
 void set_shared_pool(ggml_threadpool * pool, int n_threads);
+void forget_shared_pool(ggml_threadpool * pool);
 
 // What one graph needs: nodes, work memory, and a CPU backend to run it on.
 struct Lane {

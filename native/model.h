@@ -1,6 +1,7 @@
 // One opened expert model: which bytes of which file make which expert, what of it is in memory, and the counters.
 // A unit is one expert of one layer at one level; its projections ("pieces") are read apart and waited for apart.
-// Created and freed by Python (capi.h); used by the backends of all contexts of one llama model, one at a time (step_mutex).
+// Created and freed by Python (capi.h); used by one llama context at a time:
+// a step spans several calls of the backend, and two contexts would evict each other's experts. Engine makes one.
 #pragma once
 #include <atomic>
 #include <chrono>

@@ -80,6 +80,7 @@ std::string Reader::read(const ReadJob & job) {
     File & f = files_[static_cast<size_t>(job.file)];
     int64_t got = 0;
     while (got < job.length) {
+        const bool was_direct = f.direct;  // another thread may give direct reads up meanwhile
         const ssize_t n = pread(f.fd, job.dst + got, static_cast<size_t>(job.length - got), job.offset + got);
         if (n > 0) {
             got += n;
@@ -90,7 +91,7 @@ std::string Reader::read(const ReadJob & job) {
         if (n == 0) break;
         if (errno == EINTR) continue;
 #ifdef O_DIRECT
-        if (errno == EINVAL && f.direct) {
+        if (errno == EINVAL && was_direct) {
             // The file system took O_DIRECT at open but not this read: read through the cache and drop it after.
             fcntl(f.fd, F_SETFL, fcntl(f.fd, F_GETFL) & ~O_DIRECT);
             f.direct = false;

@@ -71,6 +71,7 @@ bool StepRunner::ask_scheduler() {
         m.mail.experts[i] = by_expert_[static_cast<size_t>(i)].expert;
         m.mail.counts[i] = static_cast<int32_t>(by_expert_[static_cast<size_t>(i)].n_rows);
     }
+    m.mail.order[0] = -1;  // an answer that was never written must not pass for one
     const int64_t t0 = now_ns();
     const int32_t status = m.schedule(m.schedule_user, step_.layer_pos, static_cast<int32_t>(step_.n_tokens), n);
     m.counters.schedule_ns += now_ns() - t0;
@@ -144,6 +145,7 @@ bool StepRunner::begin(const Stub & stub, const ggml_tensor * product) {
     step_.model = stub.model;
     step_.layer_pos = stub.layer_pos;
     step_.ids_node = product->src[2];
+    first_node_ = product;
     if (!group_by_expert(product->src[2])) return false;
     ffn.begin(step_, product->src[1]);
     if (!ask_scheduler()) return false;

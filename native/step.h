@@ -22,7 +22,7 @@ public:
     bool finish(const Stub & stub, const ggml_tensor * down, const WeightedSum * sum);
     bool run_node(Model & model, ggml_tensor * node);
     bool begun(const Stub & stub, const ggml_tensor * node) const {
-        return pending_ && step_.model == stub.model && step_.layer_pos == stub.layer_pos && step_.ids_node == node->src[2];
+        return pending_ && node != first_node_ && step_.model == stub.model && step_.layer_pos == stub.layer_pos && step_.ids_node == node->src[2];
     }
     void abandon();
 
@@ -41,6 +41,7 @@ private:
 
     Step step_;
     bool pending_ = false;
+    const ggml_tensor * first_node_ = nullptr;  // seen again: the step before was abandoned, this is a new one
     std::vector<Load> loads_;
     size_t next_load_ = 0;
     std::vector<uint8_t> busy_;  // unit id -> this step still needs it

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, TextIO
 
-from moe_edge.models.errors import EngineError, Stopped, UsageError
+from moe_edge.models.errors import MoeEdgeError, Stopped, UsageError
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.generate import Generation, Sampling, generate, tokenize
 
@@ -42,13 +42,22 @@ class Conversation:
         else:
             self.messages.append({"role": role, "content": content})
 
-    def drop_last(self) -> None:
-        if self.messages:
-            self.messages.pop()
+    def saved(self) -> tuple[list[dict[str, str]], str]:
+        """The conversation as it is, for restore() after a turn that failed."""
+        return list(self.messages), self.text
+
+    def restore(self, saved: tuple[list[dict[str, str]], str]) -> None:
+        self.messages, self.text = saved
 
     def clear(self) -> None:
         self.messages.clear()
         self.text = ""
+
+    def _render(self, messages: list[dict[str, str]]) -> Any:
+        try:
+            return self.template(messages=messages)
+        except Exception as e:  # a template is a program of the model's author: it may raise anything
+            raise UsageError(f"the model's chat template refuses this conversation: {e}") from e
 
     def prompt(self, n_reply: int) -> tuple[list[int], list[str], int]:
         """(tokens, stop texts, messages dropped): the oldest turns go when the context is too small for all."""
@@ -59,7 +68,7 @@ class Conversation:
             return tokens[-room:], [], 0
         dropped = 0
         while True:
-            r = self.template(messages=self.messages[dropped:])
+            r = self._render(self.messages[dropped:])
             tokens = tokenize(self.engine, r.prompt, special=True, add_bos=not r.added_special)
             if len(tokens) <= room or dropped + 1 >= len(self.messages):
                 break
@@ -132,10 +141,8 @@ class Chat:
     def reply(self, message: str) -> Generation | None:
         """One turn: prints the reply as it comes and the statistics line. None when it was stopped before a token."""
         c = self.conversation
+        before = c.saved()
         c.add("user", message)
-        tokens, stop, dropped = c.prompt(self.n_tokens)
-        if dropped:
-            self.say(f"(the context is full: {dropped} of the oldest messages are no longer seen)")
         shown: list[str] = []
         interrupt = Interrupt(self.engine)
 
@@ -148,14 +155,18 @@ class Chat:
         result: Generation | None = None
         try:
             with interrupt.caught():
-                result = generate(
-                    self.engine, tokens, self.n_tokens, self.sampling,
-                    on_text=show, stop=stop, should_stop=lambda: interrupt.pressed > 0,
-                )  # fmt: skip
+                tokens, stop, dropped = c.prompt(self.n_tokens)
+                if dropped:
+                    self.say(f"(the context is full: {dropped} of the oldest messages are no longer seen)")
+                if not interrupt.pressed:
+                    result = generate(
+                        self.engine, tokens, self.n_tokens, self.sampling,
+                        on_text=show, stop=stop, should_stop=lambda: interrupt.pressed > 0,
+                    )  # fmt: skip
         except Stopped:
             pass
-        except (EngineError, UsageError):
-            c.drop_last()
+        except MoeEdgeError:
+            c.restore(before)
             raise
         finally:
             self.out.write("\n")
@@ -215,7 +226,7 @@ class Chat:
                 continue
             try:
                 self.reply(message)
-            except (EngineError, UsageError) as e:
+            except MoeEdgeError as e:
                 self.say(f"error: {e}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable
 from importlib import metadata
@@ -46,10 +47,16 @@ def reports_errors(f: F) -> F:
         except KeyboardInterrupt:
             click.echo("moe-edge: interrupted", err=True)
             sys.exit(130)
-        except BrokenPipeError:
+        except BrokenPipeError:  # who read our output has gone; the flush at exit must not fail again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
 
     return run  # type: ignore[return-value]
+
+
+def read_stdin() -> str:
+    """All of standard input, whatever its bytes: what is not UTF-8 reaches the tokenizer as it came."""
+    return sys.stdin.buffer.read().decode(errors="surrogateescape")
 
 
 def model_options(f: F) -> F:
@@ -133,7 +140,7 @@ def chat(model: str | None, model_option: str | None, n_tokens: int, **o: Any) -
         if sys.stdin.isatty():
             session.loop()
             return
-        message = sys.stdin.read().rstrip("\n")
+        message = read_stdin().rstrip("\n")
         if not message.strip():
             raise UsageError("nothing on standard input; type a message, or run it in a terminal")
         session.reply(message)
@@ -155,7 +162,7 @@ def generate(
     from moe_edge.runner.generate import generate as run
 
     if prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = read_stdin()
 
     def show(text: str) -> None:
         click.echo(text, nl=False)

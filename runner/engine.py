@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -164,7 +165,7 @@ class Engine:
         self.options = options or EngineOptions()
         self.started = time.monotonic()
         self.model: ExpertModel = open_model(Path(path), verify=verify)
-        self._kv = read_gguf(self.model.skeleton).kv
+        self._skeleton = read_gguf(self.model.skeleton)
         self.n_ctx = self.options.n_ctx or min(4096, self.trained_context())
         self.flash_attn, self.n_ubatch = self._attention()
         self._policy: Policy | None = None
@@ -193,13 +194,16 @@ class Engine:
         return int(value) if isinstance(value, int) and value > 0 else 4096
 
     def _metadata(self, key: str) -> Any:
-        return self._kv.get(f"{self.model.architecture}.{key}")
+        return self._skeleton.kv.get(f"{self.model.architecture}.{key}")
+
+    @property
+    def _n_head(self) -> int:
+        heads = self._metadata("attention.head_count") or 1
+        return max(heads) if isinstance(heads, list) else int(heads)
 
     def _attention(self) -> tuple[bool, int]:
         """(flash_attn, n_ubatch) as asked for, or the defaults for this model."""
-        heads = self._metadata("attention.head_count") or 1
-        n_head = max(heads) if isinstance(heads, list) else int(heads)
-        flash, n_ubatch = attention_defaults(self.n_ctx, n_head, self.model.expert_bytes)
+        flash, n_ubatch = attention_defaults(self.n_ctx, self._n_head, self.model.expert_bytes)
         o = self.options
         n_ubatch = min(o.n_ubatch or n_ubatch, self.n_ctx)
         return flash if o.flash_attn is None else o.flash_attn, n_ubatch
@@ -226,6 +230,7 @@ class Engine:
     def _new_llama(self, *, no_alloc: bool) -> tuple[Any, str]:
         """A Llama on the skeleton, with the log of its loading. Raises EngineError with llama.cpp's own words."""
         import llama_cpp
+        from jinja2 import TemplateError  # llama-cpp-python renders templates with it
 
         outputs = 0 if self.options.logits_all else 1
         direct = no_alloc or not self.options.map_dense  # llama.cpp aborts on a mapped load that allocates nothing
@@ -234,6 +239,8 @@ class Engine:
             try:
                 with _llama_defaults(direct=direct, no_alloc=no_alloc, n_outputs_max=outputs):
                     return llama_cpp.Llama(**self._llama_arguments()), "".join(log)
+            except TemplateError as e:
+                raise EngineError(f"{self.model.skeleton}: its chat template cannot be read: {e}") from e
             except (ValueError, RuntimeError) as e:
                 said = [line.strip() for line in log if "error" in line.lower() or "fail" in line.lower()]
                 raise EngineError(f"{self.model.skeleton}: llama.cpp cannot load it: {said[-1] if said else e}") from e
@@ -250,10 +257,13 @@ class Engine:
         self.native.unbind()
         o = self.options
         dense = self.model.dense_bytes + n_vocab * VOCAB_BYTES_PER_TOKEN
+        # The CPU backend's work buffer, which llama.cpp does not log: inputs of a product in the type of its kernel.
+        widest = max((t.shape[0] for t in self._skeleton.tensors.values() if len(t.shape) > 1), default=0)
+        work = self.n_ubatch * max(4 * widest, 0 if self.flash_attn else 2 * self.n_ctx * self._n_head)
         return FixedSizes(
             dense_bytes=dense,
             kv_bytes=log_megabytes(log, "KV"),
-            compute_bytes=log_megabytes(log, "compute") + log_megabytes(log, "output") + n_vocab * 16,
+            compute_bytes=log_megabytes(log, "compute") + log_megabytes(log, "output") + n_vocab * 16 + work,
             scratch_bytes=self.native.scratch_bytes(self.n_ubatch, self.model.n_expert_used, o.threads()),
             program_excess_bytes=max(0, before - PROGRAM_ALLOWANCE_BYTES) if o.charge_program else 0,
         )
@@ -273,6 +283,7 @@ class Engine:
         self.native.schedule = self._policy.plan
         self.native.set_arena(self.plan.arena_bytes)
         self.llama, _ = self._new_llama(no_alloc=False)
+        self.llama._moe_edge = self  # whoever keeps the Llama keeps the engine its experts come from
         if self.native.bound_tensors == 0:
             raise EngineError(f"{self.model.skeleton}: llama.cpp offered no expert tensor of it to the engine")
         if ThreadPool.is_needed() and self.options.threads() > 1:
@@ -285,13 +296,38 @@ class Engine:
 
     @contextlib.contextmanager
     def decoding(self) -> Iterator[None]:
-        """Around anything that decodes: a failed decode becomes our own error, and the engine can go on after it."""
+        """Around anything that decodes: a failed decode becomes our own error, and the engine can go on after it.
+
+        Ctrl-C ends a decode at the next expert and comes out as KeyboardInterrupt: raised by Python's own handler it
+        would be lost in the callback that happens to run. A handler other than Python's own is left alone.
+        """
         self.native.set_stop(False)
-        with captured_log():  # what llama.cpp has to say of a failed decode is said better by the engine
+        with captured_log(), self._interrupts() as pressed:  # what llama.cpp says of a failure the engine says better
             try:
                 yield
             except RuntimeError as e:
-                raise self._recover(e) from e
+                recovered = self._recover(e)
+                raise (KeyboardInterrupt() if pressed else recovered) from e
+            if pressed:
+                raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def _interrupts(self) -> Iterator[list[int]]:
+        pressed: list[int] = []
+        in_main = threading.current_thread() is threading.main_thread()
+        if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            yield pressed
+            return
+
+        def on_signal(number: int, _frame: object) -> None:
+            pressed.append(number)
+            self.stop()
+
+        signal.signal(signal.SIGINT, on_signal)
+        try:
+            yield pressed
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _recover(self, cause: RuntimeError) -> BaseException:
         """After a failed decode: the reason as our own error; policy and KV cache set to what is really there."""

@@ -106,7 +106,8 @@ class Generation:
 
 def tokenize(engine: Engine, text: str, *, special: bool = False, add_bos: bool = True) -> list[int]:
     """Token ids of a prompt; BOS is added when the model asks for one."""
-    tokens: list[int] = engine.llama.tokenize(text.encode(), add_bos=add_bos, special=special)
+    # surrogateescape: bytes of an argument that are not UTF-8 pass as they came
+    tokens: list[int] = engine.llama.tokenize(text.encode(errors="surrogateescape"), add_bos=add_bos, special=special)
     return tokens
 
 

@@ -13,7 +13,7 @@ from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_ui
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from moe_edge.convert.store import ExpertModel
 from moe_edge.models.errors import EngineError, MissingFile, WrongLibrary
@@ -212,17 +212,22 @@ def _declare(lib: Any) -> None:
 class ThreadPool:
     """One pool of threads for llama.cpp and the engine, where ggml has no OpenMP (macOS); see native/capi.h.
 
-    Make it before the first decode, close it after the context.
+    Make it before the first decode, close it after the context. Engines with as many threads share one: they decode in
+    turns, and a lane of the engine may have been given any of them.
     """
+
+    _open: ClassVar[dict[int, tuple[int, int]]] = {}  # threads -> (pool, users)
 
     def __init__(self, context: Any, n_threads: int) -> None:
         from llama_cpp import llama_cpp as bindings
 
         self._lib = library()
-        self._pool = self._lib.me_threadpool_new(n_threads)
+        self._n_threads: int | None = n_threads
+        pool, users = self._open.get(n_threads) or (self._lib.me_threadpool_new(n_threads), 0)
+        self._open[n_threads] = pool, users + 1
         attach = bindings._lib.llama_attach_threadpool
         attach.restype, attach.argtypes = None, [c_void_p, c_void_p, c_void_p]
-        attach(context, self._pool, self._pool)
+        attach(context, pool, pool)
 
     @staticmethod
     def is_needed() -> bool:
@@ -232,9 +237,14 @@ class ThreadPool:
         return b"OPENMP = 1" not in bindings.llama_print_system_info()
 
     def close(self) -> None:
-        if self._pool:
-            self._lib.me_threadpool_free(self._pool)
-            self._pool = None
+        if self._n_threads is None:
+            return
+        pool, users = self._open.pop(self._n_threads)
+        if users > 1:
+            self._open[self._n_threads] = pool, users - 1
+        else:
+            self._lib.me_threadpool_free(pool)
+        self._n_threads = None
 
 
 class Mail:

@@ -384,3 +384,34 @@ def test_a_model_with_a_template_remembers_the_conversation(
     t.expect("> ")
     t.type("\x04")  # Ctrl-D leaves
     assert os.waitpid(t.pid, 0)[1] == 0
+
+
+def test_an_interrupt_ends_generate_with_130_and_no_traceback() -> None:
+    arguments = ["generate", "-n", "100000", "-c", "2048", "--temp", "0", "--ram", "40MiB", "-t", "1"]
+    arguments += ["-p", "word " * 900]
+    for delay in (0.35, 0.5, 0.8):
+        child = subprocess.Popen([*MOE_EDGE, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        time.sleep(delay)
+        child.send_signal(signal.SIGINT)
+        _, said = child.communicate(timeout=60)
+        assert child.returncode == 130 or (child.returncode < 0 and delay < 0.5), said  # early: still importing
+        if child.returncode == 130:
+            assert "ignored" not in said and "Traceback" not in said
+            assert said.splitlines()[-1] == "moe-edge: interrupted"
+
+
+def test_bytes_that_are_not_utf8_are_a_prompt_like_any_other() -> None:
+    raw = subprocess.run(
+        [*MOE_EDGE, "generate", "-p", b"a\xff", "-n", "2", "--ram", "40MiB"], capture_output=True, check=False
+    )
+    assert raw.returncode == 0, raw.stderr
+    piped = subprocess.run(
+        [*MOE_EDGE, "chat", "-n", "2", "--ram", "40MiB"], input=b"a\xff\n", capture_output=True, check=False
+    )
+    assert piped.returncode == 0, piped.stderr
+
+
+def test_a_reader_that_goes_away_ends_it_quietly() -> None:
+    command = f"{' '.join(MOE_EDGE)} generate -p The -n 400 --ram 40MiB | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=60)
+    assert "Broken" not in done.stderr and "Traceback" not in done.stderr

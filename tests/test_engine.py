@@ -198,3 +198,41 @@ def test_attention_defaults_depend_on_the_model_and_the_context_alone() -> None:
     assert attention_defaults(4096, 32, 17 << 30) == (True, 512)  # Qwen3-30B-A3B
     assert attention_defaults(2048, 4, 13 << 20) == (False, 128)  # the embedded model
     assert attention_defaults(256, 4, 1 << 30) == (False, 512)
+
+
+def test_keeping_only_the_llama_keeps_its_engine(random_model: Callable[[str], Path]) -> None:
+    import gc
+
+    llama = Engine(random_model("olmoe"), EngineOptions(ram_bytes=1 << 30, n_ctx=128, n_ubatch=32)).load()
+    gc.collect()
+    assert llama.create_completion("abc", max_tokens=3)["usage"]["completion_tokens"] > 0
+    llama._moe_edge.close()
+
+
+def test_a_broken_chat_template_is_one_sentence(tmp_path: Path) -> None:
+    path = write_random_model(tmp_path / "m.gguf", "olmoe")
+    data = path.read_bytes()
+    at = data.index(b"{% for") if b"{% for" in data else data.index(b"{%- for")
+    path.write_bytes(data[:at] + data[at:].replace(b"for", b"fox", 1))
+    with pytest.raises(EngineError, match="chat template cannot be read"):
+        Engine(path, EngineOptions(ram_bytes=1 << 30, n_ctx=128))
+
+
+def test_a_failed_turn_leaves_the_conversation_as_it_was(random_model: Callable[[str], Path]) -> None:
+    import io
+
+    from moe_edge.runner.chat import Chat
+
+    with open_engine(random_model("olmoe"), "floor", n_ctx=256, n_ubatch=32) as engine:
+        for template in (True, False):
+            chat = Chat(engine, n_tokens=3, out=io.StringIO(), err=io.StringIO())
+            if not template:
+                chat.conversation.template = None
+            chat.reply("hello")
+            before = chat.conversation.saved()
+            right, engine.native.schedule = engine.native.schedule, lambda *_: 1 / 0  # type: ignore
+            with pytest.raises(EngineError):
+                chat.reply("and again")
+            engine.native.schedule = right
+            assert chat.conversation.saved() == before
+            assert chat.reply("and again") is not None
