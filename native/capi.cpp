@@ -127,11 +127,6 @@ void me_model_unit_bytes(me_model * handle, int64_t * out) {
     for (int i = 0; i < m.n_units(); i++) out[i] = m.unit(i).bytes;
 }
 
-void me_model_drop_all(me_model * handle) {
-    std::lock_guard<std::mutex> lock(handle->model.step_mutex);
-    handle->model.drop_all();
-}
-
 void me_model_set_stop(me_model * m, int32_t stop) { m->model.stop = stop != 0; }
 
 int64_t me_model_scratch_bytes(me_model * m, int64_t n_ubatch, int32_t n_used, int32_t n_threads) {

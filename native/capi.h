@@ -94,7 +94,6 @@ ME_API void me_model_counters(me_model * model, struct me_counters * out);
 ME_API int32_t me_model_take_error(me_model * model, char * error);
 ME_API void me_model_resident(me_model * model, uint8_t * out);  // one byte for each unit
 ME_API void me_model_unit_bytes(me_model * model, int64_t * out);
-ME_API void me_model_drop_all(me_model * model);
 ME_API void me_model_set_stop(me_model * model, int32_t stop);
 ME_API int64_t me_model_scratch_bytes(me_model * model, int64_t n_ubatch, int32_t n_used, int32_t n_threads);
 

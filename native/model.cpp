@@ -185,11 +185,6 @@ void Model::drain() {
     }
 }
 
-void Model::drop_all() {
-    drain();
-    for (int i = 0; i < n_units(); i++) evict(i);
-}
-
 void Model::set_error(const std::string & e) {
     std::lock_guard<std::mutex> lock(mutex_);
     if (error_.empty()) error_ = e;

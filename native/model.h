@@ -83,7 +83,6 @@ public:
     int64_t arrivals() { std::lock_guard<std::mutex> l(mutex_); return arrivals_; }
     // Wait for reads in flight, then drop every unit that is not whole. After an error.
     void drain();
-    void drop_all();
     std::string take_error();
     void set_error(const std::string & e);
     bool failed();

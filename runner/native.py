@@ -200,7 +200,6 @@ def _declare(lib: Any) -> None:
         "me_model_take_error": (c_int32, [model, text]),
         "me_model_resident": (None, [model, POINTER(c_uint8)]),
         "me_model_unit_bytes": (None, [model, POINTER(c_int64)]),
-        "me_model_drop_all": (None, [model]),
         "me_model_set_stop": (None, [model, c_int32]),
         "me_model_scratch_bytes": (c_int64, [model, c_int64, c_int32, c_int32]),
     }
@@ -358,9 +357,6 @@ class NativeModel:
         sizes = (c_int64 * self.n_units)()
         self._lib.me_model_unit_bytes(self._handle, sizes)
         return tuple(sizes)
-
-    def drop_all(self) -> None:
-        self._lib.me_model_drop_all(self._handle)
 
     def set_stop(self, stop: bool) -> None:
         """Ask a running decode to stop at the next expert; safe from a signal handler or another thread."""

@@ -124,6 +124,31 @@ def test_two_models_and_two_contexts_in_one_process_do_not_mix(random_model: Cal
             assert np.array_equal(ours, stock_logits(path, tokens, 16, 2, n_ctx=128))
 
 
+@pytest.mark.parametrize("arch", ["olmoe", "gpt-oss"])
+def test_a_graph_that_comes_node_by_node_gives_the_same_bits(random_model: Callable[[str], Path], arch: str) -> None:
+    """With an eval callback llama.cpp hands over one node at a time: the weighted sum is then not one pass."""
+    import llama_cpp
+
+    path, tokens, seen = random_model(arch), some_tokens(40), []
+
+    @llama_cpp.ggml_backend_sched_eval_callback
+    def look(_node: object, ask: bool, _user: object) -> bool:
+        seen.append(ask)
+        return True
+
+    with open_engine(path, "floor", n_ctx=128, n_ubatch=16, n_threads=2, logits_all=True) as engine:
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = 128, 16, 16
+        params.n_threads = params.n_threads_batch = 2
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.cb_eval = look
+        context = llama_cpp.llama_init_from_model(engine.llama._model.model, params)
+        ours = logits_of_context(context, engine.llama._model.model, tokens, 16)
+        llama_cpp.llama_free(context)
+    assert len(seen) > 100
+    assert np.array_equal(ours, stock_logits(path, tokens, 16, 2, n_ctx=128))
+
+
 def test_a_skeleton_without_the_engine_gives_no_plausible_text(random_model: Callable[[str], Path]) -> None:
     engine = open_engine(random_model("olmoe"), "floor", n_ctx=64)
     skeleton = engine.model.skeleton
