@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from checkpoints import write_checkpoint, write_stock
 from moe_edge.runner.engine import Engine, EngineOptions
 from moe_edge.runner.show import NO_LIMIT
 from random_models import write_random_model
@@ -39,6 +40,18 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
         return made[arch]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny OLMoE checkpoint in Hugging Face form."""
+    return write_checkpoint(tmp_path_factory.mktemp("olmoe") / "tiny-olmoe")
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny stock GGUF, Q8_0."""
+    return write_stock(tmp_path_factory.mktemp("stock") / "stock.gguf", kind="Q8_0")
 
 
 def budget_bytes(path: Path, name: str, options: EngineOptions) -> int:

@@ -51,16 +51,6 @@ from moe_edge.models.errors import (
 from test_safetensors import to_bf16, write_safetensors
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("olmoe") / "tiny-olmoe")
-
-
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_stock(tmp_path_factory.mktemp("stock") / "stock.gguf", kind="Q8_0")
-
-
 def test_checkpoint_becomes_a_pair_with_the_bytes_of_its_experts(checkpoint: Path, tmp_path: Path) -> None:
     report = convert(checkpoint, tmp_path / "olmo.gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["olmo.experts.gguf", "olmo.gguf"]

@@ -17,7 +17,6 @@ from checkpoints import (
     N_EXPERT,
     N_FF,
     piece_bytes,
-    write_checkpoint,
     write_stock,
 )
 from moe_edge.convert.convert import convert
@@ -34,16 +33,6 @@ from moe_edge.models.errors import (
     UsageError,
     WrongStore,
 )
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("olmoe") / "tiny-olmoe")
-
-
-@pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_stock(tmp_path_factory.mktemp("stock") / "stock.gguf", kind="Q8_0")
 
 
 @pytest.fixture
