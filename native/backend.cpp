@@ -15,7 +15,8 @@ static StepRunner & runner_of(ggml_backend_t b) { return *static_cast<StepRunner
 // The model whose expert outputs this node weighs or adds up; null for other nodes. For graphs that come node by node.
 static Model * model_of_sum(const ggml_tensor * node) {
     if (is_partial_sum(node)) node = node->src[1]->src[0];
-    return is_weighted(node) ? product_of(node->src[0])->model : nullptr;
+    if (is_weighted(node) && is_down_bias(node->src[0])) node = node->src[0];
+    return is_weighted(node) || is_down_bias(node) ? product_of(node->src[0])->model : nullptr;
 }
 
 static ggml_status graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
@@ -32,12 +33,14 @@ static ggml_status graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
         if (const Stub * stub = product_of(node)) {
             model = stub->model;
             std::lock_guard<std::mutex> lock(model->step_mutex);
-            if (!r.begun(*stub, node) && !r.begin(*stub, node)) return GGML_STATUS_FAILED;
+            if (!r.begun(*stub, node) && !r.begin(*stub, node, find_gate_weights(graph, i))) return GGML_STATUS_FAILED;
             if (stub->projection != DOWN) continue;
             WeightedSum sum;
             const bool whole = find_weighted_sum(graph, i, sum);
             if (!r.finish(*stub, node, whole ? &sum : nullptr)) return GGML_STATUS_FAILED;
             if (whole) summed_until = sum.sum;
+        } else if (is_attention(node)) {
+            if (!r.run_attention(node)) return GGML_STATUS_FAILED;
         } else if (model_of_sum(node)) {
             if (!r.run_node(*model_of_sum(node), node)) return GGML_STATUS_FAILED;
         }
@@ -80,7 +83,7 @@ static bool device_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
         case GGML_OP_RESHAPE:
             return true;
         default:
-            return is_ours(op);
+            return is_ours(op) || is_attention(op);
     }
 }
 

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <exception>
 
+#include "attention.h"
 #include "backend.h"
 #include "ffn.h"
 #include "ggml-cpu.h"
@@ -76,6 +77,7 @@ int32_t me_model_set_arena(me_model * m, int64_t arena_bytes, char * error) {
 void me_model_close(me_model * m) {
     disarm(&m->model);
     unbind(&m->model);
+    if (m->model.watches_attention) watch_attention(false);
     delete m;
 }
 
@@ -95,6 +97,8 @@ void me_model_counters(me_model * handle, me_counters * out) {
     out->tokens = c.tokens;
     out->uses = c.uses;
     out->hits = c.hits;
+    out->low_uses = c.low_uses;
+    out->skipped_uses = c.skipped_uses;
     out->loads = c.loads;
     out->evictions = c.evictions;
     out->graphs = c.graphs;
@@ -125,6 +129,25 @@ void me_model_resident(me_model * handle, uint8_t * out) {
 void me_model_unit_bytes(me_model * handle, int64_t * out) {
     Model & m = handle->model;
     for (int i = 0; i < m.n_units(); i++) out[i] = m.unit(i).bytes;
+}
+
+int32_t me_model_step(me_model * m, me_step_view * out) {
+    if (!m->model.step) return 0;
+    *out = *m->model.step;
+    return 1;
+}
+
+void me_model_watch_attention(me_model * m) {
+    if (!m->model.watches_attention) watch_attention(true);
+    m->model.watches_attention = true;
+}
+
+void me_model_set_renormalise(me_model * m, int32_t on) { m->model.renormalise = on != 0; }
+
+double me_model_set_noise(me_model * m, int32_t layer_pos, float relative, uint64_t seed) {
+    const double added = m->model.noise.energy;
+    m->model.noise = {layer_pos, relative, seed | 1, 0.0};
+    return added;
 }
 
 void me_model_set_stop(me_model * m, int32_t stop) { m->model.stop = stop != 0; }

@@ -29,13 +29,17 @@ struct me_layer_desc {
     const float * bias_gate;
 };
 
-// Buffers that Python owns and both sides use, valid as long as the model. Sizes: experts, counts, order, level,
-// victim_count: the largest n_expert; victims: number of units.
+#define ME_LEVEL_SKIP (-1)  // a level: the expert is not computed, its output is zero
+
+// Buffers that Python owns and both sides use, valid as long as the model. Sizes: experts, counts, weights, squares,
+// order, level, victim_count: the largest n_expert; victims: number of units.
 struct me_mailbox {
     int32_t * experts;       // native -> Python: the distinct experts this micro-batch selected in this layer
-    int32_t * counts;        //   and how many tokens go to each
+    int32_t * counts;        //   how many tokens go to each,
+    float * weights;         //   the sum of the gate weights of those tokens,
+    float * squares;         //   and the sum of their squares
     int32_t * order;         // Python -> native: a permutation of 0..n-1, the order to fetch in
-    int32_t * level;         //   level of each step
+    int32_t * level;         //   level of each step, or ME_LEVEL_SKIP
     int32_t * victim_count;  //   how many victims step i evicts before its read
     int32_t * victims;       //   their unit ids, step after step
 };
@@ -54,10 +58,20 @@ struct me_model_desc {
     me_mailbox mail;
 };
 
+// The step the scheduler is being asked about, token by token; pointers are valid inside the callback only.
+struct me_step_view {
+    const int32_t * experts;   // [n_tokens][n_used]
+    const float * weights;     // [n_tokens][n_used]; equal shares when the graph does not show the gate weights
+    const float * attention;   // [n_tokens], or null when it is not watched
+    const float * input;       // [n_tokens][n_embd], what the experts multiply
+    int32_t n_tokens, n_used, n_embd, weights_known;
+};
+
 struct me_counters {  // since the model was opened
     int64_t steps;             // MoE layers run, one for each layer and micro-batch
     int64_t tokens;            // token-layers
-    int64_t uses, hits;        // distinct experts needed in a step, and those that were in memory
+    int64_t uses, hits;        // distinct experts computed in a step, and those of them that were in memory
+    int64_t low_uses, skipped_uses;  // those computed below level 0; those not computed (not counted in uses)
     int64_t loads, evictions, reads, bytes_read, graphs;
     int64_t stall_ns, compute_ns, schedule_ns, step_ns, read_busy_ns;
     int64_t committed_bytes, peak_committed_bytes, direct_files;
@@ -94,6 +108,15 @@ ME_API void me_model_counters(me_model * model, struct me_counters * out);
 ME_API int32_t me_model_take_error(me_model * model, char * error);
 ME_API void me_model_resident(me_model * model, uint8_t * out);  // one byte for each unit
 ME_API void me_model_unit_bytes(me_model * model, int64_t * out);
+// 0 when no step is being scheduled.
+ME_API int32_t me_model_step(me_model * model, struct me_step_view * out);
+// Watch the attention each token receives, for me_step_view, in graphs built from now on; until the model is closed.
+ME_API void me_model_watch_attention(me_model * model);
+// After a skip, scale the token's other gate weights up to the old sum.
+ME_API void me_model_set_renormalise(me_model * model, int32_t on);
+// Add Gaussian noise to the MoE output of one layer, `relative` times the root mean square of each token's row; for
+// calibration. layer_pos -1: none. Returns the squared noise added since the last call.
+ME_API double me_model_set_noise(me_model * model, int32_t layer_pos, float relative, uint64_t seed);
 ME_API void me_model_set_stop(me_model * model, int32_t stop);
 ME_API int64_t me_model_scratch_bytes(me_model * model, int64_t n_ubatch, int32_t n_used, int32_t n_threads);
 

@@ -77,6 +77,8 @@ public:
     Ffn() { set_threads(1); }
     void set_threads(int n);
     int threads() const { return n_threads_; }
+    Lane & all_threads() { return *all_; }
+    const float * input() const { return reinterpret_cast<const float *>(x_.data()); }  // [n_tokens][n_embd], after begin()
 
     // Copy the step's input: F32 [n_embd, 1, n_tokens] with row stride nb2. It may not outlive the first product node.
     void begin(Step & s, const ggml_tensor * x);

@@ -109,11 +109,18 @@ static bool is_hidden(const ggml_tensor * t, int depth) {
     }
 }
 
+static const Stub * down_product(const ggml_tensor * node) {
+    const Stub * s = node ? product_of(node) : nullptr;
+    return s && s->projection == DOWN ? s : nullptr;
+}
+
+bool is_down_bias(const ggml_tensor * node) { return node->op == GGML_OP_ADD_ID && down_product(node->src[0]); }
+
 bool is_weighted(const ggml_tensor * node) {
     if (node->op != GGML_OP_MUL || node->type != GGML_TYPE_F32 || !node->src[0]) return false;
-    const Stub * s = product_of(node->src[0]);
+    const ggml_tensor * experts = is_down_bias(node->src[0]) ? node->src[0]->src[0] : node->src[0];
     const ggml_tensor * w = node->src[1];
-    return s && s->projection == DOWN && w->type == GGML_TYPE_F32 && w->ne[0] == 1 && w->ne[1] == node->ne[1] && w->ne[2] == node->ne[2];
+    return down_product(experts) && w->type == GGML_TYPE_F32 && w->ne[0] == 1 && w->ne[1] == node->ne[1] && w->ne[2] == node->ne[2];
 }
 
 static bool is_slice(const ggml_tensor * t) { return t && t->op == GGML_OP_VIEW && t->src[0] && is_weighted(t->src[0]); }
@@ -124,6 +131,19 @@ bool is_partial_sum(const ggml_tensor * node) {
         node = node->src[0];
     }
     return false;
+}
+
+const ggml_tensor * find_gate_weights(ggml_cgraph * graph, int first) {
+    const Stub * mine = product_of(ggml_graph_node(graph, first));
+    for (int i = first; i < ggml_graph_n_nodes(graph); i++) {
+        const ggml_tensor * t = ggml_graph_node(graph, i);
+        if (const Stub * s = product_of(t)) {
+            if (s->model != mine->model || s->layer_pos != mine->layer_pos) return nullptr;
+        } else if (is_weighted(t)) {
+            return t->src[1];
+        }
+    }
+    return nullptr;
 }
 
 bool find_weighted_sum(ggml_cgraph * graph, int down, WeightedSum & out) {
@@ -163,7 +183,7 @@ bool find_weighted_sum(ggml_cgraph * graph, int down, WeightedSum & out) {
 
 bool is_ours(const ggml_tensor * node) {
     if (node->op == GGML_OP_MUL_MAT_ID) return find_stub(node->src[0]) != nullptr;
-    return is_hidden(node, 0) || is_weighted(node) || is_partial_sum(node);
+    return is_hidden(node, 0) || is_down_bias(node) || is_weighted(node) || is_partial_sum(node);
 }
 
 static ggml_tensor * rebuild(ggml_context * ctx, const ggml_tensor * t, const ActivationInputs & in, std::string & error);

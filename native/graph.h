@@ -36,6 +36,10 @@ struct WeightedSum {
 };
 bool is_weighted(const ggml_tensor * node);      // the down product times the gate weights
 bool is_partial_sum(const ggml_tensor * node);   // an addition of slices of it
+bool is_down_bias(const ggml_tensor * node);     // the down product plus the bias of each expert
+// The gate weights F32 [1, n_used, n_tokens] of the layer whose first product is the node at `first`; null when the graph
+// does not show them behind the down product.
+const ggml_tensor * find_gate_weights(ggml_cgraph * graph, int first);
 // Finds the whole sum of the down product at `down` among the nodes behind it. False when it is not all in this graph,
 // or not in the form above: its nodes are then computed one by one.
 bool find_weighted_sum(ggml_cgraph * graph, int down, WeightedSum & out);

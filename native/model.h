@@ -54,8 +54,15 @@ struct Layer {
 };
 
 struct Counters {
-    std::atomic<int64_t> steps{0}, tokens{0}, uses{0}, hits{0}, loads{0}, evictions{0}, graphs{0};
+    std::atomic<int64_t> steps{0}, tokens{0}, uses{0}, hits{0}, low_uses{0}, skipped_uses{0}, loads{0}, evictions{0}, graphs{0};
     std::atomic<int64_t> stall_ns{0}, compute_ns{0}, schedule_ns{0}, step_ns{0};
+};
+
+struct Noise {  // see me_model_set_noise
+    int layer_pos = -1;
+    float relative = 0;
+    uint64_t state = 1;
+    double energy = 0;
 };
 
 class Model {
@@ -95,6 +102,10 @@ public:
     void * schedule_user = nullptr;
     me_mailbox mail{};
     std::atomic<bool> stop{false};
+    std::atomic<bool> renormalise{false};
+    const me_step_view * step = nullptr;  // while the scheduler is asked
+    Noise noise;
+    bool watches_attention = false;
     std::unique_ptr<Arena> arena;
     std::unique_ptr<Reader> reader;
     Counters counters;

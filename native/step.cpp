@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 
 namespace moe_edge {
@@ -64,16 +65,47 @@ bool StepRunner::group_by_expert(const ggml_tensor * ids) {
     return true;
 }
 
+// The gate weights, copied: the weighted sum may be given their memory. Equal shares when they are not known.
+void StepRunner::take_weights(const ggml_tensor * w) {
+    weights_node_ = w;
+    step_.weights.resize(static_cast<size_t>(step_.n_tokens * step_.n_used));
+    if (!w) {
+        std::fill(step_.weights.begin(), step_.weights.end(), 1.0f / static_cast<float>(step_.n_used));
+        return;
+    }
+    for (int64_t t = 0; t < step_.n_tokens; t++) {
+        for (int64_t j = 0; j < step_.n_used; j++) {
+            step_.weights[static_cast<size_t>(t * step_.n_used + j)] = *reinterpret_cast<const float *>(
+                static_cast<const char *>(w->data) + static_cast<size_t>(j) * w->nb[1] + static_cast<size_t>(t) * w->nb[2]);
+        }
+    }
+}
+
 bool StepRunner::ask_scheduler() {
     Model & m = *step_.model;
     const int n = static_cast<int>(by_expert_.size());
     for (int i = 0; i < n; i++) {
-        m.mail.experts[i] = by_expert_[static_cast<size_t>(i)].expert;
-        m.mail.counts[i] = static_cast<int32_t>(by_expert_[static_cast<size_t>(i)].n_rows);
+        const Group & g = by_expert_[static_cast<size_t>(i)];
+        float sum = 0, squares = 0;
+        for (int64_t r = g.first_row; r < g.first_row + g.n_rows; r++) {
+            const Row & row = step_.rows[static_cast<size_t>(r)];
+            const float w = step_.weights[static_cast<size_t>(row.token * step_.n_used + row.slot)];
+            sum += w;
+            squares += w * w;
+        }
+        m.mail.experts[i] = g.expert;
+        m.mail.counts[i] = static_cast<int32_t>(g.n_rows);
+        m.mail.weights[i] = sum;
+        m.mail.squares[i] = squares;
     }
     m.mail.order[0] = -1;  // an answer that was never written must not pass for one
+    const Layer & layer = m.layers[static_cast<size_t>(step_.layer_pos)];
+    const me_step_view view{step_.ids.data(), step_.weights.data(), attention_.take(step_.n_tokens), ffn.input(), static_cast<int32_t>(step_.n_tokens),
+                            static_cast<int32_t>(step_.n_used), static_cast<int32_t>(layer.n_embd), weights_node_ != nullptr};
     const int64_t t0 = now_ns();
+    m.step = &view;
     const int32_t status = m.schedule(m.schedule_user, step_.layer_pos, static_cast<int32_t>(step_.n_tokens), n);
+    m.step = nullptr;
     m.counters.schedule_ns += now_ns() - t0;
     if (status == ME_SCHEDULE_RESIDENT) {
         for (int i = 0; i < n; i++) {
@@ -86,6 +118,7 @@ bool StepRunner::ask_scheduler() {
     }
 
     step_.groups.clear();
+    skipped_.clear();
     loads_.clear();
     next_load_ = 0;
     busy_.assign(static_cast<size_t>(m.n_units()), 0);
@@ -93,18 +126,25 @@ bool StepRunner::ask_scheduler() {
     int victim = 0;
     for (int i = 0; i < n; i++) {
         const int at = m.mail.order[i], level = m.mail.level[i], n_victims = m.mail.victim_count[i];
-        if (at < 0 || at >= n || seen[static_cast<size_t>(at)] || level < 0 || level >= m.n_levels || n_victims < 0 ||
+        if (at < 0 || at >= n || seen[static_cast<size_t>(at)] || level < ME_LEVEL_SKIP || level >= m.n_levels || n_victims < 0 ||
             victim + n_victims > m.n_units()) {
             return fail("the scheduler's plan is not a permutation of the experts it was asked for");
         }
         seen[static_cast<size_t>(at)] = 1;
         Group g = by_expert_[static_cast<size_t>(at)];
+        if (level == ME_LEVEL_SKIP) {
+            if (n_victims > 0) return fail("the scheduler's plan evicts experts for one that it skips");
+            skipped_.push_back(g);
+            m.counters.skipped_uses++;
+            continue;
+        }
+        m.counters.low_uses += level > 0;
         g.unit = m.layers[static_cast<size_t>(step_.layer_pos)].first_unit + g.expert * m.n_levels + level;
         busy_[static_cast<size_t>(g.unit)] = 1;
         step_.groups.push_back(g);
         const bool resident = m.unit(g.unit).slot >= 0;
         if (!resident) {
-            Load load{i, {}};
+            Load load{static_cast<int>(step_.groups.size()) - 1, {}};
             for (int v = 0; v < n_victims; v++) load.victims.push_back(m.mail.victims[victim + v]);
             loads_.push_back(std::move(load));
         } else if (n_victims > 0) {
@@ -141,12 +181,14 @@ bool StepRunner::dispatch_loads(std::string & error) {
     return true;
 }
 
-bool StepRunner::begin(const Stub & stub, const ggml_tensor * product) {
+bool StepRunner::begin(const Stub & stub, const ggml_tensor * product, const ggml_tensor * weights) {
     step_.model = stub.model;
     step_.layer_pos = stub.layer_pos;
     step_.ids_node = product->src[2];
     first_node_ = product;
     if (!group_by_expert(product->src[2])) return false;
+    const bool fits = weights && weights->data && weights->ne[1] == step_.n_used && weights->ne[2] == step_.n_tokens;
+    take_weights(fits ? weights : nullptr);
     ffn.begin(step_, product->src[1]);
     if (!ask_scheduler()) return false;
     pending_ = true;
@@ -269,11 +311,65 @@ bool StepRunner::compute_by_workers() {
     return true;
 }
 
+bool StepRunner::run_attention(ggml_tensor * node) {
+    std::string error;
+    if (!ffn.run_node(node, error)) return false;
+    attention_.read(node, ffn.all_threads());
+    return true;
+}
+
 bool StepRunner::run_node(Model & model, ggml_tensor * node) {
     std::string error;
     if (ffn.run_node(node, error)) return true;
     model.set_error(error);
     return false;
+}
+
+// A skipped expert's rows are zero; the token's other weights may take over its share.
+void StepRunner::drop_skipped() {
+    const Layer & layer = step_.model->layers[static_cast<size_t>(step_.layer_pos)];
+    std::vector<float> lost(step_.model->renormalise ? static_cast<size_t>(step_.n_tokens) : 0, 0.0f);
+    for (const Group & g : skipped_) {
+        for (int64_t r = g.first_row; r < g.first_row + g.n_rows; r++) {
+            const Row & row = step_.rows[static_cast<size_t>(r)];
+            memset(step_.out + static_cast<size_t>(row.slot) * step_.out_nb1 + static_cast<size_t>(row.token) * step_.out_nb2, 0,
+                   static_cast<size_t>(layer.n_embd) * sizeof(float));
+            float & w = step_.weights[static_cast<size_t>(row.token * step_.n_used + row.slot)];
+            if (!lost.empty()) lost[static_cast<size_t>(row.token)] += w;
+            w = 0;
+        }
+    }
+    for (size_t t = 0; t < lost.size(); t++) {
+        if (lost[t] == 0) continue;
+        float * w = step_.weights.data() + t * static_cast<size_t>(step_.n_used);
+        float kept = 0;
+        for (int64_t j = 0; j < step_.n_used; j++) kept += w[j];
+        for (int64_t j = 0; j < step_.n_used && kept != 0; j++) w[j] *= (kept + lost[t]) / kept;
+    }
+}
+
+static double uniform(uint64_t & state) {  // xorshift64*, in (0, 1)
+    state ^= state >> 12;
+    state ^= state << 25;
+    state ^= state >> 27;
+    return (static_cast<double>((state * 0x2545F4914F6CDD1DULL) >> 11) + 0.5) / 9007199254740992.0;
+}
+
+void StepRunner::disturb() {
+    Noise & noise = step_.model->noise;
+    const int64_t n = step_.model->layers[static_cast<size_t>(step_.layer_pos)].n_embd;
+    for (int64_t t = 0; t < step_.n_tokens; t++) {
+        float * y = reinterpret_cast<float *>(step_.sum) + t * n;
+        double squares = 0;
+        for (int64_t i = 0; i < n; i++) squares += static_cast<double>(y[i]) * y[i];
+        const double size = noise.relative * std::sqrt(squares / static_cast<double>(n));
+        for (int64_t i = 0; i < n; i++) {
+            const double g = std::sqrt(-2 * std::log(uniform(noise.state))) * std::cos(6.283185307179586 * uniform(noise.state));
+            const float d = static_cast<float>(size * g);
+            y[i] += d;
+            noise.energy += static_cast<double>(d) * d;
+        }
+    }
 }
 
 bool StepRunner::finish(const Stub & stub, const ggml_tensor * down, const WeightedSum * sum) {
@@ -282,16 +378,8 @@ bool StepRunner::finish(const Stub & stub, const ggml_tensor * down, const Weigh
     step_.out_nb1 = down->nb[1];
     step_.out_nb2 = down->nb[2];
     step_.sum = sum ? static_cast<char *>(sum->sum->data) : nullptr;
-    if (sum) {  // copied: the sum may be given the memory of the weights
-        const ggml_tensor * w = sum->weights;
-        step_.weights.resize(static_cast<size_t>(step_.n_tokens * step_.n_used));
-        for (int64_t t = 0; t < step_.n_tokens; t++) {
-            for (int64_t j = 0; j < step_.n_used; j++) {
-                step_.weights[static_cast<size_t>(t * step_.n_used + j)] = *reinterpret_cast<const float *>(
-                    static_cast<const char *>(w->data) + static_cast<size_t>(j) * w->nb[1] + static_cast<size_t>(t) * w->nb[2]);
-            }
-        }
-    }
+    if (sum && sum->weights != weights_node_) take_weights(sum->weights);
+    if (!skipped_.empty()) drop_skipped();
     // Few rows, or too few experts to go round: latency counts, all threads share each expert. The bits are the same.
     const auto n_threads = static_cast<size_t>(ffn.threads());
     const bool alone = step_.rows.size() >= 32 * n_threads && step_.groups.size() >= 2 * n_threads;
@@ -301,6 +389,10 @@ bool StepRunner::finish(const Stub & stub, const ggml_tensor * down, const Weigh
     } else {
         if (!compute_together()) return false;
         if (!ffn.run_sum(step_, error)) return fail(error);
+    }
+    if (step_.model->noise.layer_pos == step_.layer_pos) {
+        if (!step_.sum) return fail("the MoE output of this model cannot be disturbed: its weighted sum has another form");
+        disturb();
     }
     pending_ = false;
     return true;

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
 #include "ffn.h"
 
 namespace moe_edge {
@@ -16,11 +17,13 @@ public:
     void * abort_data = nullptr;
 
     // At the first expert product of a layer: copy the input, schedule, start reading. False: the model has the error.
-    bool begin(const Stub & stub, const ggml_tensor * product);
+    // `weights`: the gate weights, or null when the graph does not show them.
+    bool begin(const Stub & stub, const ggml_tensor * product, const ggml_tensor * weights);
     // At the down product: compute everything into it.
     // `sum`: where the weighted sum behind it goes, or null when its nodes come one by one.
     bool finish(const Stub & stub, const ggml_tensor * down, const WeightedSum * sum);
     bool run_node(Model & model, ggml_tensor * node);
+    bool run_attention(ggml_tensor * node);
     bool begun(const Stub & stub, const ggml_tensor * node) const {
         return pending_ && node != first_node_ && step_.model == stub.model && step_.layer_pos == stub.layer_pos && step_.ids_node == node->src[2];
     }
@@ -29,6 +32,9 @@ public:
 private:
     struct Load { int group; std::vector<int> victims; };
     bool group_by_expert(const ggml_tensor * ids);
+    void take_weights(const ggml_tensor * weights);
+    void drop_skipped();
+    void disturb();
     bool ask_scheduler();
     bool dispatch_loads(std::string & error);
     bool compute_ready(bool & progress);
@@ -39,9 +45,12 @@ private:
     bool asked_to_stop() const { return step_.model->stop || (abort && abort(abort_data)); }
     bool fail(const std::string & why);
 
+    AttentionWatch attention_;
     Step step_;
     bool pending_ = false;
     const ggml_tensor * first_node_ = nullptr;  // seen again: the step before was abandoned, this is a new one
+    const ggml_tensor * weights_node_ = nullptr;  // whose values step_.weights holds
+    std::vector<Group> skipped_;
     std::vector<Load> loads_;
     size_t next_load_ = 0;
     std::vector<uint8_t> busy_;  // unit id -> this step still needs it

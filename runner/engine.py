@@ -25,7 +25,9 @@ from moe_edge.runner.memory import auto_budget_bytes, current_rss_bytes
 from moe_edge.runner.native import Counters, NativeModel, ThreadPool
 from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES, FixedSizes, MemoryPlan, plan_memory
 from moe_edge.schedulers.layout import Layout
+from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policy import Policy, make_policy
+from moe_edge.schedulers.settings import choose_setting, describe_options, describe_setting, resolve_options
 
 # llama.cpp's vocabulary with its maps and merges, and ours of the header: measured at 151,936 tokens (docs/LOG.md).
 VOCAB_BYTES_PER_TOKEN = 400
@@ -51,6 +53,9 @@ def attention_defaults(n_ctx: int, n_head: int, expert_bytes: int) -> tuple[bool
 _load_lock = threading.Lock()  # llama.cpp's defaults, its log callback and the armed model are process-wide
 
 
+EXACT = PolicyOptions()
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """How to run a model.
@@ -69,7 +74,7 @@ class EngineOptions:
     n_ctx: int = 0
     n_ubatch: int = 0
     n_threads: int = 0
-    policy: str = "exact"
+    policy: PolicyOptions = EXACT
     n_io_threads: int = 4
     direct_io: bool = True
     seed: int | None = None
@@ -279,8 +284,7 @@ class Engine:
         """Load the skeleton into memory and make the arena; returns the Llama."""
         if self.llama is not None:
             return self.llama
-        self._policy = make_policy(self.options.policy, self.layout, self.plan.arena_bytes)
-        self.native.schedule = self._policy.plan
+        self.set_policy(self.options.policy)
         self.native.set_arena(self.plan.arena_bytes)
         self.llama, _ = self._new_llama(no_alloc=False)
         self.llama._moe_edge = self  # whoever keeps the Llama keeps the engine its experts come from
@@ -290,6 +294,37 @@ class Engine:
             self._pool = ThreadPool(self.llama._ctx.ctx, self.options.threads())
         self.load_seconds = time.monotonic() - self.started
         return self.llama
+
+    def set_policy(self, options: PolicyOptions) -> Policy:
+        """Schedule by another policy from the next step on; what is in memory stays.
+
+        Raises UnknownName, and UsageError for knobs that do not go together or need a calibration the model lacks.
+        """
+        policy = make_policy(options, self.layout, self.plan.arena_bytes, self.model.calibration)
+        self._use(policy)
+        self.native.set_renormalise(options.renormalise)
+        return policy
+
+    def lines(self) -> list[str]:
+        """What to say before running: the split of the memory, and what a lossy policy will do."""
+        calibration = self.model.calibration
+        o = self.options.policy
+        lines = self.plan.lines()
+        if o.max_kld is not None:
+            lines.append(describe_setting(choose_setting(calibration, o.max_kld), o.max_kld))
+        o = resolve_options(o, calibration)
+        if o.name != "exact":
+            known = "" if calibration else "; its damage is not known: convert with --calibrate to have it measured"
+            lines.append(f"lossy: policy {describe_options(o, calibration)}{known}")
+        return lines
+
+    def _use(self, policy: Policy) -> None:
+        policy.reset(self.native.resident_units())
+        self._policy = policy
+        self.native.schedule = policy.plan
+        self.native.wants_routing = policy.wants_routing
+        if policy.wants_attention:  # and from then on: graphs that llama.cpp keeps and uses again do not change
+            self.native.watch_attention()
 
     def counters(self) -> Counters:
         return self.native.counters()

@@ -9,15 +9,30 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_uint8, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    c_char_p,
+    c_double,
+    c_float,
+    c_int32,
+    c_int64,
+    c_uint8,
+    c_uint64,
+    c_void_p,
+)
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+import numpy.typing as npt
 from moe_edge.convert.store import ExpertModel
 from moe_edge.models.errors import EngineError, MissingFile, WrongLibrary
-from moe_edge.schedulers.layout import StepPlan
+from moe_edge.schedulers.layout import Routing, Step, StepPlan
+
+FloatArray = npt.NDArray[np.float32]
 
 WORKING_VERSION = "llama-cpp-python 0.3.36"
 ERROR_BYTES = 1024
@@ -53,7 +68,23 @@ class LayerDesc(Structure):
 
 class Mailbox(Structure):
     _fields_ = [
-        (name, POINTER(c_int32)) for name in ("experts", "counts", "order", "level", "victim_count", "victims")
+        (name, POINTER(kind)) for name, kind in (
+            ("experts", c_int32), ("counts", c_int32), ("weights", c_float), ("squares", c_float), ("order", c_int32),
+            ("level", c_int32), ("victim_count", c_int32), ("victims", c_int32),
+        )
+    ]  # fmt: skip
+
+
+class StepView(Structure):
+    _fields_ = [
+        ("experts", POINTER(c_int32)),
+        ("weights", POINTER(c_float)),
+        ("attention", POINTER(c_float)),
+        ("input", POINTER(c_float)),
+        ("n_tokens", c_int32),
+        ("n_used", c_int32),
+        ("n_embd", c_int32),
+        ("weights_known", c_int32),
     ]
 
 
@@ -79,8 +110,8 @@ class ModelDesc(Structure):
 
 
 _COUNTERS = (
-    "steps tokens uses hits loads evictions reads bytes_read graphs stall_ns compute_ns schedule_ns step_ns "
-    "read_busy_ns committed_bytes peak_committed_bytes direct_files"
+    "steps tokens uses hits low_uses skipped_uses loads evictions reads bytes_read graphs stall_ns compute_ns "
+    "schedule_ns step_ns read_busy_ns committed_bytes peak_committed_bytes direct_files"
 ).split()
 
 
@@ -100,6 +131,8 @@ class Counters:
     tokens: int = 0
     uses: int = 0
     hits: int = 0
+    low_uses: int = 0
+    skipped_uses: int = 0
     loads: int = 0
     evictions: int = 0
     reads: int = 0
@@ -201,6 +234,10 @@ def _declare(lib: Any) -> None:
         "me_model_resident": (None, [model, POINTER(c_uint8)]),
         "me_model_unit_bytes": (None, [model, POINTER(c_int64)]),
         "me_model_set_stop": (None, [model, c_int32]),
+        "me_model_step": (c_int32, [model, POINTER(StepView)]),
+        "me_model_watch_attention": (None, [model]),
+        "me_model_set_renormalise": (None, [model, c_int32]),
+        "me_model_set_noise": (c_double, [model, c_int32, c_float, c_uint64]),
         "me_model_scratch_bytes": (c_int64, [model, c_int64, c_int32, c_int32]),
     }
     for name, (restype, argtypes) in signatures.items():
@@ -252,29 +289,26 @@ class Mail:
     def __init__(self, max_experts: int, n_units: int) -> None:
         self.experts = (c_int32 * max_experts)()
         self.counts = (c_int32 * max_experts)()
+        self.weights = (c_float * max_experts)()
+        self.squares = (c_float * max_experts)()
         self.order = (c_int32 * max_experts)()
         self.level = (c_int32 * max_experts)()
         self.victim_count = (c_int32 * max_experts)()
         self.victims = (c_int32 * max(n_units, 1))()
 
     def struct(self) -> Mailbox:
-        p = POINTER(c_int32)
-        return Mailbox(
-            *(
-                ctypes.cast(a, p)
-                for a in (self.experts, self.counts, self.order, self.level, self.victim_count, self.victims)
-            )
-        )
+        return Mailbox(**{f[0]: ctypes.cast(getattr(self, f[0]), f[1]) for f in Mailbox._fields_})
 
 
-Schedule = Callable[[int, list[int], list[int]], StepPlan | None]
+Schedule = Callable[[Step], StepPlan | None]
 
 
 class NativeModel:
     """Owns one native model: its unit table, arena, readers and counters.
 
-    schedule(layer, experts, counts), a policy's plan(), is called on the thread that decodes. What it raises is kept in
-    `schedule_error` and fails the decode.
+    `schedule`, a policy's plan(), is called on the thread that decodes. What it raises is kept in `schedule_error` and
+    fails the decode. wants_routing: give steps of several tokens their Routing. observe: called with each step's input
+    and routing before it is scheduled; for calibration and traces.
     """
 
     def __init__(self, model: ExpertModel, *, n_io_threads: int = 4, direct_io: bool = True) -> None:
@@ -284,6 +318,8 @@ class NativeModel:
         self.mail = Mail(max(layer.n_expert for layer in model.layers), self.n_units)
         self.schedule_error: BaseException | None = None
         self.schedule: Schedule | None = None
+        self.wants_routing = False
+        self.observe: Callable[[int, Routing, FloatArray], None] | None = None
         self.stop_requested = False
         self._callback = SCHEDULE_FN(self._on_step)
         desc, keep = _describe(model)
@@ -295,13 +331,18 @@ class NativeModel:
         if not self._handle:
             raise MissingFile(error.value.decode())
 
-    def _on_step(self, _user: object, layer: int, _n_tokens: int, n: int) -> int:
+    def _on_step(self, _user: object, layer: int, n_tokens: int, n: int) -> int:
         if self.stop_requested:
             return SCHEDULE_STOP
         mail = self.mail
         try:
             assert self.schedule is not None, "no policy yet"
-            plan = self.schedule(layer, mail.experts[:n], mail.counts[:n])
+            step = Step(layer, mail.experts[:n], mail.counts[:n], mail.weights[:n], mail.squares[:n], n_tokens)
+            if self.wants_routing and n_tokens > 1:
+                step.routing = self._routing()[0]
+            if self.observe is not None:
+                self.observe(layer, *self._routing())
+            plan = self.schedule(step)
             if plan is None:
                 return SCHEDULE_RESIDENT
             at = 0
@@ -316,6 +357,33 @@ class NativeModel:
         except BaseException as e:  # a callback cannot raise through C: kept, and raised after the decode
             self.schedule_error = e
             return SCHEDULE_ERROR
+
+    def _routing(self) -> tuple[Routing, FloatArray]:
+        """The present step's routing and input [n_tokens, n_embd]: views, valid until the callback returns."""
+        v = StepView()
+        self._lib.me_model_step(self._handle, ctypes.byref(v))
+        array, shape = np.ctypeslib.as_array, (v.n_tokens, v.n_used)
+        attention = array(v.attention, (v.n_tokens,)) if v.attention else None
+        routing = Routing(array(v.experts, shape), array(v.weights, shape), attention)
+        return routing, array(v.input, (v.n_tokens, v.n_embd))
+
+    def watch_attention(self) -> None:
+        """Let a Routing carry the attention each token received, in micro-batches of 32 tokens and more.
+
+        Graphs that llama.cpp has built before, and uses again, do not show it.
+        """
+        self._lib.me_model_watch_attention(self._handle)
+
+    def set_renormalise(self, on: bool) -> None:
+        """After a skip, scale the token's other gate weights up to the old sum."""
+        self._lib.me_model_set_renormalise(self._handle, int(on))
+
+    def set_noise(self, layer: int, relative: float, seed: int) -> float:
+        """Disturb the MoE output of one layer (position; -1: none), relative to its size, see native/capi.h.
+
+        Returns the squared noise added since the last call.
+        """
+        return float(self._lib.me_model_set_noise(self._handle, layer, relative, seed))
 
     def set_arena(self, arena_bytes: int) -> None:
         error = ctypes.create_string_buffer(ERROR_BYTES)

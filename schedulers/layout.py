@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
+SKIP = -1  # a level of a StepPlan: the expert is not computed, its output is zero
+
 
 class ExpertKey(NamedTuple):
     """One expert: position among the MoE layers (not the block number), and index in the layer."""
@@ -55,12 +60,43 @@ class Layout:
         return sum(self.unit_bytes[:: self.n_levels])
 
 
+class Routing(NamedTuple):
+    """The routing of each token of a micro-batch; views of buffers that are overwritten by the next step.
+
+    experts: int32 [n_tokens, n_used]. weights: float32 [n_tokens, n_used], gate weights; equal shares where the model's
+    graph does not show them. attention: float32 [n_tokens], attention received by each token in this layer (see
+    native/attention.h), or None when it is not watched.
+    """
+
+    experts: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float32]
+    attention: npt.NDArray[np.float32] | None
+
+
+@dataclass(slots=True)
+class Step:
+    """One MoE layer of one micro-batch: what a policy is asked about.
+
+    layer: position among the MoE layers. experts: distinct, ascending. counts: tokens of the micro-batch routed to
+    each. weights: sum of the gate weights of those tokens; for one token its gate weights. squares: sum of their
+    squares. routing: token by token, for micro-batches of more than one token and policies that want it.
+    """
+
+    layer: int
+    experts: Sequence[int]
+    counts: Sequence[int]
+    weights: Sequence[float] = ()
+    squares: Sequence[float] = ()
+    n_tokens: int = 1
+    routing: Routing | None = None
+
+
 class StepPlan(NamedTuple):
     """The answer for one MoE layer and micro-batch.
 
-    order: permutation of the asked experts' positions, the order to fetch in. levels: precision level of each step.
-    victims: for each step, the units to evict before its read starts. A victim may be an expert of an earlier step;
-    the engine evicts it once it has been computed.
+    order: permutation of the asked experts' positions, the order to fetch in. levels: precision level of each step, or
+    SKIP. victims: for each step, the units to evict before its read starts. A victim may be an expert of an earlier
+    step; the engine evicts it once it has been computed.
     """
 
     order: Sequence[int]

@@ -9,7 +9,7 @@ from conftest import open_engine
 from moe_edge.models.embedded import tiny_model_path
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.native import Counters
-from moe_edge.schedulers.layout import StepPlan
+from moe_edge.schedulers.layout import Step, StepPlan
 
 N_LAYERS, TOP_K, PIECES = 4, 4, 3
 TEXT = "In the beginning God created the heaven and the earth. And the earth was without form, and void; and darkness"
@@ -20,10 +20,10 @@ def decode_one_by_one(engine: Engine, n_tokens: int) -> tuple[Counters, int]:
     calls = 0
     policy = engine.policy
 
-    def count(layer: int, experts: list[int], counts: list[int]) -> StepPlan | None:
+    def count(step: Step) -> StepPlan | None:
         nonlocal calls
         calls += 1
-        return policy.plan(layer, experts, counts)
+        return policy.plan(step)
 
     engine.native.schedule = count
     tokens = engine.llama.tokenize(TEXT.encode(), add_bos=False)

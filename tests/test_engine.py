@@ -16,7 +16,7 @@ from moe_edge.models.errors import BudgetTooSmall, EngineError, Stopped, WrongLi
 from moe_edge.runner.engine import Engine, EngineOptions, attention_defaults, log_megabytes
 from moe_edge.runner.generate import Sampling, generate
 from moe_edge.runner.native import check_abi
-from moe_edge.schedulers.layout import StepPlan
+from moe_edge.schedulers.layout import Step, StepPlan
 from random_models import Shape, write_random_model
 from reference import logits_of_context, stock_logits
 
@@ -136,9 +136,9 @@ def test_with_everything_resident_each_expert_is_read_once_and_only_what_is_used
 def test_the_scheduler_is_called_once_for_each_moe_layer_and_micro_batch(random_model: Callable[[str], Path]) -> None:
     calls: list[int] = []
     with small(random_model("olmoe"), "floor") as engine:
-        def count(layer: int, experts: list[int], counts: list[int]) -> StepPlan | None:
-            calls.append(layer)
-            return engine.policy.plan(layer, experts, counts)
+        def count(step: Step) -> StepPlan | None:
+            calls.append(step.layer)
+            return engine.policy.plan(step)
 
         engine.native.schedule = count
         logits(engine)  # 40 tokens in micro-batches of 32 and 8

@@ -6,7 +6,8 @@ import random
 
 import pytest
 from moe_edge.models.errors import BudgetTooSmall, UnknownName
-from moe_edge.schedulers.layout import ExpertKey, Layout
+from moe_edge.schedulers.layout import ExpertKey, Layout, Step
+from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policy import ExactLru, Policy, make_policy
 
 
@@ -16,7 +17,7 @@ def layout(n_layers: int = 2, n_experts: int = 4, unit_bytes: int = 10) -> Layou
 
 def ask(policy: Policy, layer: int, *experts: int) -> list[tuple[int, list[int]]]:
     """[(expert, victims)] in plan order."""
-    plan = policy.plan(layer, experts, [1] * len(experts))
+    plan = policy.plan(Step(layer, experts, [1] * len(experts)))
     if plan is None:  # all in memory
         return [(e, []) for e in experts]
     assert sorted(plan.order) == list(range(len(experts)))
@@ -47,7 +48,7 @@ def test_a_free_arena_evicts_nothing() -> None:
 def test_a_step_without_a_miss_is_answered_by_none_and_renews_its_experts() -> None:
     lru = ExactLru(layout(), 30)
     ask(lru, 0, 0, 1, 2)
-    assert lru.plan(0, [1, 0], [1, 1]) is None
+    assert lru.plan(Step(0, [1, 0], [1, 1])) is None
     assert lru.resident == (2, 1, 0)
 
 
@@ -117,9 +118,9 @@ def test_no_plan_exceeds_the_arena_or_evicts_what_is_absent_or_still_needed() ->
                 resident.add(unit)
                 computed.add(unit)
                 assert sum(sizes[u] for u in resident) <= arena
-            assert resident == set(policy.resident)  # type: ignore[attr-defined]
+            assert resident == set(policy.resident)
 
 
 def test_an_unknown_policy_is_named_with_the_known_ones() -> None:
-    with pytest.raises(UnknownName, match="unknown policy 'lfru'; known: exact"):
-        make_policy("lfru", layout(), 80)
+    with pytest.raises(UnknownName, match="unknown policy 'lfru'; known: exact, dymoe, hobbit"):
+        make_policy(PolicyOptions("lfru"), layout(), 80)

@@ -1,0 +1,72 @@
+"""What a calibration measured, as the policies use it. Pure data; convert/calibration.py stores and reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table behind --max-kld, measured on the calibration text against the exact policy.
+
+    kld: mean nats per token. bytes_share: bytes of the levels used, as a share of what exact uses.
+    """
+
+    policy: str
+    low_level: str
+    retention: float
+    kld: float
+    bytes_share: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """L MoE layers, E experts of the widest layer (narrower ones padded with zeros), the store's n levels.
+
+    text_sha256, n_tokens: the text. levels: the store's level names, highest first.
+    counts [L, E]: tokens routed to each expert. mean_gate [L, E]: mean gate weight of those. squares [L, E]: sum of
+    their squared gate weights. sensitivity [L]: KLD, in nats, for each unit of squared error in the layer's MoE output,
+    from disturbing it at a known size.
+    error [L, E, n + 1]: sum over the tokens of g^2 |E(x) - E_level(x)|^2 at each level; the last is the expert removed.
+    cumulated [101]: quantiles 0 to 100 % over expert uses of the gate weight (shares of a token's sum) before each use
+    in falling order: s(e_i) of HOBBIT's miss rule.
+    use_damage [L, 101]: quantiles 0 to 100 % over the uses of a layer of g^2 * unit_damage at the level `low` (or of
+    skipping, when the store has one level).
+    settings: measured rows, fastest first; empty when none were measured.
+    """
+
+    text_sha256: str
+    n_tokens: int
+    levels: tuple[str, ...]
+    counts: npt.NDArray[np.int64]
+    mean_gate: FloatArray
+    squares: FloatArray
+    sensitivity: FloatArray
+    error: FloatArray
+    cumulated: FloatArray
+    use_damage: FloatArray
+    settings: tuple[Setting, ...] = ()
+
+    def damage(self) -> FloatArray:
+        """[L, E, n + 1]: expected KLD (nats per token) when that expert alone is always used at that level."""
+        scaled: FloatArray = self.error * self.sensitivity[:, None, None] / max(1, self.n_tokens)
+        return scaled
+
+    def unit_damage(self, level: int) -> FloatArray:
+        """[L, E]: nats that one use with gate weight 1 costs at `level` (an index; -1: skipped) above the level 0.
+
+        A use with gate weight g costs g^2 times this. An expert the text never used gets its layer's median
+        (PAPERS.md, section 5).
+        """
+        extra = np.maximum(0.0, self.error[..., level] - self.error[..., 0]) * self.sensitivity[:, None]
+        used = self.squares > 0
+        unit: FloatArray = np.divide(extra, self.squares, out=np.zeros_like(extra), where=used)
+        for layer, row in enumerate(unit):
+            seen = row[used[layer]]
+            row[~used[layer]] = np.median(seen) if len(seen) else 0.0
+        return unit

@@ -1,0 +1,91 @@
+"""DyMoE: a share of each step's experts, the most important ones, at the high level; the rest low or skipped.
+
+The share falls with depth (depth.py), importance is importance.py's, the cache rules are levels.py's.
+Source: DyMoE, PAPERS.md, section 1 (third-party summaries of the paper; what is ours is marked there).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from moe_edge.schedulers.calibration import Calibration
+from moe_edge.schedulers.depth import depth_schedule
+from moe_edge.schedulers.importance import expected_damage, gate_mass, heavy_hitters, most_important
+from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
+from moe_edge.schedulers.levels import HIGH, LOW, LevelPolicy
+from moe_edge.schedulers.options import PolicyOptions
+
+
+class DyMoE(LevelPolicy):
+    """retention: r(l) of each MoE layer, [L]. Made by make_policy, which checks the options."""
+
+    name = "dymoe"
+
+    def __init__(
+        self, layout: Layout, arena_bytes: int, options: PolicyOptions, calibration: Calibration | None = None
+    ) -> None:
+        super().__init__(layout, arena_bytes, calibration, options.reuse)
+        self.retention = depth_schedule(options.depth, options.retention, layout.n_layers, calibration)
+        auto = "damage" if calibration else "gate"
+        self._rest = SKIP if options.low_level == "skip" else LOW
+        self._damage = self._skip_damage if self._rest == SKIP else self._low_damage
+        self._decode = auto if options.importance == "auto" else options.importance
+        self._prefill = auto if options.prefill_importance == "auto" else options.prefill_importance
+        self._heavy_share = options.heavy_share
+        # with everything at the high level nothing is ranked, so nothing needs watching
+        self.wants_attention = self.wants_routing = self._prefill == "attention" and options.retention < 1
+        self._carry = [0.0, 0.0]  # experts owed to the high level, in decode and in prefill
+
+    def reset(self, resident: Iterable[int]) -> None:
+        """Forget the cache state and what rounding owes, and start from these units. The counts go on."""
+        super().reset(resident)
+        self._carry = [0.0, 0.0]
+
+    def plan(self, step: Step) -> StepPlan | None:
+        n = len(step.experts)
+        n_high = self._next_n_high(step.layer, n, step.n_tokens > 1)
+        stats = self.stats
+        stats.wanted_high += n_high
+        if self._rest == LOW:
+            stats.wanted_low += n - n_high
+        else:
+            stats.wanted_skip += n - n_high
+        if (self._reuse or n_high == n) and self._all_high(step):
+            stats.uses += n
+            stats.high_uses += n
+            return None
+        return self.serve(step, self._wishes(step, n_high))
+
+    def _next_n_high(self, layer: int, n: int, prefill: bool) -> int:
+        """How many of n experts get the high level: r(l) * n rounded, what rounding leaves goes to the next step.
+
+        At least 1 (HOBBIT's guard): a token without any expert loses the layer. What the guard gives too much is taken
+        from later steps, up to one token's worth of experts, so the mean is the retention wherever 1 a layer allows it.
+        Rounding up instead would make 98 % of a top-2 model's uses high at a retention of 0.75 (PAPERS.md, section 1).
+        """
+        target = self.retention[layer] * n + self._carry[prefill]
+        n_high = int(target + 0.5)
+        if n_high < 1:
+            n_high = 1
+            target = max(target, -float(n * self._layout.n_layers))
+        elif n_high > n:
+            n_high = n
+        self._carry[prefill] = target - n_high
+        return n_high
+
+    def _wishes(self, step: Step, n_high: int) -> Sequence[int]:
+        n = len(step.experts)
+        if n_high == n:
+            return [HIGH] * n
+        wishes = [self._rest] * n
+        for i in most_important(self._importance(step), n_high):
+            wishes[i] = HIGH
+        return wishes
+
+    def _importance(self, step: Step) -> Sequence[float]:
+        rule = self._prefill if step.n_tokens > 1 else self._decode
+        if rule == "damage" and self._damage:
+            return expected_damage(step, self._damage)
+        if rule == "attention":
+            return heavy_hitters(step, self._heavy_share)
+        return gate_mass(step)
