@@ -9,20 +9,25 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moe_edge.convert.ggml_types import BF16, BY_NAME, F16, F32
-from moe_edge.convert.plan import ConvertPlan, change, make_plan
+from moe_edge.convert.imatrix import fill_unused
+from moe_edge.convert.plan import ConvertPlan, ExpertKey, ExpertTypes, change, make_plan
+from moe_edge.convert.quantize import FloatArray, check_importance
 from moe_edge.convert.skeleton import own_kvs, remove_unless_proven, skeleton_kvs, stub_data
 from moe_edge.convert.source import STORE_ID, STORE_SUFFIX, Source, open_source
-from moe_edge.convert.store import new_store, open_model, seal_store, store_path
+from moe_edge.convert.store import expert_name, new_store, open_model, seal_store, store_path
 from moe_edge.convert.stream import SourceFiles, converted
 from moe_edge.convert.write import GGUFOutput, check_space, kv_string, kv_u32
 from moe_edge.models.errors import MissingFile, UsageError
+
+if TYPE_CHECKING:
+    from moe_edge.schedulers.calibration import Calibration
 
 Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
 
@@ -60,6 +65,7 @@ class ConvertReport:
             f"{self.skeleton}: skeleton, {self.skeleton_bytes / 2**20:.2f} MiB",
             f"{self.store}: experts, {self.store_bytes / 2**20:.2f} MiB, id {self.store_id}",
             "experts: " + ", ".join(f"{count} x {what}" for what, count in changed.items()),
+            *self.plan.level_lines(),
             *self.plan.remarks(),
             f"written, read back and checked in {self.seconds:.1f} s",
         ]
@@ -88,18 +94,27 @@ def convert(
     progress: Progress | None = None,
     *,
     low_type: str | None = None,
+    types: ExpertTypes | None = None,
+    importance: Mapping[ExpertKey, FloatArray] | None = None,
+    dense_importance: Mapping[str, FloatArray] | None = None,
+    calibration: Calibration | None = None,
     overwrite: bool = False,
     prove: Callable[[Path], None] | None = None,
 ) -> ConvertReport:
     """Convert a GGUF or a Hugging Face folder to `NAME.gguf` (output_path) and `NAME.experts.gguf`.
 
     type: ggml type of the experts; None keeps the source's bytes. low_type: adds a low level of that type.
+    types: in place of both, when projections or experts differ in type.
+    importance: (layer number, expert, projection) -> (n_cols,) mean squares of its inputs, for the quantizer at every
+    level; an expert without gets its layer's mean. dense_importance: the same by name of the dense tensor.
+    calibration: what the policies will use, stored with the experts.
     dense_type: type of the dense matrices, see make_plan. threads: to quantize with; None or 0: one each CPU.
     output_path: None only for a dry run, which writes nothing and returns the plan.
     progress: called with bytes written and bytes in all; None shows a bar when stderr is a terminal.
     prove: called with the skeleton's final path; when it raises, both files are removed.
-    Raises NotMoE, UnknownName, UsageError (output in the way, or a moe-edge file as source), MissingFile, DiskFull,
-    BadFile and its kind: BadChecksum when the files do not read back as they were written.
+    Raises NotMoE, UnknownName, UsageError (output in the way, a moe-edge file as source, types, an importance or a
+    calibration of another model), MissingFile, DiskFull, BadFile and its kind: for an importance that does not fit its
+    tensor, BadChecksum when the files do not read back as they were written.
     """
     started = time.monotonic()
     if output_path is None and not dry_run:
@@ -107,15 +122,22 @@ def convert(
     source = open_source(source_path)
     skeleton_path = None if output_path is None else Path(output_path)
     if skeleton_path is not None:
-        _check_output(skeleton_path, source, overwrite)
-    plan = make_plan(source, type, dense_type, low_type)
+        check_output(skeleton_path, source, overwrite)
+    filled = fill_unused(_checked(importance or {}, source), source.layers)
+    dense_weights = dense_importance or {}
+    plan = make_plan(
+        source, type, dense_type, low_type, types=types, importance=filled.keys(), dense_importance=dense_weights.keys()
+    )
+    weights = _importance_by_name(plan, filled, dense_weights)
+    if calibration is not None:
+        _check_calibration(calibration, plan, source)
     if dry_run or skeleton_path is None:
         return ConvertReport(plan)
-    store, skeleton = _outputs(plan, source, skeleton_path)
+    store, skeleton = _outputs(plan, source, skeleton_path, calibration)
     check_space(skeleton_path.parent, store.total_bytes + skeleton.total_bytes, str(skeleton_path))
     total = sum(each.nbytes for each in (*store.tensors, *skeleton.tensors))
     with _progress(progress, total, skeleton_path.name) as advance:
-        identity = _write_both(plan, store, skeleton, _n_threads(threads), advance)
+        identity = _write_both(plan, store, skeleton, weights, _n_threads(threads), advance)
     remove_unless_proven(_open_and(prove), skeleton_path, (skeleton_path, store.path))
     return ConvertReport(
         plan=plan,
@@ -128,7 +150,7 @@ def convert(
     )
 
 
-def _check_output(skeleton: Path, source: Source, overwrite: bool) -> None:
+def check_output(skeleton: Path, source: Source, overwrite: bool) -> None:
     if skeleton.suffix != ".gguf" or skeleton.name.endswith(STORE_SUFFIX) or skeleton.is_dir():
         raise UsageError(f"{skeleton}: the output must be the name of a skeleton, like olmo.gguf")
     if not skeleton.parent.is_dir():
@@ -142,7 +164,50 @@ def _check_output(skeleton: Path, source: Source, overwrite: bool) -> None:
             raise UsageError(f"{path}: exists already; choose another output, or allow to overwrite it")
 
 
-def _outputs(plan: ConvertPlan, source: Source, skeleton_path: Path) -> tuple[GGUFOutput, GGUFOutput]:
+def _checked(importance: Mapping[ExpertKey, FloatArray], source: Source) -> dict[ExpertKey, FloatArray]:
+    """`importance` as float32, each fitting the rows of its tensor. Raises BadFile, UsageError for unknown experts."""
+    checked = {}
+    for key, values in importance.items():
+        what = f"{key[2]} of expert {key[1]} in layer {key[0]}"
+        if key not in source.experts:
+            raise UsageError(f"{source.name} has no {what}, which has an importance")
+        checked[key] = check_importance(values, source.experts[key].shape[0], f"importance of {what}")
+    return checked
+
+
+def _check_calibration(calibration: Calibration, plan: ConvertPlan, source: Source) -> None:
+    if calibration.levels != plan.levels:
+        raise UsageError(
+            f"{source.name}: the calibration is of the levels {list(calibration.levels)}, "
+            f"the conversion makes {list(plan.levels)}"
+        )
+    needed = (len(source.layers), max(layer.n_expert for layer in source.layers))
+    if calibration.counts.shape != needed:
+        raise UsageError(
+            f"{source.name}: the calibration is of {list(calibration.counts.shape)} layers and experts, "
+            f"the model has {list(needed)}"
+        )
+
+
+def _importance_by_name(
+    plan: ConvertPlan, importance: Mapping[ExpertKey, FloatArray], dense: Mapping[str, FloatArray]
+) -> dict[str, FloatArray]:
+    """Planned tensor -> importance of its columns. Raises BadFile for one that does not fit its dense tensor."""
+    by_name = {
+        expert_name(layer, projection, expert, level): values
+        for (layer, expert, projection), values in importance.items()
+        for level in plan.levels
+    }
+    for each in plan.dense:
+        if each.is_converted and each.name in dense:
+            where = f"importance of tensor '{each.name}'"
+            by_name[each.name] = check_importance(dense[each.name], each.shape[0], where)
+    return by_name
+
+
+def _outputs(
+    plan: ConvertPlan, source: Source, skeleton_path: Path, calibration: Calibration | None
+) -> tuple[GGUFOutput, GGUFOutput]:
     store = new_store(
         store_path(skeleton_path),
         source.architecture.name,
@@ -150,6 +215,7 @@ def _outputs(plan: ConvertPlan, source: Source, skeleton_path: Path) -> tuple[GG
         source.header_sha256,
         plan.levels,
         [each.spec for each in plan.store_tensors],
+        calibration,
     )
     changed = {}
     if source.is_checkpoint and plan.dense_type in FILE_TYPES:
@@ -160,14 +226,19 @@ def _outputs(plan: ConvertPlan, source: Source, skeleton_path: Path) -> tuple[GG
 
 
 def _write_both(
-    plan: ConvertPlan, store: GGUFOutput, skeleton: GGUFOutput, threads: int, advance: Callable[[int], None]
+    plan: ConvertPlan,
+    store: GGUFOutput,
+    skeleton: GGUFOutput,
+    weights: Mapping[str, FloatArray],
+    threads: int,
+    advance: Callable[[int], None],
 ) -> str:
     """Write, check and name both files, the store first. Returns the store id."""
     with SourceFiles() as files, store, skeleton:
-        _fill(store, converted(plan.store_tensors, files, threads), advance)
+        _fill(store, converted(plan.store_tensors, files, threads, weights), advance)
         identity = seal_store(store)
         skeleton.patch(STORE_ID, kv_string(STORE_ID, identity))
-        _fill(skeleton, _skeleton_data(plan, files, threads), advance)
+        _fill(skeleton, _skeleton_data(plan, files, weights, threads), advance)
         skeleton.finish()
         store.verify()
         skeleton.verify()
@@ -188,8 +259,10 @@ def _fill(output: GGUFOutput, pieces: Generator[bytes, None, None], advance: Cal
             advance(len(data))
 
 
-def _skeleton_data(plan: ConvertPlan, files: SourceFiles, threads: int) -> Generator[bytes, None, None]:
-    yield from converted(plan.dense, files, threads)
+def _skeleton_data(
+    plan: ConvertPlan, files: SourceFiles, weights: Mapping[str, FloatArray], threads: int
+) -> Generator[bytes, None, None]:
+    yield from converted(plan.dense, files, threads, weights)
     for stub in plan.stubs:
         yield from stub_data(stub.nbytes)
 

@@ -6,10 +6,11 @@ Lossy only when asked: without a type every tensor keeps its own, but for those 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from moe_edge.convert.experts import MoELayer
 from moe_edge.convert.ggml_types import F32, FLOAT_TYPES, tensor_bytes, type_name
 from moe_edge.convert.gguf import TensorEntry
 from moe_edge.convert.quantize import NEED_IMATRIX, TARGETS, fitting_type, target_type
@@ -17,7 +18,7 @@ from moe_edge.convert.skeleton import stub_specs
 from moe_edge.convert.source import Source
 from moe_edge.convert.store import ALIGNMENT, HIGH, LOW, expert_name
 from moe_edge.convert.write import TensorSpec
-from moe_edge.models.errors import UnknownName
+from moe_edge.models.errors import UnknownName, UsageError
 
 DEFAULT_DENSE = "Q8_0"  # of a checkpoint whose experts are quantized
 READABLE = frozenset({*TARGETS, *NEED_IMATRIX, "Q1_0", "NVFP4"})
@@ -27,6 +28,25 @@ _NEVER_QUANTIZED = (
     "_norm.weight", "ffn_gate_inp", "ffn_gate_tid2eid", "altup", "laurel", "per_layer_model_proj", "position_embd",
     "token_types", "ssm_conv1d", "shortconv.conv", "indexer.", "hc_", "time_mix_", "attn_rel_b", "attn_sinks",
 )  # fmt: skip
+
+
+ExpertKey = tuple[int, int, str]  # layer number, expert, projection
+
+
+@dataclass(frozen=True)
+class ExpertTypes:
+    """The types of the experts, by level and projection.
+
+    high: the high level's type by name; None keeps the source's. low: the low level's; None: there is no low level.
+    by_projection: (level, projection) -> type name, before `high` and `low`. In layers with fused gate_up an entry of
+        gate or up is gate_up's too, when they do not contradict each other.
+    homes: (layer number, expert, projection) -> type id at the high level, before everything else.
+    """
+
+    high: str | None = None
+    low: str | None = None
+    by_projection: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    homes: Mapping[ExpertKey, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,9 +118,26 @@ class ConvertPlan:
         lines.append(f"  {len(self.stubs)} stubs{_mib(sum(each.nbytes for each in self.stubs)):>63}")
         lines.append("experts:")
         lines += [f"  {line}" for line in self._expert_lines()]
+        lines += self.level_lines()
         lines += self.remarks()
         lines.append(f"total: skeleton {_mib(self.skeleton_bytes).strip()}, experts {_mib(self.store_bytes).strip()}")
         return "\n".join(lines)
+
+    def bits_per_weight(self, level: str) -> float:
+        """Bits of the experts at `level` for each of their weights, on average; alignment is not counted."""
+        mine = [each for each in self.experts if level_of(each.name) == level]
+        return 8 * sum(each.nbytes for each in mine) / sum(each.shape[0] * each.shape[1] for each in mine)
+
+    def level_lines(self) -> list[str]:
+        """`high: 4.50 bits per weight on average: 24 x Q4_K` for each level."""
+        counts: dict[str, Counter[str]] = {level: Counter() for level in self.levels}
+        for each in self.experts:
+            counts[level_of(each.name)][type_name(each.type)] += 1
+        return [
+            f"{level}: {self.bits_per_weight(level):.2f} bits per weight on average: "
+            + ", ".join(f"{count} x {name}" for name, count in counts[level].items())
+            for level in self.levels
+        ]
 
     def remarks(self) -> list[str]:
         """What a reader should know: fallbacks, skipped tensors, notes about the tokenizer."""
@@ -114,6 +151,7 @@ class ConvertPlan:
             "source": self.source,
             "architecture": self.architecture,
             "levels": list(self.levels),
+            "bits_per_weight": {level: self.bits_per_weight(level) for level in self.levels},
             "skeleton_bytes": self.skeleton_bytes,
             "store_bytes": self.store_bytes,
             "dense": [_as_json(each) for each in self.dense],
@@ -127,7 +165,7 @@ class ConvertPlan:
     def _expert_lines(self) -> Iterator[str]:
         groups: dict[tuple[str, str], list[int]] = {}
         for each in self.store_tensors:
-            projection = each.name.split(".")[2] + (".low" if ".low." in each.name else "")
+            projection = each.name.split(".")[2] + (".low" if level_of(each.name) == LOW else "")
             group = groups.setdefault((projection, change(each)), [0, 0])
             group[0] += 1
             group[1] += each.nbytes
@@ -136,31 +174,43 @@ class ConvertPlan:
 
 
 def make_plan(
-    source: Source, expert_type: str | None = None, dense_type: str | None = None, low_type: str | None = None
+    source: Source,
+    expert_type: str | None = None,
+    dense_type: str | None = None,
+    low_type: str | None = None,
+    *,
+    types: ExpertTypes | None = None,
+    importance: Collection[ExpertKey] = (),
+    dense_importance: Collection[str] = (),
 ) -> ConvertPlan:
     """The plan to convert `source`, with types by name.
 
     expert_type: of the experts' high level; None keeps the source's. low_type: adds a low level of that type.
+    types: in place of both, when projections or experts differ.
     dense_type: of the dense matrices; None keeps a GGUF's, and a checkpoint's unless its experts are quantized: Q8_0.
-    Raises UnknownName for a type we do not know or that needs an importance matrix, and what the architecture raises.
+    importance, dense_importance: the experts and dense tensors there is an importance for.
+    Raises UnknownName for a type we do not know, UsageError for one whose tensors lack an importance they need and for
+    a level, projection or expert the model does not have, and what the architecture raises.
     """
-    wanted = {HIGH: target_type(expert_type).id if expert_type else None}
-    if low_type:
-        wanted[LOW] = target_type(low_type).id
-    high = wanted[HIGH]
-    if dense_type is None and source.is_checkpoint and high is not None and high not in FLOAT_TYPES:
+    assert types is None or (expert_type is None and low_type is None), "types replaces expert_type and low_type"
+    if types is None:
+        types = ExpertTypes(expert_type, low_type)
+    wanted = _wanted_types(source, types, bool(importance))
+    if dense_type is None and source.is_checkpoint and _quantizes(wanted, types):
         dense_type = DEFAULT_DENSE
-    dense_id = target_type(dense_type).id if dense_type else None
+    dense_id = target_type(dense_type, bool(dense_importance)).id if dense_type else None
     fallbacks: Counter[str] = Counter()
     source.stub_overrides()  # raises here what the skeleton would raise later
     dense = tuple(_plan_dense(entry, dense_id, source.is_checkpoint, fallbacks) for entry in source.dense)
-    experts = tuple(_plan_experts(source, wanted, fallbacks))
+    for each in dense:
+        _check_importance(each, each.name in dense_importance)
+    experts = tuple(_plan_experts(source, wanted, types.homes, frozenset(importance), fallbacks))
     biases = tuple(PlannedTensor(e.name, e.shape, e, e.type, e.nbytes) for e in source.biases.values())
     stubs = stub_specs(source.layers, source.biases)
     return ConvertPlan(
         source=source.name,
         architecture=source.architecture.name,
-        levels=tuple(wanted),
+        levels=(HIGH, LOW) if types.low else (HIGH,),
         dense=dense,
         stubs=stubs,
         experts=experts,
@@ -169,6 +219,11 @@ def make_plan(
         skipped=source.skipped,
         notes=source.notes,
     )
+
+
+def level_of(name: str) -> str:
+    """The level of an expert tensor by its name in the store."""
+    return LOW if name.endswith(".low.weight") else HIGH
 
 
 def may_quantize(name: str, shape: tuple[int, ...]) -> bool:
@@ -185,14 +240,85 @@ def _plan_dense(entry: TensorEntry, wanted: int | None, is_checkpoint: bool, fal
     return _planned(entry.name, entry, wanted, fallbacks)
 
 
-def _plan_experts(source: Source, wanted: Mapping[str, int | None], fallbacks: Counter[str]) -> Iterable[PlannedTensor]:
-    for layer in source.layers:
+def _wanted_types(source: Source, types: ExpertTypes, with_imatrix: bool) -> dict[tuple[str, str], int | None]:
+    """(level, projection) -> type id, None to keep the source's; levels in the order of the store."""
+    named = {HIGH: types.high} | ({LOW: types.low} if types.low else {})
+    by_projection = {key: target_type(name, with_imatrix).id for key, name in types.by_projection.items()}
+    known = list(dict.fromkeys(each for layer in source.layers for each in layer.projections))
+    fused = "gate_up" in known
+    for level, projection in by_projection:
+        if level not in (HIGH, LOW):
+            raise UsageError(f"unknown level '{level}'; known: {HIGH}, {LOW}")
+        if level not in named:
+            raise UsageError(f"a type for {projection} at the level {level} needs a low level; give it a type too")
+        if projection not in known and not (fused and projection in ("gate", "up")):
+            raise UsageError(f"{source.name} has no expert projection '{projection}'; known: {', '.join(known)}")
+    for key in types.homes:
+        if key not in source.experts:
+            raise UsageError(f"{source.name} has no {key[2]} of expert {key[1]} in layer {key[0]}, which has a type")
+    for type_id in set(types.homes.values()):
+        target_type(type_name(type_id), with_imatrix)
+    wanted = {}
+    for level, name in named.items():
+        default = target_type(name, with_imatrix).id if name else None
+        for projection in known:
+            wanted[level, projection] = _overridden(by_projection, level, projection, default)
+    return wanted
+
+
+def _overridden(
+    by_projection: Mapping[tuple[str, str], int], level: str, projection: str, default: int | None
+) -> int | None:
+    names = ("gate_up", "gate", "up") if projection == "gate_up" else (projection,)
+    given = {by_projection[level, name] for name in names if (level, name) in by_projection}
+    if len(given) > 1:
+        found = " and ".join(sorted(map(type_name, given)))
+        raise UsageError(f"gate and up are one tensor in this model and cannot be {found} at the level {level}")
+    return given.pop() if given else default
+
+
+def _quantizes(wanted: Mapping[tuple[str, str], int | None], types: ExpertTypes) -> bool:
+    """Whether any expert's high level gets a type that is not a float type."""
+    given = {type_id for (level, _), type_id in wanted.items() if level == HIGH} | set(types.homes.values())
+    return bool(given - FLOAT_TYPES - {None})
+
+
+def _plan_experts(
+    source: Source,
+    wanted: Mapping[tuple[str, str], int | None],
+    homes: Mapping[ExpertKey, int],
+    importance: Collection[ExpertKey],
+    fallbacks: Counter[str],
+) -> Iterable[PlannedTensor]:
+    levels = list(dict.fromkeys(level for level, _ in wanted))
+    for layer, expert, level, projection in _tensor_keys(source.layers, levels):
+        key = (layer, expert, projection)
+        entry = source.experts[key]
+        type_id = homes.get(key) if level == HIGH else None
+        if type_id is None:
+            type_id = wanted[level, projection]
+        name = expert_name(layer, projection, expert, level)
+        planned = _planned(name, entry, entry.type if type_id is None else type_id, fallbacks)
+        _check_importance(planned, key in importance)
+        yield planned
+
+
+def _tensor_keys(layers: Iterable[MoELayer], levels: Iterable[str]) -> Iterator[tuple[int, int, str, str]]:
+    """(layer number, expert, level, projection) in the order of the store."""
+    levels = tuple(levels)
+    for layer in layers:
         for expert in range(layer.n_expert):
-            for level, type_id in wanted.items():
+            for level in levels:
                 for projection in layer.projections:
-                    entry = source.experts[layer.layer, expert, projection]
-                    name = expert_name(layer.layer, projection, expert, level)
-                    yield _planned(name, entry, entry.type if type_id is None else type_id, fallbacks)
+                    yield layer.layer, expert, level, projection
+
+
+def _check_importance(planned: PlannedTensor, has_importance: bool) -> None:
+    if planned.is_converted and not has_importance and type_name(planned.type) in NEED_IMATRIX:
+        raise UsageError(
+            f"tensor '{planned.name}' has no importance, which {type_name(planned.type)} needs; "
+            "try Q2_K, Q3_K or IQ4_XS for it"
+        )
 
 
 def _planned(name: str, entry: TensorEntry, wanted: int, fallbacks: Counter[str]) -> PlannedTensor:

@@ -1,6 +1,7 @@
 """Float rows to a ggml type and back, by ggml's own functions, from the copy of ggml that llama.cpp has loaded.
 
 Float types (F32, F16, BF16) are converted in numpy. ctypes releases the GIL: several threads may quantize at once.
+ggml aborts the process on an importance, or on values, that its grid search cannot compare; both are checked here.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from moe_edge.convert.ggml_types import BF16, BY_NAME, F16, F32, FLOAT_TYPES, TYPES, GGMLType, find_type, row_bytes
-from moe_edge.models.errors import BadFile, UnknownName, WrongLibrary
+from moe_edge.models.errors import BadFile, UnknownName, UsageError, WrongLibrary
 
 F16_MAX = 65504
+LEAST_IMPORTANCE = 1e-6  # of a column, as a share of the mean: a group of zeros has no best scale
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -26,10 +28,12 @@ TARGETS = (
 ).split()
 NEED_IMATRIX = "IQ3_XXS IQ2_XXS IQ2_XS IQ2_S IQ1_S IQ1_M".split()  # llama-quant.cpp, tensor_requires_imatrix
 
+GRID_TYPES = frozenset(BY_NAME[name].id for name in (*NEED_IMATRIX, "IQ3_S"))  # ggml aborts when a sum overflows
+
 # The type to use when a row is not a multiple of the block (llama-quant.cpp, tensor_type_fallback).
 FALLBACKS: Mapping[str, str] = {
     "IQ4_XS": "IQ4_NL",
-    "IQ3_S": "IQ4_NL",
+    **dict.fromkeys("IQ3_S IQ3_XXS IQ2_XXS IQ2_XS IQ2_S IQ1_S IQ1_M".split(), "IQ4_NL"),
     "Q2_K": "Q4_0",
     "Q3_K": "Q4_0",
     "TQ1_0": "Q4_0",
@@ -52,13 +56,16 @@ class _TypeTraits(ctypes.Structure):
     ]
 
 
-def target_type(name: str) -> GGMLType:
+def target_type(name: str, with_imatrix: bool = False) -> GGMLType:
     """The type to quantize to, by name.
 
+    with_imatrix: whether there is an importance for what will be quantized.
     Raises UnknownName: for a type we do not know, one that needs an importance matrix, one ggml cannot write.
     """
     entry = find_type(_plain_name(name))
     if entry.name in NEED_IMATRIX:
+        if with_imatrix:
+            return entry
         raise UnknownName(f"type {entry.name} needs an importance matrix (imatrix); try IQ4_XS, Q3_K or Q2_K")
     if entry.name not in TARGETS:
         raise UnknownName(f"cannot quantize to {entry.name}; known: {', '.join(TARGETS)}")
@@ -73,18 +80,52 @@ def fitting_type(type_id: int, cols: int) -> int:
     return fallback.id if cols % fallback.block == 0 else F16
 
 
-def quantize(rows: FloatArray, type_id: int) -> bytes:
-    """The bytes of (n_rows, n_cols) float32 rows in type `type_id`; n_cols must fill its blocks."""
+def quantize(rows: FloatArray, type_id: int, importance: FloatArray | None = None) -> bytes:
+    """The bytes of (n_rows, n_cols) float32 rows in type `type_id`; n_cols must fill its blocks.
+
+    importance: (n_cols,), the mean square of each column's inputs; float types ignore it.
+    Raises UsageError for a type that needs an importance and has none, BadFile as check_importance does, and for
+    values no type with a grid can store.
+    """
     rows = np.ascontiguousarray(rows, np.float32)
     n_rows, n_cols = rows.shape
     if type_id in FLOAT_TYPES:
         return _float_bytes(rows, type_id)
+    if importance is None and TYPES[type_id].name in NEED_IMATRIX:
+        raise UsageError(f"type {TYPES[type_id].name} needs the importance of {n_cols} columns, and there is none")
+    weights = None if importance is None else _weights(check_importance(importance, n_cols, "importance"))
+    if type_id in GRID_TYPES:
+        _check_values(rows, type_id, "rows to quantize")
     library = _prepared(type_id)
     out = ctypes.create_string_buffer(n_rows * row_bytes(type_id, n_cols))
-    written = library.ggml_quantize_chunk(type_id, rows.ctypes.data, out, 0, n_rows, n_cols, None)
+    pointer = None if weights is None else weights.ctypes.data
+    written = library.ggml_quantize_chunk(type_id, rows.ctypes.data, out, 0, n_rows, n_cols, pointer)
     if written != len(out):
         raise WrongLibrary(f"ggml_quantize_chunk wrote {written} bytes of {TYPES[type_id].name}, expected {len(out)}")
     return out.raw
+
+
+def check_importance(importance: FloatArray, n_cols: int, where: str) -> FloatArray:
+    """`importance` as float32. Raises BadFile, naming `where`, unless it is n_cols finite numbers, none negative."""
+    values = np.ascontiguousarray(importance, np.float32)
+    if values.shape != (n_cols,):
+        raise BadFile(f"{where}: has shape {list(values.shape)}, expected one number for each of {n_cols} columns")
+    if not np.isfinite(values).all() or (values < 0).any():
+        raise BadFile(f"{where}: holds numbers that are not finite or negative, expected mean squares")
+    return values
+
+
+def _weights(importance: FloatArray) -> FloatArray:
+    """`importance` with a mean of about 1 and no zeros; all columns alike when it is zero everywhere.
+
+    The factor is a power of two: it changes no rounding, so the bytes are those of the unscaled importance.
+    """
+    mean = float(importance.mean(dtype=np.float64))
+    if mean == 0:
+        return np.ones_like(importance)
+    factor = 2.0 ** -np.floor(np.log2(mean))
+    scaled: FloatArray = np.maximum(importance.astype(np.float64) * factor, LEAST_IMPORTANCE).astype(np.float32)
+    return scaled
 
 
 def dequantize(data: bytes, type_id: int, n_cols: int) -> FloatArray:
@@ -109,17 +150,26 @@ def bf16_to_f32(values: npt.NDArray[np.uint16]) -> FloatArray:
     return (values.astype(np.uint32) << 16).view(np.float32)
 
 
-def requantize(data: bytes, source_type: int, type_id: int, n_cols: int, where: str) -> bytes:
-    """Bytes of rows of `source_type` as rows of `type_id`. Raises BadFile, naming `where`, for NaN or infinity."""
+def requantize(
+    data: bytes, source_type: int, type_id: int, n_cols: int, where: str, importance: FloatArray | None = None
+) -> bytes:
+    """Bytes of rows of `source_type` as rows of `type_id`. Raises BadFile, naming `where`, for NaN or infinity, and
+    what quantize raises."""
     if source_type == type_id:
         return data
     rows = dequantize(data, source_type, n_cols)
-    largest = float(np.abs(rows).max())
+    _check_values(rows, type_id, where)
+    return quantize(rows, type_id, importance)
+
+
+def _check_values(rows: FloatArray, type_id: int, where: str) -> None:
+    largest = float(np.abs(rows).max(initial=0.0))
     if not np.isfinite(largest):
         raise BadFile(f"{where}: holds NaN or infinite values, which {TYPES[type_id].name} cannot store")
-    if type_id == F16 and largest > F16_MAX:
-        raise BadFile(f"{where}: holds {largest:g}, and F16 stores at most {F16_MAX}; try BF16 or F32")
-    return quantize(rows, type_id)
+    if largest > F16_MAX and (type_id == F16 or type_id in GRID_TYPES):
+        raise BadFile(
+            f"{where}: holds {largest:g}, and {TYPES[type_id].name} stores at most {F16_MAX}; try BF16 or F32"
+        )
 
 
 def _float_bytes(rows: FloatArray, type_id: int) -> bytes:

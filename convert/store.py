@@ -10,8 +10,9 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moe_edge.convert.experts import MoELayer, Piece, find_stacked, make_layer
 from moe_edge.convert.gguf import GGUFFile, GGUFModel, TensorEntry, open_gguf, read_gguf, unreadable
@@ -41,11 +42,15 @@ from moe_edge.convert.write import (
 )
 from moe_edge.models.errors import BadChecksum, BadFile, MissingFile, UsageError, WrongStore
 
+if TYPE_CHECKING:
+    from moe_edge.schedulers.calibration import Calibration
+
 STORE_KIND = "experts"
 ALIGNMENT = 4096
 LEVELS = "moe_edge.levels"
 CHECKSUMS = "moe_edge.checksums"
 SOURCE_SHA256 = "moe_edge.source_sha256"
+CALIBRATION = "moe_edge.calibration.version"
 HIGH, LOW = "high", "low"
 
 _EXPERT = re.compile(r"blk\.(\d+)\.ffn_(gate_up|gate|up|down)_exps\.(\d+)(\.low)?\.weight")
@@ -62,6 +67,7 @@ class ExpertModel:
     layers: those with experts, ascending. pieces: in the order layer, expert, level, projection.
     biases: (layer number, "up" | "gate") -> F32 [n_ff, n_expert].
     checksums: CRC-32 of each piece; None for a stock GGUF. dense_bytes: tensors of the skeleton, stubs included.
+    calibration: what was measured when the model was converted; None when nothing was.
     """
 
     skeleton: Path
@@ -75,6 +81,7 @@ class ExpertModel:
     checksums: tuple[int, ...] | None
     store_id: str
     dense_bytes: int
+    calibration: Calibration | None = field(default=None, compare=False)
 
     @property
     def expert_bytes(self) -> int:
@@ -146,9 +153,18 @@ def store_id(specs: Iterable[TensorSpec | TensorEntry], checksums: Iterable[int]
 
 
 def new_store(
-    path: Path, architecture: str, source: str, source_sha256: str, levels: Sequence[str], tensors: Sequence[TensorSpec]
+    path: Path,
+    architecture: str,
+    source: str,
+    source_sha256: str,
+    levels: Sequence[str],
+    tensors: Sequence[TensorSpec],
+    calibration: Calibration | None = None,
 ) -> GGUFOutput:
-    """The output for a store, to be filled and then closed by `seal_store`."""
+    """The output for a store, to be filled and then closed by `seal_store`.
+
+    Raises UsageError for a calibration the format cannot hold.
+    """
     kvs = {
         "general.architecture": kv_string("general.architecture", architecture),
         "general.alignment": kv_u32("general.alignment", ALIGNMENT),
@@ -160,6 +176,10 @@ def new_store(
         SOURCE_SHA256: kv_string(SOURCE_SHA256, source_sha256),
         CHECKSUMS: kv_u32s(CHECKSUMS, [0] * len(tensors)),
     }
+    if calibration is not None:
+        from moe_edge.convert.calibration import calibration_kvs
+
+        kvs |= calibration_kvs(calibration)
     return GGUFOutput(path, kvs, tensors, ALIGNMENT)
 
 
@@ -241,7 +261,25 @@ def _open_store(skeleton: GGUFFile) -> ExpertModel:
     _check_shapes(layers, levels, pieces, path)
     if store_id(store.tensors.values(), checksums.values()) != found:
         raise BadChecksum(f"{path}: its list of tensors was altered: it does not give the store id {found}")
-    return _make_model(skeleton, (path,), layers, levels, pieces, biases, tuple(piece_checksums))
+    calibration = _calibration(store, layers, levels)
+    return _make_model(skeleton, (path,), layers, levels, pieces, biases, tuple(piece_checksums), calibration)
+
+
+def _calibration(store: GGUFFile, layers: tuple[MoELayer, ...], levels: tuple[str, ...]) -> Calibration | None:
+    if CALIBRATION not in store.kv:
+        return None
+    from moe_edge.convert.calibration import read_calibration  # numpy: not for models without a calibration
+
+    found = read_calibration(store.kv, str(store.path))
+    if found is None:
+        return None
+    needed = (len(layers), max(layer.n_expert for layer in layers))
+    if found.counts.shape != needed or found.levels != levels:
+        raise BadFile(
+            f"{store.path}: its calibration is of {list(found.counts.shape)} layers and experts at the levels "
+            f"{list(found.levels)}, expected {list(needed)} at {list(levels)}"
+        )
+    return found
 
 
 def _make_model(
@@ -252,6 +290,7 @@ def _make_model(
     pieces: Sequence[Piece],
     biases: Mapping[tuple[int, str], Piece],
     checksums: tuple[int, ...] | None,
+    calibration: Calibration | None = None,
 ) -> ExpertModel:
     for stub in stub_specs(layers, biases):
         found = skeleton.tensors.get(stub.name)
@@ -272,6 +311,7 @@ def _make_model(
         checksums=checksums,
         store_id=str(skeleton.kv.get(STORE_ID)),
         dense_bytes=sum(entry.nbytes for entry in skeleton.tensors.values()),
+        calibration=calibration,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +16,7 @@ from moe_edge.models.errors import CutFile
 
 if TYPE_CHECKING:
     from moe_edge.convert.plan import PlannedTensor
+    from moe_edge.convert.quantize import FloatArray
 
 CHUNK_BYTES = 8 << 20
 CHUNK_ELEMENTS = 2 << 20  # to convert at a time: 8 MiB as float32
@@ -70,9 +71,15 @@ class SourceFiles:
         return cut_tensor(entry.path, entry.name, entry.offset, entry.nbytes, entry.path.stat().st_size)
 
 
-def converted(tensors: Iterable[PlannedTensor], files: SourceFiles, threads: int) -> Generator[bytes, None, None]:
+def converted(
+    tensors: Iterable[PlannedTensor],
+    files: SourceFiles,
+    threads: int,
+    importance: Mapping[str, FloatArray] | None = None,
+) -> Generator[bytes, None, None]:
     """The bytes of all tensors in order, each converted to its planned type, in pieces that never span two tensors.
 
+    importance: planned name -> (n_cols,), for the quantizer; tensors without one are quantized without.
     Works on a few pieces at a time in `threads` threads, so memory is bounded whatever the size of the tensors:
     about 30 MiB for each thread. Close the generator before `files`.
     Raises CutFile, MissingFile, BadFile for values a type cannot store.
@@ -80,12 +87,14 @@ def converted(tensors: Iterable[PlannedTensor], files: SourceFiles, threads: int
     from moe_edge.convert.quantize import prepare  # numpy: not for the runtime, which only copies
 
     tensors = tuple(tensors)
+    weights = importance or {}
     prepare({each for tensor in tensors for each in (tensor.type, tensor.source.type) if tensor.is_converted})
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[bytes]] = deque()
         for tensor, start, nbytes in _row_ranges(tensors):
             files.open(tensor.source.path)
-            waiting.append(pool.submit(_convert_rows, tensor, files, start, nbytes))
+            task = pool.submit(_convert_rows, tensor, files, start, nbytes, weights.get(tensor.name))
+            waiting.append(task)
             if len(waiting) > threads + 1:
                 yield waiting.popleft().result()
         while waiting:
@@ -101,10 +110,12 @@ def _row_ranges(tensors: Iterable[PlannedTensor]) -> Iterator[tuple[PlannedTenso
             yield tensor, start, min(step, tensor.source.nbytes - start)
 
 
-def _convert_rows(tensor: PlannedTensor, files: SourceFiles, start: int, nbytes: int) -> bytes:
+def _convert_rows(
+    tensor: PlannedTensor, files: SourceFiles, start: int, nbytes: int, importance: FloatArray | None
+) -> bytes:
     from moe_edge.convert.quantize import requantize
 
     source = tensor.source
     data = files.read(source, start, nbytes)
     where = f"{source.path}: tensor '{source.name}'"
-    return requantize(data, source.type, tensor.type, source.shape[0], where)
+    return requantize(data, source.type, tensor.type, source.shape[0], where, importance)

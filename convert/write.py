@@ -1,7 +1,7 @@
 """The only code that writes files: GGUF, under a `.part` name until it is complete.
 
 `GGUFOutput` writes header and tensors in one pass and keeps a CRC-32 of each tensor. Whatever goes wrong before
-`commit`, the `.part` file is removed.
+`commit`, the `.part` file is removed. `replace_kvs` changes key-values of a complete file, in place.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from moe_edge.convert.gguf import DEFAULT_ALIGNMENT
+from moe_edge.convert.gguf import DEFAULT_ALIGNMENT, GGUFFile
 from moe_edge.convert.keyvalues import ARRAY, SCALARS, STRING
 from moe_edge.models.errors import BadChecksum, DiskFull, MissingFile, WorkError
 
-U32, BOOL = 4, 7
+U32, F32, BOOL = 4, 6, 7
 SYNC_BYTES = 256 << 20  # give written pages back this often: dirty pages count as our memory in a cgroup
 READ_BYTES = 8 << 20
 
@@ -34,7 +34,7 @@ class TensorSpec(NamedTuple):
     nbytes: int
 
 
-Value = int | float | bool | str | Sequence[str] | Sequence[int]
+Value = int | float | bool | str | Sequence[str] | Sequence[int] | Sequence[float]
 
 
 def encode_kv(key: str, value: Value, value_type: int, element_type: int | None = None) -> bytes:
@@ -69,6 +69,11 @@ def kv_u32(key: str, value: int) -> bytes:
 def kv_u32s(key: str, value: Sequence[int]) -> bytes:
     """An array of u32 as key-value."""
     return encode_kv(key, value, ARRAY, U32)
+
+
+def kv_f32s(key: str, value: Sequence[float]) -> bytes:
+    """An array of f32 as key-value."""
+    return encode_kv(key, value, ARRAY, F32)
 
 
 def kv_bool(key: str, value: bool) -> bytes:
@@ -243,6 +248,29 @@ class GGUFOutput:
         self._close()
         if not self._committed:
             self.part.unlink(missing_ok=True)
+
+
+def replace_kvs(file: GGUFFile, records: Mapping[str, bytes]) -> None:
+    """Put `records` in the place of the key-values of the same names and sizes, in that order, and sync after each.
+
+    Raises MissingFile when the file cannot be written.
+    """
+    offsets, at = {}, 4 + 4 + 8 + 8  # magic, version, number of tensors, number of key-values
+    for key in file.kv:
+        offsets[key] = at
+        at += len(file.kv.record(key))
+    for key, record in records.items():
+        assert len(record) == len(file.kv.record(key)), key
+    try:
+        fd = os.open(file.path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
+        try:
+            for key, record in records.items():
+                os.pwrite(fd, record, offsets[key])
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise MissingFile(f"{file.path}: cannot be written: {error.strerror or error}") from error
 
 
 def crc_of_range(fd: int, offset: int, nbytes: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -34,9 +35,9 @@ from moe_edge.convert.convert import convert
 from moe_edge.convert.experts import MoELayer
 from moe_edge.convert.ggml_types import BY_NAME, type_name
 from moe_edge.convert.gguf import open_gguf, read_gguf
-from moe_edge.convert.plan import make_plan, may_quantize
+from moe_edge.convert.plan import ExpertTypes, make_plan, may_quantize
 from moe_edge.convert.quantize import dequantize, quantize
-from moe_edge.convert.source import open_source
+from moe_edge.convert.source import Source, open_source
 from moe_edge.convert.store import open_model
 from moe_edge.models.errors import (
     BadChecksum,
@@ -193,6 +194,144 @@ def test_quantized_experts_are_those_of_ggml(checkpoint: Path, tmp_path: Path) -
     assert low == high + 3  # an expert's bytes at one level are one run
     assert piece_bytes(model, high) == quantize(rows, BY_NAME["Q4_K"].id)
     assert piece_bytes(model, low) == quantize(rows, BY_NAME["Q2_K"].id)
+
+
+def expert_rows(path: Path, key: tuple[int, int, str]) -> np.ndarray:
+    """The weights of one projection of one expert of a checkpoint, as float32."""
+    entry = open_source(path).experts[key]
+    data = entry.path.read_bytes()[entry.offset : entry.offset + entry.nbytes]
+    return dequantize(data, entry.type, entry.shape[0])
+
+
+def random_importance(path: Path, *left_out: tuple[int, int, str]) -> dict[tuple[int, int, str], np.ndarray]:
+    experts = open_source(path).experts
+    return {key: np.abs(floats(entry.shape[0])) + 0.01 for key, entry in experts.items() if key not in left_out}
+
+
+def test_types_differ_by_level_and_projection(checkpoint: Path, tmp_path: Path) -> None:
+    types = ExpertTypes("Q4_K", "Q2_K", {("high", "down"): "Q6_K"})
+    report = convert(checkpoint, tmp_path / "m.gguf", types=types)
+    model = open_model(tmp_path / "m.gguf", verify=True)
+    for index, piece in enumerate(model.pieces):
+        _, layer, stacked, expert, *low = piece.name.removesuffix(".weight").split(".")
+        projection = stacked.removeprefix("ffn_").removesuffix("_exps")
+        needed = "Q2_K" if low else "Q6_K" if projection == "down" else "Q4_K"
+        assert type_name(piece.type) == needed, piece.name
+        rows = expert_rows(checkpoint, (int(layer), int(expert), projection))
+        assert piece_bytes(model, index) == quantize(rows, BY_NAME[needed].id)
+    bits = {level: report.plan.bits_per_weight(level) for level in ("high", "low")}
+    assert bits == {"high": (4.5 + 4.5 + 6.5625) / 3, "low": 2.625}
+    line = f"high: 5.19 bits per weight on average: {2 * N_LAYER * N_EXPERT} x Q4_K, {N_LAYER * N_EXPERT} x Q6_K"
+    assert line in report.text() and line in report.plan.text()
+    assert report.plan.to_json()["bits_per_weight"] == bits
+
+
+def test_homes_give_single_experts_their_types(checkpoint: Path, tmp_path: Path) -> None:
+    homes = {(1, 2, "up"): BY_NAME["Q8_0"].id, (0, 0, "down"): BY_NAME["Q3_K"].id}
+    types = ExpertTypes("Q4_K", "Q2_K", {("low", "down"): "Q3_K", ("high", "up"): "Q5_K"}, homes)
+    plan = make_plan(open_source(checkpoint), types=types)
+    found = {each.name: type_name(each.type) for each in plan.experts}
+    assert found["blk.1.ffn_up_exps.2.weight"] == "Q8_0" and found["blk.1.ffn_up_exps.1.weight"] == "Q5_K"
+    assert found["blk.0.ffn_down_exps.0.weight"] == "Q3_K" and found["blk.0.ffn_down_exps.1.weight"] == "Q4_K"
+    assert found["blk.1.ffn_up_exps.2.low.weight"] == "Q2_K" and found["blk.1.ffn_down_exps.2.low.weight"] == "Q3_K"
+    dense = make_plan(open_source(checkpoint), types=ExpertTypes(homes=homes))
+    assert {type_name(each.type) for each in dense.experts} == {"BF16", "Q8_0", "Q3_K"}
+    assert type_name(dense.dense_type) == "Q8_0"
+
+
+def fused_source(source: Source) -> Source:
+    """`source` as if gate and up were one tensor."""
+    layers = tuple(dataclasses.replace(layer, fused=True, projections=("gate_up", "down")) for layer in source.layers)
+    experts = {}
+    for (layer, expert, projection), entry in source.experts.items():
+        if projection == "down":
+            experts[layer, expert, "down"] = entry
+        elif projection == "gate":
+            shape = (entry.shape[0], 2 * entry.shape[1])
+            experts[layer, expert, "gate_up"] = dataclasses.replace(entry, shape=shape, nbytes=2 * entry.nbytes)
+    return dataclasses.replace(source, layers=layers, experts=experts)
+
+
+@pytest.mark.parametrize(
+    ("given", "needed"),
+    [
+        ({"gate": "Q6_K"}, "Q6_K"), ({"up": "Q6_K"}, "Q6_K"), ({"gate": "Q6_K", "up": "q6_k"}, "Q6_K"),
+        ({"gate_up": "Q5_K"}, "Q5_K"), ({"down": "Q6_K"}, "Q4_K"), ({"gate": "Q6_K", "up": "Q5_K"}, None),
+    ],
+)  # fmt: skip
+def test_fused_layers_take_the_type_of_gate_or_up(checkpoint: Path, given: dict[str, str], needed: str | None) -> None:
+    source = fused_source(open_source(checkpoint))
+    types = ExpertTypes("Q4_K", by_projection={("high", name): kind for name, kind in given.items()})
+    if needed is None:
+        with pytest.raises(UsageError, match="cannot be Q5_K and Q6_K at the level high"):
+            make_plan(source, types=types)
+        return
+    found = {each.name: type_name(each.type) for each in make_plan(source, types=types).experts}
+    assert found["blk.0.ffn_gate_up_exps.0.weight"] == needed
+
+
+@pytest.mark.parametrize(
+    ("types", "says"),
+    [
+        (ExpertTypes("Q4_K", None, {("low", "down"): "Q2_K"}), "needs a low level"),
+        (ExpertTypes("Q4_K", None, {("high", "gate_up"): "Q6_K"}), "no expert projection 'gate_up'; known: up, gate"),
+        (ExpertTypes("Q4_K", None, {("middle", "up"): "Q6_K"}), "unknown level 'middle'; known: high, low"),
+        (ExpertTypes("Q4_K", None, {("high", "up"): "Q6K"}), "did you mean 'Q6_K'"),
+        (ExpertTypes("Q4_K", None, {}, {(9, 0, "up"): 12}), "no up of expert 0 in layer 9"),
+        (ExpertTypes("Q4_K", None, {}, {(0, 0, "up"): 15}), "cannot quantize to Q8_K"),
+        (ExpertTypes("Q4_K", "IQ2_XXS"), "IQ2_XXS needs an importance matrix"),
+    ],
+)
+def test_types_the_model_cannot_have_are_refused(checkpoint: Path, types: ExpertTypes, says: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        make_plan(open_source(checkpoint), types=types)
+    assert says in str(caught.value)
+
+
+def test_importance_reaches_the_quantizer_at_both_levels(checkpoint: Path, tmp_path: Path) -> None:
+    unused = (1, 2, "down")
+    importance = random_importance(checkpoint, unused)
+    importance[0, 0, "up"] = np.zeros(N_EMBD, np.float32)  # as good as unused
+    dense = {"blk.0.attn_q.weight": np.abs(floats(N_EMBD)) + 0.01}
+    convert(
+        checkpoint, tmp_path / "m.gguf", "Q4_K", "Q4_K", low_type="IQ2_XXS", importance=importance,
+        dense_importance=dense,
+    )  # fmt: skip
+    model = open_model(tmp_path / "m.gguf", verify=True)
+    names = [piece.name for piece in model.pieces]
+    others = {key: [importance[key[0], each, key[2]] for each in range(N_EXPERT) if each != key[1]]
+              for key in (unused, (0, 0, "up"))}  # fmt: skip
+    for key in (unused, (0, 0, "up"), (1, 3, "gate")):
+        weights = np.mean(others[key], axis=0, dtype=np.float64) if key in others else importance[key]
+        rows = expert_rows(checkpoint, key)
+        for level, kind in (("", "Q4_K"), (".low", "IQ2_XXS")):
+            found = piece_bytes(model, names.index(f"blk.{key[0]}.ffn_{key[2]}_exps.{key[1]}{level}.weight"))
+            assert found == quantize(rows, BY_NAME[kind].id, weights.astype(np.float32)), (key, kind)
+    skeleton = read_gguf(model.skeleton).tensors
+    source = {entry.name: entry for entry in open_source(checkpoint).dense}
+    for name in ("blk.0.attn_q.weight", "blk.1.attn_q.weight"):
+        ours, theirs = skeleton[name], source[name]
+        data = theirs.path.read_bytes()[theirs.offset : theirs.offset + theirs.nbytes]
+        written = ours.path.read_bytes()[ours.offset : ours.offset + ours.nbytes]
+        assert written == quantize(dequantize(data, theirs.type, N_EMBD), 12, dense.get(name))
+
+
+def test_tensor_without_the_importance_it_needs_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    importance = {key: values for key, values in random_importance(checkpoint).items() if key[0] == 0}
+    with pytest.raises(UsageError, match=r"'blk\.1\.ffn_up_exps\.0\.low\.weight' has no importance, which IQ2_XXS"):
+        convert(checkpoint, tmp_path / "m.gguf", "Q4_K", low_type="IQ2_XXS", importance=importance)
+    dense = {"blk.0.attn_q.weight": np.ones(N_EMBD, np.float32)}
+    with pytest.raises(UsageError, match="has no importance, which IQ2_S needs"):
+        convert(checkpoint, tmp_path / "m.gguf", "Q4_K", "IQ2_S", dense_importance=dense)
+    importance[0, 1, "up"] = np.ones(3, np.float32)
+    with pytest.raises(BadFile, match=r"importance of up of expert 1 in layer 0: has shape \[3\]"):
+        convert(checkpoint, tmp_path / "m.gguf", "Q4_K", importance=importance)
+    with pytest.raises(UsageError, match="has no up of expert 0 in layer 7, which has an importance"):
+        convert(checkpoint, tmp_path / "m.gguf", "Q4_K", importance={(7, 0, "up"): np.ones(N_EMBD, np.float32)})
+    with pytest.raises(BadFile, match=r"importance of tensor 'blk\.0\.attn_q\.weight': has shape \[3\]"):
+        dense = {"blk.0.attn_q.weight": np.ones(3, np.float32)}
+        convert(checkpoint, tmp_path / "m.gguf", "Q4_K", "Q4_K", dense_importance=dense)
+    assert not list(tmp_path.iterdir())
 
 
 def test_number_of_threads_does_not_change_a_byte(checkpoint: Path, tmp_path: Path) -> None:
