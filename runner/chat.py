@@ -199,7 +199,7 @@ class Chat:
         lines.append(
             f"session: {total.uses} expert uses, {rate:.0f} % hits, {total.loads} loads, {total.evictions} evictions, "
             f"{total.bytes_read / 2**20:.0f} MiB read, {total.stall_seconds:.1f} s waited for the disk, "
-            f"policy {self.engine.policy.name}, 0 low-precision uses, 0 skipped"
+            f"policy {self.engine.policy.name}, {total.low_uses} low-precision uses, {total.skipped_uses} skipped"
         )
         lines += self.engine.plan.lines()
         return "\n".join(lines)

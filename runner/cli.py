@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import click
 from moe_edge.models.errors import MoeEdgeError, UsageError
 from moe_edge.schedulers.budget import parse_bytes
+from moe_edge.schedulers.options import PolicyOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -72,7 +73,23 @@ def model_options(f: F) -> F:
                          help="Micro-batch of the prefill, in tokens; 0: 512, less for tiny models."),
             click.option("--flash-attn/--no-flash-attn", "flash_attn", default=None,
                          help="Default: on when plain attention would need over 64 MiB."),
-            click.option("--policy", default="exact", show_default=True, help="How experts are scheduled."),
+            click.option("--policy", default="exact", show_default=True,
+                         help="How experts are scheduled: exact; lossy: dymoe, hobbit."),
+            click.option("--retention", type=float, default=0.9, show_default=True,
+                         help="dymoe: mean share of expert uses at the high level."),
+            click.option("--low-level", default="low", show_default=True,
+                         help="dymoe: what the others get: low, skip."),
+            click.option("--depth", default="auto", show_default=True,
+                         help="dymoe: how the share changes with depth: cosine, calibrated, flat."),
+            click.option("--importance", default="auto", show_default=True,
+                         help="dymoe, decode: gate, damage (calibrated)."),
+            click.option("--prefill-importance", default="auto", show_default=True,
+                         help="dymoe, prefill: mass (gate weights), attention, damage (calibrated)."),
+            click.option("--renormalise", is_flag=True, help="After a skip, scale the token's other gate weights up."),
+            click.option("--t1", type=float, help="hobbit: cumulated gate weight up to which misses stay high."),
+            click.option("--t2", type=float, help="hobbit: and up to which they are low; beyond, skipped."),
+            click.option("--max-kld", type=float,
+                         help="The fastest measured setting with at most this KLD (nats a token)."),
             click.option("--verify", is_flag=True, help="Check every tensor of the store against its checksum first."),
         ]
     ):  # fmt: skip
@@ -101,16 +118,29 @@ def _sampling(o: dict[str, Any]) -> Any:
     return Sampling(o["temp"], o["top_k"], o["top_p"], o["min_p"], o["repeat_penalty"], o["seed"])
 
 
-def _engine(model: str | None, o: dict[str, Any]) -> Any:
-    from moe_edge.models.embedded import tiny_model_path
-    from moe_edge.runner.engine import Engine, EngineOptions
+def _policy(o: dict[str, Any]) -> PolicyOptions:
+    return PolicyOptions(
+        name=o["policy"], retention=o["retention"], low_level=o["low_level"], depth=o["depth"],
+        importance=o["importance"], prefill_importance=o["prefill_importance"], renormalise=o["renormalise"],
+        t1=o["t1"], t2=o["t2"], max_kld=o["max_kld"],
+    )  # fmt: skip
 
-    options = EngineOptions(
-        ram_bytes=o["ram"], n_ctx=o["n_ctx"], n_ubatch=o["n_ubatch"], n_threads=o["n_threads"], policy=o["policy"],
+
+def _engine_options(o: dict[str, Any]) -> Any:
+    from moe_edge.runner.engine import EngineOptions
+
+    return EngineOptions(
+        ram_bytes=o["ram"], n_ctx=o["n_ctx"], n_ubatch=o["n_ubatch"], n_threads=o["n_threads"], policy=_policy(o),
         seed=o.get("seed"), flash_attn=o["flash_attn"], charge_program=True,
     )  # fmt: skip
-    engine = Engine(model or tiny_model_path(), options, verify=o["verify"])
-    for line in engine.plan.lines():
+
+
+def _engine(model: str | None, o: dict[str, Any]) -> Any:
+    from moe_edge.models.embedded import tiny_model_path
+    from moe_edge.runner.engine import Engine
+
+    engine = Engine(model or tiny_model_path(), _engine_options(o), verify=o["verify"])
+    for line in engine.lines():
         click.echo(line, err=True)
     return engine
 
@@ -192,29 +222,82 @@ def show(model: str | None, as_json: bool, n_ctx: int, n_ubatch: int, n_threads:
     click.echo(json.dumps(facts) if as_json else describe_text(facts))
 
 
+PROJECTIONS = ("up", "gate", "down")
+
+
+def type_options(f: F) -> F:
+    """--high, --low, and one of each for every projection."""
+    for level, meaning in (("low", "a second copy of every expert, for the lossy policies"), ("high", "the experts")):
+        for projection in reversed(PROJECTIONS):
+            f = click.option(f"--{level}-{projection}", help=f"The same for {projection} alone.")(f)
+        names = ("--high", "--type", "high") if level == "high" else ("--low", "low")
+        f = click.option(*names, help=f"ggml type of {meaning} (Q4_K, Q2_K, ...).")(f)
+    return f
+
+
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The skeleton to write; the store goes beside.")
-@click.option("--type", "type_", help="Quantize the experts to this ggml type (Q4_K, Q8_0, ...). Default: keep.")
-@click.option("--dense-type", help="Type of the dense matrices. Default: Q8_0 when --type quantizes a checkpoint.")
+@type_options
+@click.option("--bits", type=click.FloatRange(min=0, min_open=True),
+              help="Instead of --high: choose each expert's types so that they take this many bits a weight.")
+@click.option("--types", help="What --bits chooses from, like Q2_K,Q3_K,Q4_K.")
+@click.option("--calibrate", type=click.Path(path_type=Path), help="A text to measure the experts on.")
+@click.option("--calibrate-tokens", type=click.IntRange(min=512), default=16384, show_default=True)
+@click.option("--imatrix", type=click.Path(path_type=Path), help="An importance matrix (GGUF) for the quantizer.")
+@click.option("--dense-type", help="Type of the dense matrices. Default: Q8_0 if a checkpoint's experts are quantized.")
+@click.option("--ram", type=Size(), default="auto", help="Memory for running the model on the text.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--force", is_flag=True, help="Replace files that exist.")
 @click.option("--json", "as_json", is_flag=True)
 @click.option("-t", "--threads", "n_threads", type=click.IntRange(min=0), default=0)
 @reports_errors
-def convert(
-    source: Path, output: Path | None, type_: str | None, dense_type: str | None, dry_run: bool, force: bool,
-    as_json: bool, n_threads: int,
-) -> None:  # fmt: skip
+def convert(source: Path, output: Path | None, dry_run: bool, as_json: bool, **o: Any) -> None:
     """Turn SOURCE, a Hugging Face directory or a GGUF, into a skeleton and an expert store."""
-    from moe_edge.runner.convert import convert_and_prove
+    from moe_edge.runner.convert import ConvertRequest, run_convert
 
     if output is None and not dry_run:
         raise UsageError("where to? give -o NAME.gguf (or --dry-run to see the plan)")
-    report = convert_and_prove(
-        source, output, type=type_, dense_type=dense_type, dry_run=dry_run, overwrite=force, threads=n_threads or None
-    )
+    overrides = {
+        (level, p): o[f"{level}_{p}"] for level in ("high", "low") for p in PROJECTIONS if o[f"{level}_{p}"] is not None
+    }
+    request = ConvertRequest(
+        source, output, high=o["high"], low=o["low"], overrides=overrides, bits=o["bits"], types=o["types"],
+        calibrate=o["calibrate"], calibrate_tokens=o["calibrate_tokens"], imatrix=o["imatrix"],
+        dense_type=o["dense_type"], ram_bytes=o["ram"], n_threads=o["n_threads"], dry_run=dry_run, force=o["force"],
+    )  # fmt: skip
+    report = run_convert(request, tell=lambda line: click.echo(line, err=True))
     click.echo(json.dumps(report.to_json()) if as_json else report.text())
+
+
+@main.command("eval")
+@click.argument("model", required=False)
+@click.option("-m", "--model", "model_option", help="The model, as an option.")
+@click.option("-f", "--text", type=click.Path(path_type=Path), required=True, help="The text to predict.")
+@click.option("--reference", default="exact", show_default=True,
+              help="What KLD is measured against: exact, the same model under the exact policy; or another model.")
+@click.option("--chunks", "n_chunks", type=click.IntRange(min=1), help="At most so many chunks of the text.")
+@click.option("--decode", is_flag=True, help="One token at a time, so that policy and speed are those of decode.")
+@click.option("--json", "as_json", is_flag=True)
+@model_options
+@reports_errors
+def evaluate_command(
+    model: str | None, model_option: str | None, text: Path, reference: str, n_chunks: int | None, decode: bool,
+    as_json: bool, **o: Any,
+) -> None:  # fmt: skip
+    """Perplexity of MODEL on a text, and its KLD from the exact policy or another model.
+
+    Chunks of -c tokens (512), of which the second half counts, as llama.cpp's perplexity does it.
+    """
+    from moe_edge.models.embedded import tiny_model_path
+    from moe_edge.runner.evaluate import evaluate
+
+    result = evaluate(
+        model or model_option or tiny_model_path(), text, _engine_options(o), reference=reference,
+        n_ctx=o["n_ctx"] or 512, n_chunks=n_chunks, one_by_one=decode, verify=o["verify"],
+        tell=lambda line: click.echo(line, err=True),
+    )  # fmt: skip
+    click.echo(json.dumps(result.to_json()) if as_json else result.text())
 
 
 @main.command()

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moe_edge.convert.convert import ConvertReport, convert
-from moe_edge.models.errors import WorkError
+from moe_edge.convert.imatrix import read_imatrix
+from moe_edge.convert.plan import ExpertTypes
+from moe_edge.convert.source import open_source
+from moe_edge.models.errors import UsageError, WorkError
 
 
 def prove(skeleton: Path) -> None:
@@ -29,3 +34,58 @@ def prove(skeleton: Path) -> None:
 def convert_and_prove(source: Path, output: Path | None, **options: Any) -> ConvertReport:
     """convert.convert() with the proof; see there for the options and what it raises."""
     return convert(source, output, prove=prove, **options)
+
+
+@dataclass(frozen=True)
+class ConvertRequest:
+    """What `moe-edge convert` can be asked for. overrides: (level, projection) -> type. types: comma-separated."""
+
+    source: Path
+    output: Path | None
+    high: str | None = None
+    low: str | None = None
+    overrides: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    bits: float | None = None
+    types: str | None = None
+    calibrate: Path | None = None
+    calibrate_tokens: int = 16384
+    imatrix: Path | None = None
+    dense_type: str | None = None
+    ram_bytes: int | None = None
+    n_threads: int = 0
+    dry_run: bool = False
+    force: bool = False
+
+
+def run_convert(r: ConvertRequest, tell: Callable[[str], None] = lambda _: None) -> ConvertReport:
+    """Do it. tell: called with lines of progress. Raises UsageError for options that do not go together, and what
+    convert() and convert_calibrated() raise."""
+    if r.bits is not None and (r.high or any(level == "high" for level, _ in r.overrides)):
+        raise UsageError("--bits chooses the types of the high level; leave --high, --type and --high-* away")
+    if r.bits is not None and r.calibrate is None:
+        raise UsageError("--bits needs a text to measure the experts on: --calibrate TEXT")
+    if r.types is not None and r.bits is None:
+        raise UsageError("--types is what --bits chooses from; give --bits, or --high TYPE for all")
+    types = ExpertTypes(r.high, r.low, r.overrides)
+    if r.calibrate is None or r.dry_run or r.output is None:
+        importance, dense = _imatrix(r)
+        return convert_and_prove(
+            r.source, r.output, types=types, importance=importance, dense_importance=dense, dense_type=r.dense_type,
+            dry_run=r.dry_run, overwrite=r.force, threads=r.n_threads or None,
+        )  # fmt: skip
+    from moe_edge.runner.calibrate import DEFAULT_TYPES, CalibrateOptions, convert_calibrated
+
+    options = CalibrateOptions(
+        text=r.calibrate, types=tuple(r.types.split(",")) if r.types else DEFAULT_TYPES, n_tokens=r.calibrate_tokens,
+        imatrix=r.imatrix, ram_bytes=r.ram_bytes, n_threads=r.n_threads,
+    )  # fmt: skip
+    return convert_calibrated(
+        r.source, r.output, types, options, bits=r.bits, dense_type=r.dense_type, overwrite=r.force, tell=tell
+    )
+
+
+def _imatrix(r: ConvertRequest) -> tuple[Any, Any]:
+    if r.imatrix is None:
+        return None, None
+    found = read_imatrix(r.imatrix)
+    return found.expert_importance(open_source(r.source).layers), found.dense_importance()

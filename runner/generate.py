@@ -8,7 +8,7 @@ from __future__ import annotations
 import codecs
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from moe_edge.models.errors import Stopped, UsageError
@@ -16,6 +16,7 @@ from moe_edge.runner.engine import Engine
 from moe_edge.runner.memory import peak_rss_bytes
 from moe_edge.runner.native import Counters
 from moe_edge.schedulers.budget import format_bytes
+from moe_edge.schedulers.levels import PolicyStats
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Generation:
     finish_reason: str = "length"
     counters: Counters = field(default_factory=Counters)
     prefill_counters: Counters = field(default_factory=Counters)
+    policy_stats: PolicyStats = field(default_factory=PolicyStats)
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -62,17 +64,36 @@ class Generation:
         return self.counters.hits / self.counters.uses if self.counters.uses else 0.0
 
     @property
+    def evaluated_tokens(self) -> int:
+        """Prompt and generated."""
+        return self.prompt_tokens - self.reused_tokens + max(0, self.generated_tokens - 1)
+
+    @property
     def bytes_per_token(self) -> float:
-        """Expert bytes read for each token evaluated, prompt and generated."""
-        tokens = self.prompt_tokens - self.reused_tokens + max(0, self.generated_tokens - 1)
-        return self.counters.bytes_read / tokens if tokens else 0.0
+        """Expert bytes read for each token evaluated."""
+        return self.counters.bytes_read / self.evaluated_tokens if self.evaluated_tokens else 0.0
+
+    @property
+    def expected_kld(self) -> float | None:
+        """Nats for each token evaluated that the calibration expects of the low and skipped uses; None without one."""
+        damage = self.policy_stats.expected_damage
+        return None if damage is None else damage / max(1, self.evaluated_tokens)
+
+    def lossy_text(self) -> str:
+        """What was traded, for the last line of a reply; empty when nothing was."""
+        c = self.counters
+        if c.low_uses + c.skipped_uses == 0:
+            return ""
+        total = c.uses + c.skipped_uses
+        expected = "not calibrated" if self.expected_kld is None else f"{self.expected_kld:.2g} nats/token expected"
+        return f", {100 * c.low_uses / total:.0f} % low, {100 * c.skipped_uses / total:.0f} % skipped ({expected})"
 
     def line(self) -> str:
         """The last line of a reply."""
         return (
             f"[{self.generated_tokens} tokens, {self.decode_tokens_per_second:.1f} tok/s, "
             f"first token {self.ttft_seconds:.2f} s, {100 * self.hit_rate:.0f} % expert hits, "
-            f"{format_bytes(int(self.bytes_per_token))}/token read]"
+            f"{format_bytes(int(self.bytes_per_token))}/token read{self.lossy_text()}]"
         )
 
     def to_json(self, engine: Engine) -> dict[str, Any]:
@@ -95,12 +116,14 @@ class Generation:
             "stall_s": c.stall_seconds,
             "compute_s": c.compute_seconds,
             "schedule_s": c.schedule_seconds,
-            "low_precision_uses": 0,  # the exact policy has one level; nothing else can be asked for yet
-            "skipped_uses": 0,
+            "low_precision_uses": c.low_uses,
+            "skipped_uses": c.skipped_uses,
+            "expected_kld_per_token": self.expected_kld,
             "ram_budget_bytes": engine.plan.budget_bytes,
             "arena_bytes": engine.plan.arena_bytes,
             "peak_rss_bytes": peak_rss_bytes(),
             "policy": engine.policy.name,
+            "policy_options": asdict(engine.options.policy),
         }
 
 
@@ -139,7 +162,7 @@ def generate(
         )
     out = Generation(prompt_tokens=len(tokens), reused_tokens=_common_prefix(engine, tokens))
     writer = _TextWriter(on_text, stop)
-    before = engine.counters()
+    before, stats_before = engine.counters(), engine.policy.stats.copy()
     started = first = time.monotonic()
     try:
         with engine.decoding():
@@ -165,6 +188,7 @@ def generate(
         out.finish_reason = "stopped"
     out.text = writer.finish()
     out.counters = engine.counters().since(before)
+    out.policy_stats = engine.policy.stats.since(stats_before)
     return out
 
 
