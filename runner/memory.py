@@ -1,13 +1,25 @@
-"""What this process and this machine hold: resident bytes, free memory, and the limit of the memory cgroup."""
+"""What this process and this machine hold: resident bytes, free memory, limits of memory cgroups; `--ram auto`.
+
+Files are read below a root folder that tests replace: `root / "proc/meminfo"` and so on.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import resource
+import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES
+from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES, format_bytes
+
+ROOT = Path("/")
+NO_LIMIT_BYTES = 1 << 60  # cgroup v1 writes its largest page count, a little under 2^63, for "none"
+
+LEAST_ROOM_BYTES = 512 * MIB
+SMALL_MACHINE_BYTES = 2048 * MIB
 
 
 def current_rss_bytes() -> int:
@@ -33,63 +45,176 @@ def peak_rss_bytes() -> int:
     return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
-def _cgroup_numbers() -> list[tuple[Path, Path]]:
-    """(limit, usage) files of the memory cgroups this process is in, innermost first; v2 and v1."""
+@dataclass(frozen=True)
+class CgroupLimit:
+    """A memory cgroup with a limit: its folder, the limit, and what it holds that cannot be dropped, in bytes."""
+
+    folder: Path
+    limit_bytes: int
+    used_bytes: int
+
+    @property
+    def free_bytes(self) -> int:
+        return max(0, self.limit_bytes - self.used_bytes)
+
+
+@dataclass(frozen=True)
+class _CgroupFiles:
+    limits: tuple[str, ...]
+    usage: str
+    cached: str  # the key of memory.stat that counts file pages which are dropped on demand, children included
+
+
+_V1 = _CgroupFiles(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
+_V2 = _CgroupFiles(("memory.max", "memory.high"), "memory.current", "inactive_file")
+
+
+def cgroup_limits(root: Path = ROOT) -> list[CgroupLimit]:
+    """The limited memory cgroups around this process, v1 and v2, innermost first.
+
+    A group's limit holds for all inside it, so every folder on the path up to the mount counts. In a container whose
+    /proc names the host's path, the folders that are not there are skipped and the mount itself is the container's.
+    """
     found = []
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
-        if controllers == "":
-            base, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            base, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
-            continue
-        here = base / group.lstrip("/")
+    for base, group, files in _memory_groups(root):
+        here = base.joinpath(*(part for part in group.split("/") if part not in ("", "..")))
         for folder in (here, *here.parents):
-            found.append((folder / names[0], folder / names[1]))
+            limit = _limit_of(folder, files)
+            if limit is not None:
+                found.append(limit)
             if folder == base:
                 break
     return found
 
 
-def cgroup_free_bytes() -> int | None:
-    """The least free memory under a cgroup limit around this process; None when there is no limit."""
-    free: list[int] = []
-    for limit_file, usage_file in _cgroup_numbers():
-        try:
-            limit = int(limit_file.read_text())
-            usage = int(usage_file.read_text())
-        except (OSError, ValueError):  # not there, or "max"
-            continue
-        if limit < 1 << 60:
-            free.append(max(0, limit - usage))
-    return min(free, default=None)
-
-
-def available_bytes() -> int:
-    """Memory that could be taken without pushing other programs out."""
+def _memory_groups(root: Path) -> list[tuple[Path, str, _CgroupFiles]]:
+    """(mount, group path, file names) of each hierarchy that may limit memory."""
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
-        pass
-    # macOS does not tell in a file what is reclaimable: half of what there is.
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE") // 2
+        return []
+    mount = root / "sys/fs/cgroup"
+    found = []
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            found.append((mount, group, _V2))
+        elif "memory" in controllers.split(","):
+            found.append((mount / "memory", group, _V1))
+    return found
+
+
+def _limit_of(folder: Path, files: _CgroupFiles) -> CgroupLimit | None:
+    limits = [n for n in (_read_int(folder / name) for name in files.limits) if n is not None and n < NO_LIMIT_BYTES]
+    usage = _read_int(folder / files.usage)
+    if not limits or usage is None:
+        return None
+    return CgroupLimit(folder, min(limits), max(0, usage - _cached_bytes(folder / "memory.stat", files.cached)))
+
+
+def _read_int(path: Path) -> int | None:
+    """None when it is not there, or "max"."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _cached_bytes(path: Path, key: str) -> int:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [key]), 0)
+
+
+def tightest_cgroup(root: Path = ROOT) -> CgroupLimit | None:
+    """The limit that leaves the least free around this process; None when there is none."""
+    return min(cgroup_limits(root), key=lambda limit: limit.free_bytes, default=None)
+
+
+def cgroup_free_bytes(root: Path = ROOT) -> int | None:
+    """The least free memory under a cgroup limit around this process; None when there is no limit."""
+    tightest = tightest_cgroup(root)
+    return None if tightest is None else tightest.free_bytes
+
+
+def total_bytes(root: Path = ROOT) -> int:
+    """The machine's memory."""
+    return _meminfo("MemTotal", root) or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
+
+
+def usable_bytes(root: Path = ROOT) -> int:
+    """The most this process could ever hold: the machine's memory, or the lowest cgroup limit around it."""
+    return min([total_bytes(root), *(limit.limit_bytes for limit in cgroup_limits(root))])
+
+
+def available_bytes(root: Path = ROOT) -> int:
+    """Memory that could be taken without pushing other programs out: MemAvailable; on macOS, what vm_stat says."""
+    available = _meminfo("MemAvailable", root)
+    if available is None and sys.platform == "darwin":
+        available = _macos_available()
+    return total_bytes(root) // 2 if available is None else available
+
+
+def _meminfo(key: str, root: Path) -> int | None:
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":")), None)
+
+
+def _macos_available() -> int | None:
+    try:
+        said = subprocess.run(["/usr/bin/vm_stat"], capture_output=True, text=True, timeout=5, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return parse_vm_stat(said)
+
+
+def parse_vm_stat(text: str) -> int | None:
+    """Bytes that macOS can hand out at once: free, inactive, speculative, purgeable pages; None for other text."""
+    page = re.search(r"page size of (\d+) bytes", text)
+    pages = re.findall(r"^Pages (?:free|inactive|speculative|purgeable):\s+(\d+)", text, re.MULTILINE)
+    return int(page[1]) * sum(map(int, pages)) if page and pages else None
+
+
+@dataclass(frozen=True)
+class AutoBudget:
+    """What `--ram auto` comes to, and one sentence that says why."""
+
+    bytes: int
+    reason: str
+
+
+def auto_budget(root: Path = ROOT) -> AutoBudget:
+    """`--ram auto`: what is free here and under every cgroup limit, less room for the program and for others.
+
+    Of the available memory the larger of 512 MiB and a tenth stays free for others (of 2 GiB and less, a quarter); of
+    what a cgroup limit leaves, a tenth. The smaller rest, less PROGRAM_ALLOWANCE_BYTES, is the budget.
+    """
+    available, group = available_bytes(root), tightest_cgroup(root)
+    if available > SMALL_MACHINE_BYTES:
+        room = max(LEAST_ROOM_BYTES, available // 10)
+    else:
+        room = available - available * 3 // 4
+    free = available - room
+    why = (
+        f"{format_bytes(available)} of {format_bytes(total_bytes(root))} memory is available, {format_bytes(room)} of "
+        "it stays free for other programs"
+    )
+    if group is not None and group.free_bytes * 9 // 10 < free:
+        free = group.free_bytes * 9 // 10
+        why = (
+            f"the memory cgroup {group.folder} is limited to {format_bytes(group.limit_bytes)} and has "
+            f"{format_bytes(group.free_bytes)} free, a tenth of it stays free"
+        )
+    budget = max(0, free - PROGRAM_ALLOWANCE_BYTES)
+    own = f"{format_bytes(PROGRAM_ALLOWANCE_BYTES)} is for the program itself"
+    return AutoBudget(budget, f"--ram auto is {format_bytes(budget)}: {why}, and {own}")
 
 
 def auto_budget_bytes() -> int:
-    """`--ram auto`: what is free here and under the cgroup limit, less room for the program and for others.
-
-    Leaves the larger of 512 MiB and a tenth of the available memory (a quarter of small limits) to the system.
-    """
-    available = available_bytes()
-    free = available - max(512 * MIB, available // 10) if available > 2048 * MIB else available * 3 // 4
-    limited = cgroup_free_bytes()
-    if limited is not None:
-        free = min(free, limited * 9 // 10)
-    return max(0, free - PROGRAM_ALLOWANCE_BYTES)
+    """The bytes of auto_budget(), for callers that print nothing."""
+    return auto_budget().bytes

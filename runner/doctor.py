@@ -1,0 +1,439 @@
+"""`moe-edge doctor`: what this machine can do for a model: storage, memory, compute, limits and versions.
+
+The measured part is cached beside the skeletons, per device and machine, since it takes some ten seconds; what can be
+looked up is looked up each time. A probe that cannot run leaves {"why_not": reason} in the place of its numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from moe_edge.convert.ggml_types import BY_NAME, type_name
+from moe_edge.convert.skeleton import cache_folder
+from moe_edge.models.embedded import tiny_model_path
+from moe_edge.models.errors import MissingFile, MoeEdgeError
+from moe_edge.runner import memory, probe
+from moe_edge.runner.probe import DirectReads, ProductSpeeds, ReadSpeed, StorageSpeeds, Unmeasured
+from moe_edge.schedulers.budget import MIB, format_bytes
+from moe_edge.schedulers.estimate import LAYER_SECONDS, MachineSpeeds
+
+VERSION = 1
+PROBE_FILE_BYTES = 256 * MIB
+PRODUCT_TYPES = ("Q4_K", "Q8_0")
+TINY_TOKENS = 48
+LEAST_LAYER_SECONDS = 30e-6  # the engine's own share (DESIGN.md); less means that the products were disturbed
+
+Facts = dict[str, Any]
+Tell = Callable[[str], None]
+
+
+def doctor(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    n_threads: int = 0,
+    fresh: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+    tell: Tell = lambda _: None,
+) -> Facts:
+    """Everything `doctor --json` prints.
+
+    path: the model file, or the folder models are in, whose storage counts; None: the cache folder. In a folder its
+    largest file is read; where all are under 256 MiB, one of that size is written for the probe and removed.
+    n_threads 0: one for each core this process may use. fresh: measure again, whatever is cached.
+    Raises MissingFile for a path that is not there.
+    """
+    target = _target(path, cache_dir)
+    threads = n_threads or n_cores()
+    measured = _measured(target, threads, fresh, cache_dir, tell)
+    return {
+        "target": str(target),
+        **measured,
+        "memory": memory_facts(),
+        "cores": core_facts(threads),
+        "versions": version_facts(),
+    }
+
+
+def n_cores() -> int:
+    """Cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _target(path: str | os.PathLike[str] | None, cache_dir: str | os.PathLike[str] | None) -> Path:
+    if path is not None:
+        target = Path(path)
+        if not target.exists():
+            raise MissingFile(f"{target}: no such file or folder")
+        return target
+    folder = cache_folder(cache_dir).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise MissingFile(f"{folder}: cannot create the cache folder: {e.strerror}; set MOE_EDGE_CACHE") from e
+    return folder
+
+
+# ---- measuring, and its cache ------------------------------------------------------------------------------
+
+
+def cache_file(target: Path, cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Where the measurements of this machine and of the target's device are kept."""
+    key = "\0".join((platform.node(), platform.machine(), cpu_name(), str(target.stat().st_dev)))
+    digest = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:16]
+    return cache_folder(cache_dir).parent / f"doctor-{digest}.json"
+
+
+def _measured(
+    target: Path, n_threads: int, fresh: bool, cache_dir: str | os.PathLike[str] | None, tell: Tell
+) -> Facts:
+    """The measured facts: from the cache, where it has what is asked for, else measured and kept."""
+    file = cache_file(target, cache_dir)
+    kept = {} if fresh else _read_cache(file)
+    if not _storage_serves(kept.get("storage"), target):
+        tell(f"reading {target} directly: about 4 seconds and at most 1.5 GiB")
+        kept["storage"], kept["storage_date"] = _measure_storage(target, tell), _now()
+        kept["from_cache"] = False
+    if kept.get("n_threads") != n_threads or kept.get("libraries") != _libraries():
+        tell("measuring memory and products: about 5 seconds")
+        kept.update(_measure_speeds(n_threads), compute_date=_now(), from_cache=False)
+    if not kept.setdefault("from_cache", True):
+        _write_cache(file, kept)
+    kept["cache_file"] = str(file)
+    return kept
+
+
+def _storage_serves(kept: Facts | None, target: Path) -> bool:
+    """Whether kept numbers will do: those of a small or unreadable file only for that very file."""
+    if kept is None:
+        return False
+    if "why_not" in kept or kept["small"]:
+        return bool(kept["path"] == str(target.absolute()))
+    return True
+
+
+def _measure_storage(target: Path, tell: Tell) -> Facts:
+    path = target
+    if target.is_dir():
+        try:
+            files = [f for f in target.iterdir() if f.is_file() and not f.is_symlink()]
+            sizes = {f: f.stat().st_size for f in files}
+        except OSError as e:
+            return {"path": str(target.absolute()), "why_not": f"{target}: cannot be listed: {e.strerror}"}
+        path = max(sizes, key=lambda f: sizes[f], default=target)
+        if sizes.get(path, 0) < PROBE_FILE_BYTES:
+            return _measure_new_file(target, tell)
+    return {"path": str(target.absolute()), "read_file": str(path), "written_for_it": False, **_storage_facts(path)}
+
+
+def _measure_new_file(folder: Path, tell: Tell) -> Facts:
+    """Probe a file of random bytes, which exists for as long as it takes."""
+    tell(f"no file of {format_bytes(PROBE_FILE_BYTES)} in {folder}: writing one for the probe")
+    facts: Facts = {"path": str(folder.absolute()), "read_file": None, "written_for_it": True}
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".moe-edge-doctor-") as file:
+            for _ in range(PROBE_FILE_BYTES // (4 * MIB)):
+                file.write(os.urandom(4 * MIB))
+            file.flush()
+            os.fsync(file.fileno())
+            return {**facts, **_storage_facts(Path(file.name))}
+    except OSError as e:
+        return {**facts, "why_not": f"{folder}: cannot write a file to read: {e.strerror or e}"}
+
+
+def _storage_facts(path: Path) -> Facts:
+    speeds = probe.storage_speeds(path)
+    if isinstance(speeds, Unmeasured):
+        return {"why_not": speeds.why}
+    cells = [asdict(cell) for cell in speeds.random]
+    return {**asdict(speeds), "random": cells, "direct": _or_why(probe.direct_reads(path))}
+
+
+def _measure_speeds(n_threads: int) -> Facts:
+    """Memory, products, and the overhead of a layer. Products before the engine, whose threads would spin beside."""
+    products = {name: _or_why(probe.product_speeds(BY_NAME[name].id, n_threads)) for name in PRODUCT_TYPES}
+    return {
+        "n_threads": n_threads,
+        "libraries": _libraries(),
+        "memory_bytes_per_second": probe.memory_bytes_per_second(n_threads),
+        "products": products,
+        "tiny_model": _tiny_model_facts(n_threads, products["Q8_0"]),
+    }
+
+
+def _tiny_model_facts(n_threads: int, products: Facts) -> Facts:
+    """Decode with the embedded model, all resident. Its experts are tiny: what it shows is the overhead of a layer."""
+    from moe_edge.runner.engine import Engine, EngineOptions
+    from moe_edge.runner.show import NO_LIMIT
+
+    try:
+        options = EngineOptions(ram_bytes=NO_LIMIT, n_ctx=128, n_threads=n_threads, seed=0)
+        with Engine(tiny_model_path(), options) as engine, engine.decoding():
+            engine.llama.eval(list(range(32)))
+            before, seconds = engine.counters(), []
+            for token in range(TINY_TOKENS):
+                started = time.perf_counter()
+                engine.llama.eval([token])
+                seconds.append(time.perf_counter() - started)
+            done = engine.counters().since(before)
+            expert_bytes = done.uses * engine.model.expert_bytes / len(engine.layout.unit_bytes)
+            n_layers, dense_bytes = engine.layout.n_layers, engine.model.dense_bytes
+    except MoeEdgeError as e:
+        return {"why_not": str(e)}
+    token_seconds = statistics.median(seconds)
+    rate = products.get("decode_bytes_per_second", float("inf"))
+    in_products = (dense_bytes + expert_bytes / TINY_TOKENS) / rate
+    return {
+        "tokens_per_second": 1 / token_seconds,
+        "expert_bytes_per_second": expert_bytes / done.compute_seconds,
+        "layer_seconds": max(LEAST_LAYER_SECONDS, (token_seconds - in_products) / n_layers),
+    }
+
+
+def _or_why(result: DirectReads | ProductSpeeds | Unmeasured) -> Facts:
+    return {"why_not": result.why} if isinstance(result, Unmeasured) else asdict(result)
+
+
+def _read_cache(file: Path) -> Facts:
+    """What is kept; nothing of another version of this file or of a damaged one."""
+    try:
+        kept = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return kept["measured"] if isinstance(kept, dict) and kept.get("version") == VERSION else {}
+
+
+def _write_cache(file: Path, measured: Facts) -> None:
+    """A cache that cannot be written is not an error: the next call measures again."""
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    kept = {key: value for key, value in measured.items() if key != "from_cache"}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps({"version": VERSION, "measured": kept}, indent=1))
+        os.replace(part, file)
+    except OSError:
+        part.unlink(missing_ok=True)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _libraries() -> str:
+    return f"llama-cpp-python {metadata.version('llama-cpp-python')}, moe-edge {metadata.version('moe-edge')}"
+
+
+# ---- what is looked up -------------------------------------------------------------------------------------
+
+
+def memory_facts(root: Path = memory.ROOT) -> Facts:
+    """Memory, limits, and what `--ram auto` comes to, in bytes."""
+    auto = memory.auto_budget(root)
+    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return {
+        "total_bytes": memory.total_bytes(root),
+        "available_bytes": memory.available_bytes(root),
+        "cgroup_limits": [
+            {"folder": str(c.folder), "limit_bytes": c.limit_bytes, "free_bytes": c.free_bytes}
+            for c in memory.cgroup_limits(root)
+        ],
+        "address_space_limit_bytes": None if address_space == resource.RLIM_INFINITY else address_space,
+        "page_bytes": resource.getpagesize(),
+        "auto_bytes": auto.bytes,
+        "auto_reason": auto.reason,
+    }
+
+
+def core_facts(n_threads: int) -> Facts:
+    return {"name": cpu_name(), "cores": os.cpu_count() or 1, "usable_cores": n_cores(), "threads": n_threads}
+
+
+def cpu_name() -> str:
+    """The processor's own name where /proc/cpuinfo has it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith(("model name", "Model"))]
+    return next(iter(names), "") or platform.processor() or platform.machine()
+
+
+def version_facts() -> Facts:
+    """Versions, and how llama.cpp was built; why_not in the place of what cannot be loaded."""
+    facts: Facts = {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in ("moe-edge", "llama-cpp-python", "numpy")},
+    }
+    try:
+        from llama_cpp import llama_cpp as bindings
+        from moe_edge.runner.native import _loaded_ggml_version, library
+
+        facts["ggml"] = _loaded_ggml_version()
+        info = bindings.llama_print_system_info().decode()
+        facts["openmp"] = "OPENMP = 1" in info
+        features = info.split(":", 1)[-1].split("|")
+        facts["cpu_features"] = [each.split("=")[0].strip() for each in features if "= 1" in each]
+        library()
+    except (ImportError, OSError, MoeEdgeError) as e:
+        facts["why_not"] = str(e)
+    return facts
+
+
+# ---- for plan ----------------------------------------------------------------------------------------------
+
+
+def storage_of(facts: Facts) -> StorageSpeeds | Unmeasured:
+    """The storage speeds of doctor()'s answer."""
+    s = facts["storage"]
+    if "why_not" in s:
+        return Unmeasured(s["why_not"])
+    cells = tuple(ReadSpeed(**cell) for cell in s["random"])
+    return StorageSpeeds(s["file_bytes"], s["sequential_bytes_per_second"], cells, s["small"])
+
+
+def machine_speeds(
+    facts: Facts, type_id: int, read_bytes: int, *, disk_bytes_per_second: float | None = None
+) -> MachineSpeeds | Unmeasured:
+    """The speeds that plan needs, from doctor()'s answer.
+
+    type_id: the ggml type of the experts; measured now when it is not among doctor's. read_bytes: of one projection,
+    which is what the engine reads at a time. disk_bytes_per_second: instead of the measured one.
+    """
+    disk = disk_bytes_per_second
+    if disk is None:
+        storage = storage_of(facts)
+        if isinstance(storage, Unmeasured):
+            return storage
+        disk = storage.at(read_bytes)
+    products = facts["products"].get(type_name(type_id)) or _or_why(probe.product_speeds(type_id, facts["n_threads"]))
+    if "why_not" in products:
+        return Unmeasured(products["why_not"])
+    return MachineSpeeds(
+        disk=disk,
+        # products that read faster than the probe of the memory show that it was disturbed
+        memory=max(facts["memory_bytes_per_second"], products["decode_bytes_per_second"]),
+        compute=products["decode_bytes_per_second"],
+        prefill=products["prefill_bytes_per_second"],
+        layer_seconds=facts["tiny_model"].get("layer_seconds", LAYER_SECONDS),
+    )
+
+
+def with_overrides(speeds: MachineSpeeds, **given: float | None) -> MachineSpeeds:
+    """`speeds` with those of disk, memory, compute, prefill, layer_seconds that are not None."""
+    return replace(speeds, **{name: value for name, value in given.items() if value is not None})
+
+
+# ---- text --------------------------------------------------------------------------------------------------
+
+
+def doctor_text(facts: Facts) -> str:
+    """One aligned line for each thing, with its verdict."""
+    rows = [("target", facts["target"] + ("" if not facts["from_cache"] else f" (measured {facts['storage_date']})"))]
+    rows += _storage_rows(facts["storage"])
+    rows += _compute_rows(facts)
+    rows += _memory_rows(facts["memory"])
+    c, v = facts["cores"], facts["versions"]
+    rows.append(("cores", f"{c['usable_cores']} of {c['cores']} usable, {c['threads']} threads: {c['name']}"))
+    rows.append(("versions", f"{v['system']}, python {v['python']}, llama-cpp-python {v['llama-cpp-python']}, "
+                             f"moe-edge {v['moe-edge']}"))  # fmt: skip
+    if "why_not" in v:
+        rows.append(("engine", f"does not load: {v['why_not']}"))
+    else:
+        rows.append(("engine", f"loads, ggml {v['ggml']}, OpenMP {'yes' if v['openmp'] else 'no: own thread pool'}"))
+    width = max(len(name) for name, _ in rows) + 2
+    return "\n".join(f"{name:<{width}}{text}" for name, text in rows)
+
+
+def _storage_rows(s: Facts) -> list[tuple[str, str]]:
+    if "why_not" in s:
+        return [("storage", f"not measured: {s['why_not']}")]
+    direct = s["direct"]
+    if "why_not" in direct:
+        verdict = f"not tested: {direct['why_not']}"
+    elif direct["bypass"]:
+        verdict = f"yes, verified by {direct['method']}: {direct['detail']}"
+    else:
+        verdict = f"NO, they go through the page cache ({direct['method']}: {direct['detail']})"
+    rows = [("direct reads", verdict)]
+    rows.append(("sequential", f"{s['sequential_bytes_per_second'] / 1e6:.0f} MB/s"))
+    for block in sorted({cell["block_bytes"] for cell in s["random"]}):
+        cells = [cell for cell in s["random"] if cell["block_bytes"] == block]
+        rates = ", ".join(f"{c['bytes_per_second'] / 1e6:.0f} ({c['depth']})" for c in cells)
+        size = f"{block // MIB} MiB" if block >= MIB else f"{block // 1024} KiB"
+        rows.append((f"random {size}", f"{rates} MB/s (at a time)"))
+    best = max(cell["bytes_per_second"] for cell in s["random"])
+    rows.append(("storage", f"{_storage_verdict(best)}{_storage_note(s)}"))
+    return rows
+
+
+def _storage_verdict(best: float) -> str:
+    for least, words in ((2e9, "fast, NVMe class"), (4e8, "usable, SATA SSD class"), (8e7, "slow, SD card class")):
+        if best >= least:
+            return words
+    return "very slow, hard disk class: give the experts all the memory there is"
+
+
+def _storage_note(s: Facts) -> str:
+    if s["small"]:
+        return f"; bounded by the file's size, {format_bytes(s['file_bytes'])}: caches below us answer repeated reads"
+    return "; of a file written just now, which the drive's cache may flatter" if s["written_for_it"] else ""
+
+
+def _compute_rows(facts: Facts) -> list[tuple[str, str]]:
+    memory_rate = facts["memory_bytes_per_second"]
+    rows = [("memory speed", f"{memory_rate / 1e9:.1f} GB/s, {facts['n_threads']} threads")]
+    for name, p in facts["products"].items():
+        if "why_not" in p:
+            rows.append((f"{name} products", f"not measured: {p['why_not']}"))
+            continue
+        rate = p["decode_bytes_per_second"]
+        rows.append((
+            f"{name} products",
+            f"decode {rate / 1e9:.1f} GB/s of weights ({100 * rate / memory_rate:.0f} % of memory speed), "
+            f"prefill {p['prefill_bytes_per_second'] / 1e9:.0f} GB/s of weights x tokens",
+        ))  # fmt: skip
+    tiny = facts["tiny_model"]
+    if "why_not" in tiny:
+        rows.append(("embedded model", f"not measured: {tiny['why_not']}"))
+    else:
+        rows.append((
+            "embedded model",
+            f"{tiny['tokens_per_second']:.0f} tok/s, {1e6 * tiny['layer_seconds']:.0f} us a layer besides products; "
+            f"its experts are tiny, overheads keep them at {tiny['expert_bytes_per_second'] / 1e9:.1f} GB/s",
+        ))  # fmt: skip
+    return rows
+
+
+def _memory_rows(m: Facts) -> list[tuple[str, str]]:
+    rows = [
+        ("memory", f"{format_bytes(m['available_bytes'])} of {format_bytes(m['total_bytes'])} available, "
+                   f"pages of {m['page_bytes'] // 1024} KiB"),
+    ]  # fmt: skip
+    for c in m["cgroup_limits"]:
+        limit, free = format_bytes(c["limit_bytes"]), format_bytes(c["free_bytes"])
+        rows.append(("cgroup limit", f"{limit}, {free} free: {c['folder']}"))
+    if not m["cgroup_limits"]:
+        rows.append(("cgroup limit", "none"))
+    if m["address_space_limit_bytes"] is not None:
+        rows.append(("ulimit -v", f"{format_bytes(m['address_space_limit_bytes'])}: the arena reserves address space"))
+    rows.append(("--ram auto", m["auto_reason"].removeprefix("--ram auto is ")))
+    return rows
+
+
+if __name__ == "__main__":
+    print(doctor_text(doctor(*sys.argv[1:2], tell=lambda text: print(text, file=sys.stderr))))

@@ -1,0 +1,315 @@
+"""The cost model behind `moe-edge plan`: hit rate, bytes and seconds of a token, from sizes and the machine's speeds.
+
+Pure: no I/O, no clock. All that was measured rather than derived is a named constant here.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from moe_edge.schedulers.budget import arena_working_set_bytes
+from moe_edge.schedulers.layout import Layout
+
+FloatArray = npt.NDArray[np.float64]
+
+# (share of the experts in memory, hit rate) of two trained models, batch 1, LRU. A line is drawn between the points.
+# Flat: tiny-moe, 16 experts, 4 of them used. Skewed: Qwen3-30B-A3B, 128 experts, 8 used (PAPERS.md, section 8).
+FLAT_HITS = ((0.0, 0.0), (0.13, 0.26), (0.25, 0.42), (0.40, 0.60), (0.60, 0.80), (1.0, 1.0))
+SKEWED_HITS = ((0.0, 0.0), (0.125, 0.61), (0.25, 0.81), (0.375, 0.91), (1.0, 1.0))
+FLAT_USED_SHARE, SKEWED_USED_SHARE = 4 / 16, 8 / 128
+
+# Misses of real routing over misses of independent draws with the same frequencies. Below 1: neighbouring tokens use
+# the same experts. tiny-moe, exact, 600 sampled tokens: 0.79, 0.83, 0.73, 0.67, 0.46 at 25, 40, 50, 60, 75 % of the
+# experts (2026-11-22). To be measured on traces of larger models; the band is around it.
+LOCALITY = 0.8
+LOCALITY_BAND = 0.25  # of the misses, to either side
+
+# Share of the read time that hides behind compute. A layer's misses are known only at the layer, so decode hides only
+# the hits of the same layer: token time / max(compute, read) was 0.93 to 1.5 (LOG 2026-11-22). Slow, expected, fast.
+DECODE_OVERLAP = (0.25, 0.5, 0.9)
+PREFILL_OVERLAP = (0.25, 0.7, 1.0)
+DISK_BAND = (0.8, 1.0, 1.1)  # of the probed speed
+COMPUTE_BAND = (0.8, 1.0, 1.1)
+
+LAYER_SECONDS = 100e-6  # attention, router, graph split and scheduler of one layer, where it was not measured
+TILED_ROWS = 8  # tokens an expert needs before ggml's faster products take it (LOG 2026-11-22)
+MEMORY_BOUND_SHARE = 0.75  # products this close to the memory's speed wait for memory, not for arithmetic
+ENOUGH = 1.05  # within 5 % of the speed with everything resident
+
+
+@dataclass(frozen=True)
+class MachineSpeeds:
+    """What the estimate takes from the machine; the rates in bytes a second.
+
+    disk: direct reads of an expert's size. memory: reading memory, all threads. compute: weights multiplied by one
+    token, from memory. prefill: weights times tokens, many tokens at once. layer_seconds: what a layer of one token
+    takes besides its products.
+    """
+
+    disk: float
+    memory: float
+    compute: float
+    prefill: float
+    layer_seconds: float = LAYER_SECONDS
+
+
+@dataclass(frozen=True)
+class ModelWork:
+    """What a token needs. dense_bytes: weights every token uses. kv_bytes: cache read by a token after the prompt.
+
+    counts: [L, E], tokens routed to each expert in a calibration; None without one.
+    """
+
+    layout: Layout
+    top_k: int
+    dense_bytes: int
+    kv_bytes: int = 0
+    counts: npt.NDArray[np.int64] | None = None
+
+    @property
+    def used_bytes(self) -> float:
+        """Bytes one token multiplies or reads in memory."""
+        return self.dense_bytes + self.kv_bytes + float(self.probabilities() @ self.expert_bytes())
+
+    def expert_bytes(self) -> FloatArray:
+        """[n]: bytes of each expert at the highest level, layer by layer."""
+        return np.array(self.layout.unit_bytes[:: self.layout.n_levels], np.float64)
+
+    def probabilities(self) -> FloatArray:
+        """[n]: how likely a token uses each expert; they sum to top_k in each layer. Uniform without counts."""
+        layers = []
+        for layer, n in enumerate(self.layout.n_experts):
+            row = None if self.counts is None else np.asarray(self.counts[layer, :n], np.float64)
+            if row is None or row.sum() == 0:
+                row = np.ones(n)
+            layers.append(np.minimum(1.0, row * (min(self.top_k, n) / row.sum())))
+        return np.concatenate(layers)
+
+
+@dataclass(frozen=True)
+class Band:
+    """A quantity with its bounds; low <= expected <= high."""
+
+    low: float
+    expected: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What to expect of one arena size. read_bytes: from disk for each token. binds: see binding_resource."""
+
+    arena_bytes: int
+    resident: bool
+    hit_rate: Band
+    hit_source: str
+    read_bytes: Band
+    used_bytes: float
+    tokens_per_second: Band
+    ttft_seconds: Band
+    binds: str
+    compute_seconds: float
+    read_seconds: float
+
+
+HitRate = float | Callable[[int], float]
+
+
+# ---- hits --------------------------------------------------------------------------------------------------
+
+
+def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
+    """The line through the points, at x; the ends beyond them."""
+    xs = [p[0] for p in points]
+    i = bisect_right(xs, x)
+    if i in (0, len(points)):
+        return points[min(i, len(points) - 1)][1]
+    (x0, y0), (x1, y1) = points[i - 1], points[i]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+def typical_hit_rate(share: float, used_share: float) -> Band:
+    """Hits of a model nobody has calibrated, with this share of its experts in memory.
+
+    used_share: top_k / n_expert. The band is between flat and skewed routing. Expected: between the two measured
+    models by used_share, since finer experts are used less evenly: it gives 74 % for gpt-oss-20b with 31 % cached,
+    where tinyserve measured 77 to 96 % (PAPERS.md, section 8), and each of the two models its own curve.
+    """
+    flat, skewed = interpolate(FLAT_HITS, share), interpolate(SKEWED_HITS, share)
+    skew = (FLAT_USED_SHARE - used_share) / (FLAT_USED_SHARE - SKEWED_USED_SHARE)
+    return Band(flat, flat + (skewed - flat) * min(1.0, max(0.0, skew)), skewed)
+
+
+def characteristic_time(probabilities: FloatArray, nbytes: FloatArray, arena_bytes: float) -> float:
+    """Tokens an unused expert stays in an LRU cache of arena_bytes; infinite when all that are ever used fit.
+
+    probabilities, nbytes: [n]. Solves sum((1 - exp(-p T)) bytes) = arena.
+    Source: Che, Tung and Wang, Hierarchical Web Caching Systems, 2002, section IV, with sizes in bytes.
+    """
+    used = probabilities > 0
+    p, b = probabilities[used], nbytes[used]
+    if arena_bytes >= b.sum():
+        return float("inf")
+    low, high = 0.0, 1.0
+    while float(-np.expm1(-p * high) @ b) < arena_bytes:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        if float(-np.expm1(-p * middle) @ b) < arena_bytes:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def che_hit_rate(probabilities: FloatArray, nbytes: FloatArray, arena_bytes: float) -> float:
+    """Share of expert uses that an LRU cache of arena_bytes holds, for independent draws (see characteristic_time)."""
+    tokens = characteristic_time(probabilities, nbytes, arena_bytes)
+    if tokens == float("inf"):
+        return 1.0
+    return float(probabilities @ -np.expm1(-probabilities * tokens) / probabilities.sum())
+
+
+def expert_hit_rate(work: ModelWork, arena_bytes: int, given: HitRate | None = None) -> tuple[Band, str]:
+    """(hit rate, where it comes from). given: a rate, or a function of the arena's bytes, that was simulated.
+
+    Below one token's working set LRU evicts every expert before the next token comes back to its layer: 0 is
+    expected (tiny-moe: 0 % hits at 20 % of its experts, 46 % at 25 %, which is the working set, 2026-11-22); a rule
+    that keeps some of them does better, which is the high end.
+    """
+    if arena_bytes >= work.layout.total_bytes:
+        return Band(1.0, 1.0, 1.0), "resident"
+    if given is not None:
+        hits = float(given(arena_bytes) if callable(given) else given)
+        return Band(hits, hits, hits), "trace"
+    if work.counts is not None:
+        misses = LOCALITY * (1 - che_hit_rate(work.probabilities(), work.expert_bytes(), arena_bytes))
+        low, high = 1 - min(1.0, misses * (1 + LOCALITY_BAND)), 1 - misses * (1 - LOCALITY_BAND)
+        band, source = Band(low, 1 - misses, high), "calibration"
+    else:
+        share = arena_bytes / work.layout.total_bytes
+        band, source = typical_hit_rate(share, work.top_k / max(work.layout.n_experts)), "typical models"
+    if arena_bytes < arena_working_set_bytes(work.layout, work.top_k):
+        band = Band(0.0, 0.0, band.high)
+    return band, source
+
+
+# ---- time --------------------------------------------------------------------------------------------------
+
+
+def busy_seconds(read_seconds: float, compute_seconds: float, overlap: float) -> float:
+    """Reading and computing together: `overlap` of the read hides behind compute, and neither takes less than alone."""
+    return max(read_seconds, compute_seconds + read_seconds * (1 - overlap))
+
+
+def decode_compute_seconds(work: ModelWork, speeds: MachineSpeeds) -> float:
+    """A token whose experts are all in memory."""
+    return work.used_bytes / min(speeds.compute, speeds.memory) + work.layout.n_layers * speeds.layer_seconds
+
+
+def touched_bytes(work: ModelWork, n_tokens: int) -> float:
+    """Expected bytes of the experts that n_tokens tokens use, each counted once."""
+    return float((1 - (1 - work.probabilities()) ** n_tokens) @ work.expert_bytes())
+
+
+def prefill_compute_seconds(work: ModelWork, speeds: MachineSpeeds, n_tokens: int) -> float:
+    """One micro-batch whose experts are all in memory; never more than its tokens one by one."""
+    rows = n_tokens * work.top_k / max(work.layout.n_experts)
+    one_by_one = n_tokens * work.used_bytes / min(speeds.compute, speeds.memory)
+    products = n_tokens * work.used_bytes / speeds.prefill if rows >= TILED_ROWS else one_by_one
+    return min(products, one_by_one) + work.layout.n_layers * speeds.layer_seconds
+
+
+def first_token_seconds(work: ModelWork, arena_bytes: int, speeds: MachineSpeeds, n_prompt: int, n_ubatch: int) -> Band:
+    """A prompt from a cold start: each micro-batch reads the experts it touches once.
+
+    A later micro-batch finds what is left in the arena: under LRU nothing when the first one touched more than fits
+    (slow), at best the arena's share (fast).
+    """
+    sizes = [min(n_ubatch, n_prompt - at) for at in range(0, n_prompt, n_ubatch)]
+    total = [0.0, 0.0, 0.0]
+    for number, n_tokens in enumerate(sizes):
+        touched = touched_bytes(work, n_tokens)
+        share = min(1.0, arena_bytes / touched)
+        for i, kept in enumerate((0.0, share / 2, share) if share < 1 else (1.0, 1.0, 1.0)):
+            read = touched * (1 - kept if number else 1.0) / (speeds.disk * DISK_BAND[i])
+            compute = prefill_compute_seconds(work, speeds, n_tokens) / COMPUTE_BAND[i]
+            total[i] += busy_seconds(read, compute, PREFILL_OVERLAP[i])
+    return Band(total[2], total[1], total[0])
+
+
+def estimate(
+    work: ModelWork,
+    arena_bytes: int,
+    speeds: MachineSpeeds,
+    *,
+    hit_rate: HitRate | None = None,
+    n_prompt: int = 512,
+    n_ubatch: int = 512,
+) -> Estimate:
+    """Everything `plan` says of one arena size. More arena is never slower, nor is a faster disk."""
+    hits, source = expert_hit_rate(work, arena_bytes, hit_rate)
+    expert_bytes = float(work.probabilities() @ work.expert_bytes())
+    reads = [expert_bytes * (1 - each) for each in (hits.low, hits.expected, hits.high)]
+    compute = decode_compute_seconds(work, speeds)
+    rates = [
+        1 / busy_seconds(reads[i] / (speeds.disk * DISK_BAND[i]), compute / COMPUTE_BAND[i], DECODE_OVERLAP[i])
+        for i in range(3)
+    ]
+    read_seconds = reads[1] / speeds.disk
+    return Estimate(
+        arena_bytes=arena_bytes,
+        resident=source == "resident",
+        hit_rate=hits,
+        hit_source=source,
+        read_bytes=Band(reads[2], reads[1], reads[0]),
+        used_bytes=work.used_bytes,
+        tokens_per_second=Band(*rates),
+        ttft_seconds=first_token_seconds(work, arena_bytes, speeds, n_prompt, n_ubatch),
+        binds=binding_resource(read_seconds, compute, work.layout.n_layers * speeds.layer_seconds, speeds),
+        compute_seconds=compute,
+        read_seconds=read_seconds,
+    )
+
+
+def binding_resource(
+    read_seconds: float, compute_seconds: float, overhead_seconds: float, speeds: MachineSpeeds
+) -> str:
+    """What a faster one of would help a token most: "disk", "memory bandwidth" or "compute".
+
+    overhead_seconds: the part of compute_seconds that is not products.
+    """
+    if read_seconds > compute_seconds:
+        return "disk"
+    in_products = overhead_seconds < compute_seconds / 2
+    return "memory bandwidth" if in_products and speeds.compute >= MEMORY_BOUND_SHARE * speeds.memory else "compute"
+
+
+def enough_arena_bytes(
+    work: ModelWork, speeds: MachineSpeeds, floor_bytes: int, hit_rate: HitRate | None = None
+) -> int:
+    """The arena beyond which memory hardly matters: the least that decodes within 5 % of all resident.
+
+    A number given as the hit rate of one budget says nothing of others; then the model's own curve is used.
+    """
+    given = hit_rate if callable(hit_rate) else None
+
+    def rate(arena_bytes: int) -> float:
+        return estimate(work, arena_bytes, speeds, hit_rate=given, n_prompt=1).tokens_per_second.expected
+
+    total = work.layout.total_bytes
+    needed = rate(total) / ENOUGH
+    low, high = min(floor_bytes, total), total
+    if rate(low) >= needed:
+        return low
+    while high - low > max(1, total // 1000):
+        middle = (low + high) // 2
+        if rate(middle) >= needed:
+            high = middle
+        else:
+            low = middle
+    return high
