@@ -1,0 +1,233 @@
+"""A policy driven through a routing trace without the model: its hits, loads, evictions and bytes, and estimated times.
+
+The counts equal the engine's for the same policy, arena and routing, exactly: the policy object is the real one, it
+gets the same Steps, and its plans are executed as native/step.cpp does. A policy that lowers or skips experts would in
+the model change what later layers see and route to; a trace keeps the routing it was recorded with.
+
+The time model. One compute resource, one disk: a pipe that serves loads in the order they are asked for (FIFO), each
+for its bytes divided by disk_bytes_per_second. A step's experts are known when it begins. Hits are computed first, then
+each load as it arrives; a load whose victim the step still needs waits until that has been computed; the step ends with
+its last expert. Waiting with nothing to compute is stall. After a step come other_seconds, then the next step; a read
+that nobody waits for (a prefetch) goes on meanwhile. Not modelled: several reads at once that share the disk, an
+expert's first projections computed while the last arrives, prefill's threads each on an expert of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from moe_edge.models.errors import EngineError
+from moe_edge.schedulers.calibration import Calibration
+from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
+from moe_edge.schedulers.options import PolicyOptions
+from moe_edge.schedulers.policy import make_policy
+from moe_edge.schedulers.trace import Array, Trace
+
+MEMORY_BYTES_PER_SECOND = 10e9  # a decode step's experts are bound by memory; two channels of DDR4 give 20 to 30
+
+
+class Planner(Protocol):
+    """What of a Policy the simulation needs."""
+
+    def plan(self, step: Step) -> StepPlan | None: ...
+
+    def reset(self, resident: Iterable[int]) -> None: ...
+
+
+MakePlanner = Callable[[Layout, int], Planner]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """disk_bytes_per_second: of the whole disk. use_seconds: computing one expert of a step. other_seconds: between
+    the experts of one layer and the routing of the next.
+
+    None: what the trace measured, a step's seconds spread evenly over its experts. Without measured seconds: the mean
+    bytes of a high-level expert at MEMORY_BYTES_PER_SECOND, whatever the number of tokens; and 0.
+    """
+
+    disk_bytes_per_second: float = 3e9
+    use_seconds: float | None = None
+    other_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class SimResult:
+    """Counts as the engine has them: uses = hits + loads, skipped ones apart. seconds = computing + stall_seconds."""
+
+    arena_bytes: int
+    tokens: int
+    steps: int
+    uses: int
+    hits: int
+    loads: int
+    evictions: int
+    bytes_read: int
+    low_uses: int
+    skipped_uses: int
+    stall_seconds: float
+    seconds: float
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / self.uses if self.uses else 0.0
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.bytes_read / self.tokens
+
+    @property
+    def tok_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds else float("inf")
+
+
+def simulate(
+    trace: Trace, make: MakePlanner, arena_bytes: int, costs: Costs | None = None, resident: Iterable[int] = ()
+) -> SimResult:
+    """Run the planner that make(layout, arena_bytes) gives through the trace.
+
+    resident: units in the arena at the start, the first to evict first.
+    Raises BudgetTooSmall, and EngineError for a plan that the engine would refuse.
+    """
+    costs = costs or Costs()
+    layout, resident = trace.layout(), tuple(resident)
+    planner = make(layout, arena_bytes)
+    planner.reset(resident)
+    arena = SimArena(layout, trace.read_bytes.tolist(), arena_bytes, costs.disk_bytes_per_second, resident)
+    use_seconds = _default_use_seconds(layout) if costs.use_seconds is None else costs.use_seconds
+    other_seconds = costs.other_seconds or 0.0
+    compute = None if costs.use_seconds is not None else _lists(trace.compute_seconds)
+    other = None if costs.other_seconds is not None else _lists(trace.other_seconds)
+    plan, execute = planner.plan, arena.execute
+    steps = 0
+    for batch, step in trace.steps(with_routing=bool(getattr(planner, "wants_routing", False))):
+        if compute is not None:
+            use_seconds = compute[batch][step.layer] / len(step.experts)
+        execute(step, plan(step), use_seconds)
+        arena.clock += other_seconds if other is None else other[batch][step.layer]
+        steps += 1
+    return SimResult(
+        arena_bytes, trace.n_tokens, steps, arena.uses, arena.hits, arena.loads, arena.evictions, arena.bytes_read,
+        arena.low_uses, arena.skipped_uses, arena.stall_seconds, arena.clock,
+    )  # fmt: skip
+
+
+def simulate_policy(
+    trace: Trace,
+    options: PolicyOptions,
+    arena_bytes: int,
+    costs: Costs | None = None,
+    calibration: Calibration | None = None,
+    resident: Iterable[int] = (),
+) -> SimResult:
+    """simulate() with the policy that make_policy makes of the options. Raises what either raises."""
+
+    def make(layout: Layout, arena_bytes: int) -> Planner:
+        return make_policy(options, layout, arena_bytes, calibration)
+
+    return simulate(trace, make, arena_bytes, costs, resident)
+
+
+def _lists(seconds: Array | None) -> list[list[float]] | None:
+    return None if seconds is None else seconds.tolist()
+
+
+def _default_use_seconds(layout: Layout) -> float:
+    return layout.total_bytes / sum(layout.n_experts) / MEMORY_BYTES_PER_SECOND
+
+
+class SimArena:
+    """The expert arena, the disk and the clock: executes plans as native/step.cpp and model.cpp do."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        read_bytes: list[int],
+        arena_bytes: int,
+        disk_bytes_per_second: float,
+        resident: Iterable[int] = (),
+    ) -> None:
+        self._layout = layout
+        self._unit_bytes = layout.unit_bytes
+        self._read_bytes = read_bytes
+        self._read_seconds = [n / disk_bytes_per_second for n in read_bytes]
+        self.arena_bytes = arena_bytes
+        self.ready_at = dict.fromkeys(resident, 0.0)  # unit in memory -> when its bytes are all there
+        self.used_bytes = sum(self._unit_bytes[u] for u in self.ready_at)
+        self.clock = self.disk_free_at = self.stall_seconds = 0.0
+        self.uses = self.hits = self.loads = self.evictions = self.bytes_read = self.low_uses = self.skipped_uses = 0
+
+    def execute(self, step: Step, plan: StepPlan | None, use_seconds: float) -> None:
+        """Run one step by its plan. Raises EngineError, in step.cpp's words, for a plan that cannot be executed."""
+        n = len(step.experts)
+        order, levels, victims = plan or (range(n), (0,) * n, ((),) * n)
+        if len(order) != n or sorted(order) != list(range(n)):
+            raise EngineError("the scheduler's plan is not a permutation of the experts it was asked for")
+        began = self.clock
+        hits, loads = self._sort(step, order, levels, victims)
+        for unit in hits:
+            self._compute(self.ready_at[unit], use_seconds)
+        if not loads:
+            return
+        busy_until = dict.fromkeys(hits, self.clock)  # the hits share a graph
+        asked_at = began
+        for unit, gone in loads:
+            for victim in gone:
+                asked_at = max(asked_at, busy_until.get(victim, began))
+                self._evict(victim)
+            self._compute(self._read(unit, asked_at), use_seconds)
+            busy_until[unit] = self.clock
+
+    def _sort(
+        self, step: Step, order: Sequence[int], levels: Sequence[int], victims: Sequence[Sequence[int]]
+    ) -> tuple[list[int], list[tuple[int, Sequence[int]]]]:
+        """(units in memory, units to read with their victims), both in plan order; counts the uses."""
+        n_levels = self._layout.n_levels
+        first, experts, ready_at = self._layout.first_unit[step.layer], step.experts, self.ready_at
+        hits: list[int] = []
+        loads: list[tuple[int, Sequence[int]]] = []
+        for at, level, gone in zip(order, levels, victims, strict=True):
+            unit = first + experts[at] * n_levels + level
+            if level == SKIP:
+                if gone:
+                    raise EngineError("the scheduler's plan evicts experts for one that it skips")
+                self.skipped_uses += 1
+                continue
+            if not 0 <= level < n_levels:
+                raise EngineError(f"the scheduler's plan asks for level {level} of {n_levels}")
+            self.low_uses += level > 0
+            if unit not in ready_at:
+                loads.append((unit, gone))
+            elif gone:
+                raise EngineError("the scheduler's plan evicts experts for one that is already in memory")
+            else:
+                hits.append(unit)
+        self.uses += len(hits) + len(loads)
+        self.hits += len(hits)
+        return hits, loads
+
+    def _compute(self, ready_at: float, seconds: float) -> None:
+        if ready_at > self.clock:
+            self.stall_seconds += ready_at - self.clock
+            self.clock = ready_at
+        self.clock += seconds
+
+    def _read(self, unit: int, asked_at: float) -> float:
+        """Queue a read at the disk; when it will be done."""
+        self.used_bytes += self._unit_bytes[unit]
+        if self.used_bytes > self.arena_bytes:
+            raise EngineError("the scheduler's plan exceeds the memory of the expert arena")
+        self.loads += 1
+        self.bytes_read += self._read_bytes[unit]
+        done = max(self.disk_free_at, asked_at) + self._read_seconds[unit]
+        self.disk_free_at = self.ready_at[unit] = done
+        return done
+
+    def _evict(self, unit: int) -> None:
+        if unit not in self.ready_at:
+            raise EngineError("the scheduler's plan evicts an expert that is not in memory")
+        del self.ready_at[unit]
+        self.used_bytes -= self._unit_bytes[unit]
+        self.evictions += 1
