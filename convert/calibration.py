@@ -23,11 +23,11 @@ PREFIX = "moe_edge.calibration."
 SETTING_ROWS = 16
 QUANTILES = 101
 # numbers in the file; never reorder
-POLICIES = ("exact", "dymoe", "hobbit")
+POLICIES = ("exact", "dymoe", "hobbit", "damage")
 LOW_LEVELS = ("low", "skip", "")
 
 _U32_MAX = 2**32 - 1
-_NUMBERS = ("retention", "kld", "bytes_share")
+_NUMBERS = ("knob", "kld", "bytes_share")
 
 FloatArray = npt.NDArray[np.float64]
 

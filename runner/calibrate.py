@@ -189,7 +189,7 @@ class Calibrator:
         )  # fmt: skip
         if o.settings_tokens and report.skeleton and report.store:
             settings = measure_settings(
-                report.skeleton, o.text, after_tokens=calibration.n_tokens, n_tokens=o.settings_tokens,
+                report.skeleton, o.text, n_tokens=o.settings_tokens,
                 options=EngineOptions(ram_bytes=o.ram_bytes, n_threads=o.n_threads), tell=self.tell,
             )  # fmt: skip
             patch_settings(report.store, settings)

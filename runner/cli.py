@@ -74,7 +74,7 @@ def model_options(f: F) -> F:
             click.option("--flash-attn/--no-flash-attn", "flash_attn", default=None,
                          help="Default: on when plain attention would need over 64 MiB."),
             click.option("--policy", default="exact", show_default=True,
-                         help="How experts are scheduled: exact; lossy: dymoe, hobbit."),
+                         help="How experts are scheduled: exact; lossy: dymoe, hobbit, damage."),
             click.option("--retention", type=float, default=0.9, show_default=True,
                          help="dymoe: mean share of expert uses at the high level."),
             click.option("--low-level", default="low", show_default=True,
@@ -88,6 +88,8 @@ def model_options(f: F) -> F:
             click.option("--renormalise", is_flag=True, help="After a skip, scale the token's other gate weights up."),
             click.option("--t1", type=float, help="hobbit: cumulated gate weight up to which misses stay high."),
             click.option("--t2", type=float, help="hobbit: and up to which they are low; beyond, skipped."),
+            click.option("--price", type=float, default=0.001, show_default=True,
+                         help="damage: nats of expected KLD that reading a MiB must save."),
             click.option("--max-kld", type=float,
                          help="The fastest measured setting with at most this KLD (nats a token)."),
             click.option("--verify", is_flag=True, help="Check every tensor of the store against its checksum first."),
@@ -122,7 +124,7 @@ def _policy(o: dict[str, Any]) -> PolicyOptions:
     return PolicyOptions(
         name=o["policy"], retention=o["retention"], low_level=o["low_level"], depth=o["depth"],
         importance=o["importance"], prefill_importance=o["prefill_importance"], renormalise=o["renormalise"],
-        t1=o["t1"], t2=o["t2"], max_kld=o["max_kld"],
+        t1=o["t1"], t2=o["t2"], price=o["price"], max_kld=o["max_kld"],
     )  # fmt: skip
 
 

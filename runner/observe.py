@@ -71,7 +71,7 @@ def observe(
     options: EngineOptions | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Observed]:
-    """Run a model over the first n_tokens of a text, in chunks of 512; inside, what it saw is at hand on disk.
+    """Run a model over n_tokens spread over a text, in chunks of 512; inside, what it saw is at hand on disk.
 
     sensitivity_tokens: how many of them to run again for each layer with its output disturbed.
     Raises UsageError for a text shorter than one chunk, MissingFile, and whatever the engine raises.
@@ -80,12 +80,22 @@ def observe(
     o = eval_options(model, options or EngineOptions(), CHUNK)
     with tempfile.TemporaryDirectory(prefix="moe-edge-calibrate-") as folder, Engine(model, o) as engine:
         tokens = tokenize_text(engine, data)
-        chunks = cut_chunks(tokens, CHUNK, n_chunks=max(1, n_tokens // CHUNK), bos=bos_token(engine))
+        chunks = spread_chunks(cut_chunks(tokens, CHUNK, bos=bos_token(engine)), n_tokens)
         layers = _watch(engine, chunks, Path(folder), tell)
-        few = chunks[: max(1, sensitivity_tokens // CHUNK)]
+        few = spread_chunks(chunks, sensitivity_tokens)
         sensitivity = measure_sensitivity(engine, few, NOISE, tell=tell)
         engine.close()
         yield Observed(hashlib.sha256(data).hexdigest(), chunks.size, layers, sensitivity)
+
+
+def spread_chunks(chunks: IntArray, n_tokens: int) -> IntArray:
+    """So many tokens' worth of chunks, evenly spread: a text's kinds all have to be in, since experts specialise.
+
+    On the first 16,384 tokens of a text of several kinds alone, experts of the others got the fewest bits, and the
+    KLD on those kinds was four times as large (docs/LOG.md, 2026-11-22).
+    """
+    n = min(len(chunks), max(1, n_tokens // chunks.shape[1]))
+    return chunks[np.linspace(0, len(chunks) - 1, n).round().astype(np.int64)]
 
 
 def _watch(engine: Engine, chunks: IntArray, folder: Path, tell: Callable[[str], None]) -> tuple[LayerView, ...]:

@@ -18,23 +18,25 @@ from moe_edge.runner.evaluate import (
     scored_positions,
     tokenize_text,
 )
-from moe_edge.schedulers.calibration import Setting
+from moe_edge.runner.observe import spread_chunks
+from moe_edge.schedulers.budget import MIB
+from moe_edge.schedulers.calibration import Calibration, Setting
 from moe_edge.schedulers.options import PolicyOptions
 
 CHUNK = 512
-RETENTIONS = {"low": (0.9, 0.75, 0.5, 0.25, 0.0), "skip": (0.9, 0.75, 0.5)}
+RETENTIONS = {"low": (0.9, 0.75, 0.5, 0.25), "skip": (0.9, 0.75)}
+LOW_PERCENTS = (20, 40, 60, 80, 90, 95)
 
 
 def measure_settings(
     model: Path,
     text: Path,
     *,
-    after_tokens: int,
     n_tokens: int,
     options: EngineOptions | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> tuple[Setting, ...]:
-    """Measured on the text behind after_tokens (on its start where it is too short), token by token as in decode.
+    """Measured on chunks spread over the text, half a chunk off those of the calibration, token by token as in decode.
 
     The policy gets what it wishes: no resident high level serves a low wish. That is the worst a cache can make of it.
     Fastest first. Raises what the engine raises.
@@ -43,31 +45,46 @@ def measure_settings(
     settings = []
     with Engine(model, o) as engine, ReferenceLogits() as kept:
         tokens = tokenize_text(engine, read_text(text))
-        n = max(1, n_tokens // CHUNK)
-        later = tokens[after_tokens:]
-        chunks = cut_chunks(later if len(later) >= CHUNK else tokens, CHUNK, n_chunks=n, bos=bos_token(engine))
+        shifted = tokens[CHUNK // 2 :] if len(tokens) >= 3 * CHUNK // 2 else tokens
+        chunks = spread_chunks(cut_chunks(shifted, CHUNK, bos=bos_token(engine)), n_tokens)
         kept.check_room(len(chunks) * len(scored_positions(CHUNK)), int(engine.llama.n_vocab()))
         engine.set_policy(PolicyOptions())
         for block in logits_pass(engine, chunks, one_by_one=True):
             kept.write(block.rows)
         high, low = _level_bytes(engine)
-        levels = ("low", "skip") if len(engine.model.levels) > 1 else ("skip",)
-        for low_level in levels:
-            for retention in RETENTIONS[low_level]:
-                kept.rewind()
-                asked = PolicyOptions("dymoe", retention=retention, low_level=low_level, reuse=False)
-                policy = engine.set_policy(asked)
-                kld = [
-                    kld_of_rows(kept.read(*block.rows.shape), block.rows)
-                    for block in logits_pass(engine, chunks, one_by_one=True)
-                ]
-                stats = policy.stats
-                bytes_ = stats.wanted_high * high + stats.wanted_low * low
-                share = bytes_ / max(1, (stats.wanted_high + stats.wanted_low + stats.wanted_skip) * high)
-                mean = max(0.0, float(np.concatenate(kld).mean()))
-                settings.append(Setting("dymoe", low_level, retention, mean, share))
-                tell(f"setting: retention {retention:g}, {low_level}: KLD {mean:.4g}, {100 * share:.0f} % of the bytes")
+        for asked in _grid(engine.model.calibration, high, low):
+            kept.rewind()
+            policy = engine.set_policy(asked)
+            kld = [
+                kld_of_rows(kept.read(*block.rows.shape), block.rows)
+                for block in logits_pass(engine, chunks, one_by_one=True)
+            ]
+            stats = policy.stats
+            bytes_ = stats.wanted_high * high + stats.wanted_low * low
+            share = bytes_ / max(1, (stats.wanted_high + stats.wanted_low + stats.wanted_skip) * high)
+            mean = max(0.0, float(np.concatenate(kld).mean()))
+            knob = asked.price if asked.name == "damage" else asked.retention
+            settings.append(Setting(asked.name, asked.low_level, knob, mean, share))
+            tell(
+                f"setting: {asked.name} {knob:.3g}, {asked.low_level}: KLD {mean:.4g}, {100 * share:.0f} % of the bytes"
+            )
     return tuple(sorted(settings, key=lambda s: s.bytes_share))
+
+
+def _grid(calibration: Calibration | None, high_bytes: float, low_bytes: float) -> list[PolicyOptions]:
+    """The settings to measure: at most SETTING_ROWS. Prices are those at which a share of the uses goes low."""
+    levels = ("low", "skip") if low_bytes else ("skip",)
+    grid = [
+        PolicyOptions("dymoe", retention=retention, low_level=level, reuse=False)
+        for level in levels
+        for retention in RETENTIONS[level]
+    ]
+    if calibration is not None:
+        saved_mib = (high_bytes - low_bytes) / MIB
+        for percent in LOW_PERCENTS:
+            price = float(np.quantile(calibration.use_damage, percent / 100)) / saved_mib
+            grid.append(PolicyOptions("damage", price=price, low_level=levels[0], reuse=False))
+    return grid
 
 
 def _level_bytes(engine: Engine) -> tuple[float, float]:

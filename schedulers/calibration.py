@@ -14,12 +14,13 @@ FloatArray = npt.NDArray[np.float64]
 class Setting:
     """One row of the table behind --max-kld, measured on the calibration text against the exact policy.
 
-    kld: mean nats per token. bytes_share: bytes of the levels used, as a share of what exact uses.
+    knob: the retention of dymoe, the price of damage. kld: mean nats per token. bytes_share: bytes of the levels used,
+    as a share of what exact uses.
     """
 
     policy: str
     low_level: str
-    retention: float
+    knob: float
     kld: float
     bytes_share: float
 

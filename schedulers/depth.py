@@ -6,6 +6,7 @@ Layers are positions among the MoE layers and weigh the same: each has the same 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from moe_edge.schedulers.calibration import Calibration
@@ -63,3 +64,21 @@ def calibrated(retention: float, calibration: Calibration) -> tuple[float, ...]:
     spread = more.mean() - fewer.mean()
     share = (retention - fewer.mean()) / spread if spread > 0 else 0.0
     return tuple(float(r) for r in np.clip(fewer + share * (more - fewer), 0.0, 1.0))
+
+
+def at_least_one(shares: Sequence[float], n: int) -> tuple[float, ...]:
+    """The shares with none below one expert of n (HOBBIT's guard: a token without any expert loses the layer).
+
+    What that gives too much is taken evenly from the other layers, so the mean stays where 1/n allows it.
+    """
+    least, mean = 1.0 / n, sum(shares) / len(shares)
+    if min(shares) >= least:
+        return tuple(shares)
+    if mean <= least:
+        return (least,) * len(shares)
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        shifted = [max(least, s - middle) for s in shares]
+        low, high = (middle, high) if sum(shifted) / len(shifted) > mean else (low, middle)
+    return tuple(max(least, s - high) for s in shares)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-POLICY_NAMES = ("exact", "dymoe", "hobbit")
+POLICY_NAMES = ("exact", "dymoe", "hobbit", "damage")
 LOW_LEVELS = ("low", "skip")
 DEPTHS = ("auto", "cosine", "calibrated", "flat")
 IMPORTANCES = ("auto", "gate", "damage")
@@ -20,6 +20,7 @@ class PolicyOptions:
     share of a micro-batch's tokens that count as heavy hitters. renormalise: after a skip, scale the token's other
     gate weights up to the old sum. reuse: a resident high level serves a low wish (DyMoE's conservative reuse).
     t1, t2: hobbit's thresholds on the cumulated gate weight; None: fitted from the calibration.
+    price: damage, nats of expected KLD that a MiB read must save.
     max_kld: choose the setting by this bound (nats per token, against exact) from the calibrated table.
     """
 
@@ -34,4 +35,5 @@ class PolicyOptions:
     reuse: bool = True
     t1: float | None = None
     t2: float | None = None
+    price: float = 0.001
     max_kld: float | None = None

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from moe_edge.schedulers.calibration import Calibration
+from moe_edge.schedulers.damage import DamagePolicy
 from moe_edge.schedulers.dymoe import DyMoE
 from moe_edge.schedulers.hobbit import Hobbit
 from moe_edge.schedulers.layout import Layout, Step, StepPlan
@@ -93,4 +94,6 @@ def make_policy(
         return DyMoE(layout, arena_bytes, options, calibration)
     if options.name == "hobbit":
         return Hobbit(layout, arena_bytes, options, calibration)
+    if options.name == "damage":
+        return DamagePolicy(layout, arena_bytes, options, calibration)
     return ExactLru(layout, arena_bytes)

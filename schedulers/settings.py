@@ -35,9 +35,10 @@ def describe_setting(setting: Setting | None, max_kld: float) -> str:
     """One sentence to print before a run."""
     if setting is None:
         return f"--max-kld {max_kld:g}: exact, as no measured setting reads less within that"
-    knobs = f" --retention {setting.retention:g} --low-level {setting.low_level}" if setting.policy == "dymoe" else ""
+    knob = "--price" if setting.policy == "damage" else "--retention"
     return (
-        f"--max-kld {max_kld:g}: --policy {setting.policy}{knobs}, measured at {setting.kld:.2g} nats per token "
+        f"--max-kld {max_kld:g}: --policy {setting.policy} {knob} {setting.knob:.3g} --low-level {setting.low_level}, "
+        f"measured at {setting.kld:.2g} nats per token "
         f"and {setting.bytes_share:.0%} of the bytes of exact"
     )
 
@@ -52,6 +53,8 @@ def describe_options(options: PolicyOptions, calibration: Calibration | None) ->
         t1, t2 = fit_thresholds(calibration)
         t1, t2 = (t1 if options.t1 is None else options.t1), (t2 if options.t2 is None else options.t2)
         return f"hobbit, t1 {t1:.2f}, t2 {t2:.2f}"
+    if options.name == "damage":
+        return f"damage, price {options.price:.3g} nats/MiB, the rest {options.low_level}"
     return options.name
 
 
@@ -62,7 +65,8 @@ def resolve_options(options: PolicyOptions, calibration: Calibration | None) -> 
     setting = choose_setting(calibration, options.max_kld)
     if setting is None:
         return replace(options, name="exact", max_kld=None)
-    return replace(options, name=setting.policy, low_level=setting.low_level, retention=setting.retention, max_kld=None)
+    knob = {"price": setting.knob} if setting.policy == "damage" else {"retention": setting.knob}
+    return replace(options, name=setting.policy, low_level=setting.low_level, max_kld=None, **knob)
 
 
 def check_options(options: PolicyOptions, layout: Layout, calibration: Calibration | None) -> None:
@@ -78,6 +82,8 @@ def check_options(options: PolicyOptions, layout: Layout, calibration: Calibrati
         _check_thresholds(options, calibration)
     elif options.t1 is not None or options.t2 is not None:
         raise UsageError(f"t1 and t2 are hobbit's thresholds and the policy is {options.name}; use --policy hobbit")
+    if options.name == "damage" and not options.price >= 0:
+        raise UsageError(f"--price {options.price:g} is not a price; give nats for each MiB, from 0 up")
     if options.name == "dymoe":
         _check_dymoe(options, layout, calibration)
     if calibration and options.name != "exact" and len(calibration.levels) != layout.n_levels:

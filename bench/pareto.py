@@ -1,0 +1,831 @@
+"""Quality against bytes: what fewer bits, dymoe and hobbit cost in KLD, and what each would have to beat.
+
+    python bench/pareto.py SOURCE.gguf --calibrate TEXT --text HELDOUT --out DIR [--parts static,dynamic,ablation]
+
+static: KLD from the source against bits a weight, by how the bits are shared out. dynamic: KLD against expert bytes
+read a token, under one memory cap, one token at a time; the curve to beat is one type for all experts, served exactly.
+ablation: what each part of the policies adds, at that cap, in KLD from exact on the same model.
+Converted models, tables and rows stay in DIR; what is there is not done again. A last line of JSON on stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import facts
+import numpy as np
+import numpy.typing as npt
+from moe_edge.convert.convert import convert
+from moe_edge.convert.experts import Piece
+from moe_edge.convert.gguf import read_gguf
+from moe_edge.convert.plan import ExpertTypes
+from moe_edge.convert.source import open_source
+from moe_edge.convert.stacked import write_stacked
+from moe_edge.convert.store import open_model, store_path
+from moe_edge.models.errors import MoeEdgeError, UsageError
+from moe_edge.runner.calibrate import CalibrateOptions, Calibrator
+from moe_edge.runner.engine import EXACT as EXACT_OPTIONS
+from moe_edge.runner.engine import Engine, EngineOptions
+from moe_edge.runner.evaluate import (
+    BLOCK_VALUES,
+    PassWork,
+    ReferenceLogits,
+    bos_token,
+    cut_chunks,
+    eval_options,
+    kld_of_rows,
+    logits_pass,
+    nll_of_rows,
+    read_text,
+    scored_positions,
+    standard_error,
+    tokenize_text,
+)
+from moe_edge.runner.show import NO_LIMIT
+from moe_edge.schedulers.budget import format_bytes
+from moe_edge.schedulers.options import PolicyOptions
+from rivals import Rival, make_rival
+
+PARTS = ("static", "dynamic", "ablation")
+ALLOCATIONS = ("uniform", "frequency", "layer", "global")
+GRID = 5  # points at which two curves are compared
+Point = tuple[float, float]  # (bytes, KLD)
+IntArray = npt.NDArray[np.int32]
+Row = dict[str, Any]
+
+
+def tell(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+# ---- arithmetic --------------------------------------------------------------------------------------------
+
+
+def front(points: Iterable[Point]) -> list[Point]:
+    """The points that no other undercuts in both numbers: bytes rising, KLD falling."""
+    best: list[Point] = []
+    for size, kld in sorted(points):
+        if not best or kld < best[-1][1]:
+            best.append((size, kld))
+    return best
+
+
+def bytes_at_kld(curve: Iterable[Point], kld: float) -> float | None:
+    """Bytes at which a curve has this KLD: linear in bytes, logarithmic in KLD, between the points of its front.
+
+    None outside of them: nothing is extrapolated.
+    """
+    points = [(size, loss) for size, loss in front(curve) if loss > 0]
+    if not points or not points[-1][1] <= kld <= points[0][1]:
+        return None
+    losses = [math.log(loss) for _, loss in reversed(points)]
+    return float(np.interp(math.log(kld), losses, [size for size, _ in reversed(points)]))
+
+
+def kld_at_bytes(curve: Iterable[Point], size: float) -> float | None:
+    """The same curve the other way round."""
+    points = [(at, loss) for at, loss in front(curve) if loss > 0]
+    if not points or not points[0][0] <= size <= points[-1][0]:
+        return None
+    return math.exp(float(np.interp(size, [at for at, _ in points], [math.log(loss) for _, loss in points])))
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Share of a curve's bytes at equal KLD that a row does not read; negative: it reads more.
+
+    bound: `>` or `<` where the row's KLD is below or above all of the curve: compared with the curve's end then.
+    """
+
+    share: float
+    bound: str = ""
+
+    @property
+    def tells(self) -> bool:
+        """Whether a bound says who is ahead: `>-5 %` and `<+5 %` do not."""
+        return not self.bound or (self.share > 0) == (self.bound == ">")
+
+    def __str__(self) -> str:
+        return f"{self.bound}{100 * self.share:+.1f} %"
+
+
+def saving(row: Point, curve: Iterable[Point]) -> Saving | None:
+    """See Saving; None: there is no curve, or its end reads nothing."""
+    points = [point for point in front(curve) if point[1] > 0]
+    if not points:
+        return None
+    size, bound = bytes_at_kld(points, row[1]), ""
+    if size is None:
+        size, bound = (points[-1][0], ">") if row[1] < points[-1][1] else (points[0][0], "<")
+    return Saving(1 - row[0] / size, bound) if size > 0 else None
+
+
+def kld_ratio(ours: Sequence[Point], base: Sequence[Point]) -> float | None:
+    """KLD of one curve relative to another's at equal bytes, the geometric mean over where both are; None: nowhere."""
+    fronts = [[point for point in front(curve) if point[1] > 0] for curve in (ours, base)]
+    if not all(fronts):
+        return None
+    low, high = max(f[0][0] for f in fronts), min(f[-1][0] for f in fronts)
+    if low > high:
+        return None
+    logs = []
+    for size in np.linspace(low, high, GRID).clip(low, high):
+        pair = [kld_at_bytes(curve, float(size)) for curve in fronts]
+        assert pair[0] and pair[1], "within both"
+        logs.append(math.log(pair[0] / pair[1]))
+    return math.exp(sum(logs) / len(logs))
+
+
+# ---- what to run -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run; see --help."""
+
+    source: Path
+    calibrate: Path
+    text: Path
+    out: Path
+    parts: tuple[str, ...] = PARTS
+    bits: tuple[float, ...] = (2.5, 3.0, 3.5)
+    types: tuple[str, ...] = ("IQ2_XXS", "Q2_K", "IQ3_XXS", "Q3_K", "Q4_K", "Q6_K")
+    plain: tuple[str, ...] = ("IQ2_XXS", "Q2_K", "IQ3_XXS", "Q3_K", "Q4_K")
+    pairs: tuple[tuple[str, str], ...] = (("Q4_K", "Q2_K"),)
+    exact: tuple[str, ...] = ("Q2_K", "IQ3_XXS", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "2.5", "3", "3.5")
+    share: float = 1 / 3
+    retentions: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)
+    thresholds: tuple[str, ...] = ("fit", "0.6:0.9", "0.2:1", "0.4:1", "0.6:1", "0.8:1")
+    prices: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01)
+    cold: tuple[float, ...] = (0.1, 0.25, 0.5)
+    below: tuple[float, ...] = (0.1, 0.15, 0.2)
+    ablation_retentions: tuple[float, ...] = (0.4, 0.6, 0.75, 0.9)  # below 1/k the guard of one expert decides
+    calibrate_tokens: int = 16384
+    n_ctx: int = 512
+    n_chunks: int = 16
+    n_decode_chunks: int = 8
+    n_ubatch: int = 0
+    n_threads: int = 0
+    again: bool = False
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to serve a model. family: the curve its row is a point of; label: the row. rival: in place of options."""
+
+    family: str
+    label: str
+    options: PolicyOptions = EXACT_OPTIONS
+    rival: Rival | None = None
+    renormalise: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.family} {self.label}".strip()
+
+
+EXACT = Setting("exact", "")
+OURS = ("dymoe", "hobbit", "damage")  # how the families under test begin
+
+
+def dynamic_settings(o: Options) -> list[Setting]:
+    """Of a model with two levels: ours, then the rivals, each without and with the other weights scaled up."""
+    settings = [
+        Setting(f"dymoe {low}", f"{r:g}", PolicyOptions("dymoe", retention=r, low_level=low))
+        for low in ("low", "skip")
+        for r in o.retentions
+    ]
+    settings += [Setting("hobbit", text, hobbit_options(text)) for text in o.thresholds]
+    settings += damage_settings(o)
+    numbers: dict[str, Sequence[float]] = {
+        "top-k less": (1, 2), "top-k less on miss": (1, 2), "weight below": o.below, "weight below on miss": o.below,
+        "cold dropped": o.cold,
+    }  # fmt: skip
+    for name, values in numbers.items():
+        for renormalise in (False, True):
+            family = name + (", renormalised" if renormalise else "")
+            settings += [Setting(family, f"{v:g}", rival=Rival(name, v), renormalise=renormalise) for v in values]
+    return settings
+
+
+def damage_settings(o: Options) -> list[Setting]:
+    return [
+        Setting(f"damage {low}", f"{p:g}", PolicyOptions("damage", price=p, low_level=low))
+        for low in ("low", "skip")
+        for p in o.prices
+    ]
+
+
+def hobbit_options(text: str) -> PolicyOptions:
+    """`fit`, or `T1:T2`. Raises UsageError."""
+    if text == "fit":
+        return PolicyOptions("hobbit")
+    try:
+        t1, t2 = map(float, text.split(":"))
+    except ValueError as error:
+        raise UsageError(f"'{text}' is no pair of thresholds; write fit, or for instance 0.6:0.9") from error
+    return PolicyOptions("hobbit", t1=t1, t2=t2)
+
+
+ABLATION: dict[str, dict[str, Any]] = {  # family -> knobs of dymoe, decode
+    "flat, gate": {"depth": "flat", "importance": "gate"},
+    "cosine, gate": {"depth": "cosine", "importance": "gate"},
+    "calibrated, gate": {"depth": "calibrated", "importance": "gate"},
+    "flat, damage": {"depth": "flat", "importance": "damage"},
+    "calibrated, damage": {"depth": "calibrated", "importance": "damage"},
+    "calibrated, damage, no reuse": {"depth": "calibrated", "importance": "damage", "reuse": False},
+    "skip": {"depth": "calibrated", "importance": "damage", "low_level": "skip"},
+    "skip, renormalised": {"depth": "calibrated", "importance": "damage", "low_level": "skip", "renormalise": True},
+}
+PREFILL: dict[str, dict[str, Any]] = {  # the same for prefill
+    f"prefill {rule}": {"depth": "calibrated", "prefill_importance": rule} for rule in ("mass", "attention", "damage")
+}
+COMPARISONS = (  # (what, against what), at equal bytes
+    ("cosine, gate", "flat, gate"), ("calibrated, gate", "flat, gate"), ("calibrated, gate", "cosine, gate"),
+    ("flat, damage", "flat, gate"), ("calibrated, damage", "calibrated, gate"), ("calibrated, damage", "flat, gate"),
+    ("calibrated, damage, no reuse", "calibrated, damage"), ("hobbit low", "calibrated, damage"),
+    ("damage low", "calibrated, damage"), ("damage low", "hobbit low"), ("damage skip", "damage low"),
+    ("skip", "calibrated, damage"), ("skip, renormalised", "skip"), ("prefill attention", "prefill mass"),
+    ("prefill damage", "prefill mass"), ("prefill damage", "prefill attention"),
+)  # fmt: skip
+
+
+def ablation_settings(o: Options, variants: dict[str, dict[str, Any]]) -> list[Setting]:
+    return [
+        Setting(family, f"{r:g}", PolicyOptions("dymoe", retention=r, **knobs))
+        for family, knobs in variants.items()
+        for r in o.ablation_retentions
+    ]
+
+
+# ---- models ------------------------------------------------------------------------------------------------
+
+
+class Models:
+    """The source as a GGUF, and conversions of it in DIR/models, made when asked for; use in `with`.
+
+    The calibration is measured once, and only when a model is missing.
+    """
+
+    def __init__(self, o: Options) -> None:
+        self.options, self.folder = o, o.out / "models"
+        self._stack = contextlib.ExitStack()
+        self._calibrator: Calibrator | None = None
+
+    def __enter__(self) -> Models:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_same()
+        self.source = self.options.source
+        if open_source(self.source).is_checkpoint:
+            self.source = self.folder / "source.gguf"
+            if not self.source.exists():
+                tell("writing the checkpoint as BF16")
+                write_stacked(self.options.source, self.source, "BF16")
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def _check_same(self) -> None:
+        """Refuse models that were made of something else."""
+        o, note = self.options, self.folder / "made-from.json"
+        files = open_source(o.source).files
+        made_from = {
+            "source": [[path.name, path.stat().st_size, int(path.stat().st_mtime)] for path in files],
+            "calibration": hashlib.sha256(read_text(o.calibrate)).hexdigest(),
+            "calibrate_tokens": o.calibrate_tokens,
+            "types": list(o.types),
+        }
+        if note.exists() and json.loads(note.read_text()) != made_from:
+            raise UsageError(f"{self.folder} holds models of another source or calibration; give another --out")
+        note.write_text(json.dumps(made_from))
+
+    def calibrator(self) -> Calibrator:
+        if self._calibrator is None:
+            o = self.options
+            options = CalibrateOptions(
+                o.calibrate, o.types, o.calibrate_tokens, settings_tokens=0, n_threads=o.n_threads
+            )  # fmt: skip
+            self._calibrator = self._stack.enter_context(Calibrator(self.source, self.folder, options, tell))
+        return self._calibrator
+
+    def get(self, high: str, low: str | None = None, how: str = "global") -> Path:
+        """high: a type, or bits a weight as a number, shared out as `how` says. low: the low level's type."""
+        bits = None if not is_number(high) else float(high)
+        name = (f"{how}-{bits:g}" if bits is not None else high) + (f"+{low}" if low else "")
+        path = self.folder / f"{name}.gguf"
+        if path.exists() and store_path(path).exists():
+            return path
+        calibrator = self.calibrator()
+        homes = calibrator.allocate(bits, how) if bits is not None else {}
+        tell(f"converting {name}")
+        types = ExpertTypes(None if homes else high, low, homes=homes)
+        if low is not None:
+            calibrator.convert(path, types, overwrite=True)
+        else:  # the same weights without the table of damage, which exact does not need and which takes longest
+            convert(
+                self.source, path, types=types, importance=calibrator.importance,
+                dense_importance=calibrator.dense_importance, threads=self.options.n_threads or None, overwrite=True,
+            )  # fmt: skip
+        return path
+
+
+def is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdigit()
+
+
+def bits_a_weight(path: Path, level: int = 0) -> float:
+    """Bits really stored for a weight of the experts at one level."""
+    model = open_model(path)
+    pieces: list[Piece] = []
+    at = 0
+    for layer in model.layers:
+        for _ in range(layer.n_expert):
+            for each in range(len(model.levels)):
+                mine = model.pieces[at : at + len(layer.projections)]
+                at += len(layer.projections)
+                pieces += mine if each == level else []
+    return 8 * sum(p.nbytes for p in pieces) / sum(p.cols * p.rows for p in pieces)
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Mode:
+    """How tokens are fed: prefill in micro-batches, or decode one by one. options: of every engine, but the memory."""
+
+    name: str
+    options: EngineOptions
+    chunks: IntArray
+    warm_up: IntArray
+    references: dict[Path, ReferenceLogits] = field(default_factory=dict)
+
+    @property
+    def one_by_one(self) -> bool:
+        return self.name == "decode"
+
+
+class Bench:
+    """Runs settings and keeps their rows: DIR/rows/<hash>.json, and each token's KLD beside it."""
+
+    def __init__(self, o: Options, models: Models) -> None:
+        self.options, self.models, self.source = o, models, models.source
+        self.folder = o.out / "rows"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.text_sha256 = hashlib.sha256(read_text(o.text)).hexdigest()
+        with Engine(self.source, EngineOptions(n_ctx=o.n_ctx, n_threads=o.n_threads)) as engine:
+            tokens, bos = tokenize_text(engine, read_text(o.text)), bos_token(engine)
+        self.n_vocab = read_gguf(open_model(self.source).skeleton).tensors["token_embd.weight"].shape[1]
+        self.prefill = self._mode("prefill", cut_chunks(tokens, o.n_ctx, n_chunks=o.n_chunks + 1, bos=bos))
+        self.decode = self._mode("decode", cut_chunks(tokens, o.n_ctx, n_chunks=o.n_decode_chunks + 1, bos=bos))
+
+    def _mode(self, name: str, chunks: IntArray) -> Mode:
+        """The last chunk warms the cache up and is not counted. Micro-batch and attention are the source's choice."""
+        if len(chunks) < 2:
+            raise UsageError(f"{self.options.text} has less than 2 chunks of {self.options.n_ctx} tokens")
+        n_ubatch = self.options.n_ubatch if name == "prefill" else 0
+        asked = EngineOptions(n_ubatch=n_ubatch, n_threads=self.options.n_threads)
+        settled = eval_options(self.source, asked, self.options.n_ctx, one_by_one=name == "decode")
+        return Mode(name, settled, chunks[:-1], chunks[-1:])
+
+    def fixed_and_experts(self, model: Path, mode: Mode) -> tuple[int, int]:
+        """(bytes besides the experts, bytes of all experts at the high level)."""
+        engine = Engine(model, replace(mode.options, ram_bytes=NO_LIMIT))
+        try:
+            return engine.plan.fixed.total_bytes, engine.layout.total_bytes
+        finally:
+            engine.close()
+
+    def row(
+        self, part: str, model: Path, setting: Setting, mode: Mode, ram_bytes: int | None, against: dict[str, Path]
+    ) -> Row:
+        """The row of one setting, measured unless it is in DIR. against: column -> model whose exact logits to take."""
+        key = {
+            "store": open_model(model).store_id or model.name, "setting": asdict(setting), "mode": mode.name,
+            "ram_bytes": ram_bytes, "n_ubatch": mode.options.n_ubatch, "chunks": mode.chunks.shape,
+            "text": self.text_sha256, "against": sorted(against), "source": self.source.name,
+        }  # fmt: skip
+        path = self.folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}.json"
+        if self.options.again or not path.exists():
+            tell(f"{part}: {model.stem}, {setting.name}")
+            references = {column: self._reference(other, mode) for column, other in against.items()}
+            with Engine(model, replace(mode.options, ram_bytes=ram_bytes, policy=setting.options)) as engine:
+                values, klds = measure(engine, setting, mode, references, self.n_vocab)
+            np.savez(path.with_suffix(".npz"), **klds)  # type: ignore[arg-type]  # numpy's stub
+            path.write_text(json.dumps({**values, "key": key}))
+        values = json.loads(path.read_text())
+        values.pop("key")
+        about = {"part": part, "model": model.stem, "family": setting.family, "setting": setting.label}
+        return {**about, "mode": mode.name, "bits": bits_a_weight(model), **values, "kld_tokens": path.stem + ".npz"}
+
+    def _reference(self, model: Path, mode: Mode) -> ReferenceLogits:
+        """The logits of a model under exact, run when first wanted; rewound."""
+        if model not in mode.references:
+            tell(f"reference: {model.stem}, {mode.name}")
+            kept = mode.references[model] = ReferenceLogits()
+            kept.check_room(len(mode.chunks) * len(scored_positions(mode.chunks.shape[1])), self.n_vocab)
+            with Engine(model, replace(mode.options, ram_bytes=None)) as engine:
+                for block in logits_pass(engine, mode.chunks, one_by_one=mode.one_by_one):
+                    kept.write(block.rows)
+        mode.references[model].rewind()
+        return mode.references[model]
+
+    def paired(self, ours: Row, theirs: Row) -> tuple[float, float]:
+        """Mean difference of two rows' KLD from the source, token by token, and its standard error."""
+        with np.load(self.folder / ours["kld_tokens"]) as a, np.load(self.folder / theirs["kld_tokens"]) as b:
+            difference = a["source"] - b["source"]
+        return float(difference.mean()), standard_error(difference)
+
+    def close(self) -> None:
+        for mode in (self.prefill, self.decode):
+            for kept in mode.references.values():
+                kept.__exit__()
+
+
+def measure(
+    engine: Engine, setting: Setting, mode: Mode, references: dict[str, ReferenceLogits], n_vocab: int
+) -> tuple[Row, dict[str, npt.NDArray[np.float64]]]:
+    """One pass of a loaded engine over the chunks, after the warm-up: (values of the row, KLD of each token)."""
+    if setting.rival is not None:
+        engine._use(make_rival(setting.rival, engine.layout, engine.plan.arena_bytes, engine.model.calibration))
+        engine.native.set_renormalise(setting.renormalise)
+    for _ in logits_pass(engine, mode.warm_up, one_by_one=mode.one_by_one):
+        pass
+    counters, stats, work = engine.counters(), engine.policy.stats.copy(), PassWork()
+    nll: list[npt.NDArray[np.float64]] = []
+    klds: dict[str, list[npt.NDArray[np.float64]]] = {column: [] for column in references}
+    same: dict[str, list[npt.NDArray[np.bool_]]] = {column: [] for column in references}
+    n = max(1, BLOCK_VALUES // n_vocab)
+    for block in logits_pass(engine, mode.chunks, one_by_one=mode.one_by_one, work=work):
+        following = mode.chunks[block.chunk, block.position + 1 :]
+        for at in range(0, len(block.rows), n):
+            rows = block.rows[at : at + n]
+            nll.append(nll_of_rows(rows, following[at : at + len(rows)]))
+            for column, kept in references.items():
+                theirs = kept.read(*rows.shape)
+                klds[column].append(kld_of_rows(theirs, rows))
+                same[column].append(theirs.argmax(-1) == rows.argmax(-1))
+    counters, stats = engine.counters().since(counters), engine.policy.stats.since(stats)
+    tokens_kld = {column: np.concatenate(found) for column, found in klds.items()}
+    row: Row = {
+        "ram_bytes": engine.plan.budget_bytes, "arena_bytes": engine.plan.arena_bytes, "n_tokens": work.tokens,
+        "n_scored": sum(map(len, nll)), "nll": float(np.concatenate(nll).mean()),
+        "bytes_per_token": counters.bytes_read / work.tokens,
+        "hit_rate": counters.hits / counters.uses if counters.uses else 0.0,
+        "low_share": stats.low_uses / max(1, stats.uses), "skip_share": stats.skipped_uses / max(1, stats.uses),
+        "wanted_high_share": stats.wanted_high / max(1, stats.wanted_high + stats.wanted_low + stats.wanted_skip),
+        "expected_damage": None if stats.expected_damage is None else stats.expected_damage / work.tokens,
+        "tok_s": work.tokens / work.seconds,
+    }  # fmt: skip
+    for column, values in tokens_kld.items():
+        row |= {
+            f"kld_{column}": max(0.0, float(values.mean())), f"kld_{column}_se": standard_error(values),
+            f"kld_{column}_p99": float(np.quantile(values, 0.99)),
+            f"top1_{column}": float(np.concatenate(same[column]).mean()),
+        }  # fmt: skip
+    return row, tokens_kld
+
+
+# ---- the parts ---------------------------------------------------------------------------------------------
+
+
+def run_static(bench: Bench) -> tuple[list[Row], list[str]]:
+    o, rows = bench.options, []
+    wanted = [(how, f"{bits:g}") for bits in o.bits for how in ALLOCATIONS] + [("plain", name) for name in o.plain]
+    for family, high in wanted:
+        model = bench.models.get(high, how=family)
+        setting = Setting(family, high)
+        rows.append(bench.row("static", model, EXACT, bench.prefill, None, {"source": bench.source}))
+        rows[-1] |= {"family": setting.family, "setting": setting.label}
+    return rows, static_lines(rows, bench.paired)
+
+
+def static_lines(rows: Sequence[Row], paired: Callable[[Row, Row], tuple[float, float]]) -> list[str]:
+    """Each allocation against the others at its bits, and against the curves of uniform and of plain types."""
+    lines = []
+    curves = {name: points_of(rows, name, "bits", "kld_source") for name in ("uniform", "plain")}
+    by_name = {(row["family"], row["setting"]): row for row in rows}
+    for row in rows:
+        if row["family"] in ("uniform", "plain"):
+            continue
+        uniform = by_name["uniform", row["setting"]]
+        difference, se = paired(row, uniform)
+        point = row["bits"], row["kld_source"]
+        text = f"{row['family']} {row['setting']}: KLD {row['kld_source'] / uniform['kld_source']:.3f}x uniform's"
+        text += f" (paired {difference:+.4g} ± {se:.2g})"
+        for name, curve in curves.items():
+            found = saving(point, curve)
+            text += f"; bits saved at equal KLD against {name}: {found if found and found.tells else 'N/A'}"
+        lines.append(text)
+    return lines
+
+
+def run_dynamic(bench: Bench) -> tuple[list[Row], list[str]]:
+    o, rows, lines = bench.options, [], []
+    for high, low in o.pairs:
+        model, ram = _pair_and_cap(bench, high, low)
+        against = {"source": bench.source, "exact": model}
+        mine = []
+        for name in o.exact:
+            family = "exact, bits shared out" if is_number(name) else "exact, one type"
+            setting = Setting("exact", "")
+            row = bench.row("dynamic", bench.models.get(name), setting, bench.decode, ram, against)
+            mine.append({**row, "family": family, "setting": name})
+        for setting in [EXACT, *dynamic_settings(o)]:
+            mine.append(bench.row("dynamic", model, setting, bench.decode, ram, against))
+        best = front((row["bytes_per_token"], row["kld_source"]) for row in mine)
+        for row in mine:
+            row |= {"pair": f"{high}+{low}", "front": (row["bytes_per_token"], row["kld_source"]) in best}
+        rows += mine
+        lines += [f"{high}+{low}, --ram {format_bytes(ram)}:", *dynamic_lines(mine), ""]
+    return rows, lines
+
+
+def _pair_and_cap(bench: Bench, high: str, low: str) -> tuple[Path, int]:
+    model = bench.models.get(high, low)
+    fixed, experts = bench.fixed_and_experts(model, bench.decode)
+    return model, fixed + int(bench.options.share * experts)
+
+
+def dynamic_lines(rows: Sequence[Row]) -> list[str]:
+    """Each row of a policy of ours: bytes saved at equal KLD against the exact curve and each rival family.
+
+    A rival's curve begins at exact on the same model, where it leaves nothing out.
+    """
+    curves: dict[str, list[Point]] = {}
+    start = points_of(rows, "exact", "bytes_per_token", "kld_source")
+    for family in dict.fromkeys(row["family"] for row in rows):
+        points = points_of(rows, family, "bytes_per_token", "kld_source")
+        if family.startswith("exact, "):
+            curves[family] = points
+        elif family != "exact" and not family.startswith(OURS):
+            curves[family] = start + points
+    lines = [
+        "bytes saved at equal KLD (<, >: compared with the end of a curve; N/A: that says nothing):", "",
+        "| setting | the hardest | " + " | ".join(curves) + " |", "|" + "---|" * (len(curves) + 2),
+    ]  # fmt: skip
+    for row in rows:
+        if not row["family"].startswith(OURS):
+            continue
+        point = row["bytes_per_token"], row["kld_source"]
+        found = {family: each for family, curve in curves.items() if (each := saving(point, curve)) and each.tells}
+        row["saving"] = {family: asdict(each) for family, each in found.items()}
+        hardest = min(found.items(), key=lambda item: item[1].share, default=None)
+        cells = [f"{row['family']} {row['setting']}", f"{hardest[1]}, {hardest[0]}" if hardest else "N/A"]
+        cells += [str(found.get(family, "N/A")) for family in curves]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def run_ablation(bench: Bench) -> tuple[list[Row], list[str]]:
+    o, rows, lines = bench.options, [], []
+    decode = [
+        Setting("on demand", "", rival=Rival("on demand")),
+        Setting("cache only", ""),
+        *(Setting("hobbit low", f"{t:g}:1", PolicyOptions("hobbit", t1=t, t2=1.0)) for t in (0.0, 0.2, 0.4, 0.6, 0.8)),
+        Setting("hobbit fit", "", PolicyOptions("hobbit")),
+        *ablation_settings(o, ABLATION),
+        *damage_settings(o),
+    ]
+    prefill = [Setting("prefill exact", ""), *ablation_settings(o, PREFILL)]
+    for high, low in o.pairs:
+        model, ram = _pair_and_cap(bench, high, low)
+        arena = ram - bench.fixed_and_experts(model, bench.decode)[0]
+        prefill_ram = bench.fixed_and_experts(model, bench.prefill)[0] + arena  # the same arena
+        mine = [bench.row("ablation", model, s, bench.decode, ram, {"exact": model}) for s in decode]
+        mine += [bench.row("ablation", model, s, bench.prefill, prefill_ram, {"exact": model}) for s in prefill]
+        for row in mine:
+            row["pair"] = f"{high}+{low}"
+        rows += mine
+        lines += [f"{high}+{low}, --ram {format_bytes(ram)}:", *ablation_lines(mine)]
+    return rows, lines
+
+
+def ablation_lines(rows: Sequence[Row]) -> list[str]:
+    found = {
+        family: points_of(rows, family, "bytes_per_token", "kld_exact")
+        for family in dict.fromkeys(row["family"] for row in rows)
+    }
+    lines = []
+    for ours, base in COMPARISONS:
+        ratio = kld_ratio(found.get(ours, []), found.get(base, []))
+        shown = "no bytes in common" if ratio is None else f"{ratio:.3f}x the KLD at equal bytes"
+        lines.append(f"  {ours} against {base}: {shown}")
+    return lines
+
+
+def points_of(rows: Iterable[Row], family: str, size: str, kld: str) -> list[Point]:
+    return [(row[size], row[kld]) for row in rows if row["family"] == family]
+
+
+# ---- tables and pictures -----------------------------------------------------------------------------------
+
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # heading -> (key, format)
+    "pair": ("pair", str),
+    "model": ("model", str),
+    "what": ("family", str),
+    "setting": ("setting", str),
+    "bits": ("bits", "{:.3f}".format),
+    "KLD source": ("kld_source", "{:.5f}".format),
+    "± ": ("kld_source_se", "{:.5f}".format),
+    "p99 ": ("kld_source_p99", "{:.4f}".format),
+    "top-1 ": ("top1_source", "{:.2%}".format),
+    "KLD exact": ("kld_exact", "{:.5f}".format),
+    "±": ("kld_exact_se", "{:.5f}".format),
+    "top-1": ("top1_exact", "{:.2%}".format),
+    "KiB/token": ("bytes_per_token", lambda value: f"{value / 1024:.1f}"),
+    "hits": ("hit_rate", "{:.1%}".format),
+    "low": ("low_share", "{:.1%}".format),
+    "skip": ("skip_share", "{:.1%}".format),
+    "wanted high": ("wanted_high_share", "{:.1%}".format),
+    "tok/s": ("tok_s", "{:.0f}".format),
+    "front": ("front", lambda value: "*" if value else ""),
+}
+NOT_IN_STATIC = {"pair", "KiB/token", "hits", "low", "skip", "wanted high", "front", "tok/s"}
+
+
+def table(rows: Sequence[Row], part: str) -> str:
+    """Markdown, with the columns that some row has."""
+    shown = {h: c for h, c in COLUMNS.items() if any(c[0] in row for row in rows)}
+    if part == "static":
+        shown = {h: c for h, c in shown.items() if h not in NOT_IN_STATIC}
+    lines = ["| " + " | ".join(h.strip() for h in shown) + " |", "|" + "---|" * len(shown)]
+    for row in rows:
+        cells = [form(row[key]) if key in row else "" for key, form in shown.values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    heads = list(dict.fromkeys(key for row in rows for key in row if key not in ("saving", "kld_tokens")))
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, heads, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot(path: Path, part: str, rows: Sequence[Row], title: str) -> bool:
+    """A line for each family, and in `dynamic` and `ablation` a panel for each pair. False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pairs = list(dict.fromkeys(row.get("pair", "") for row in rows))
+    size, kld = ("bits", "kld_source") if part == "static" else ("bytes_per_token", "kld_source")
+    kld = "kld_exact" if part == "ablation" else kld
+    figure, panels = pyplot.subplots(1, len(pairs), figsize=(9 * len(pairs), 6.5), squeeze=False)
+    for pair, axes in zip(pairs, panels[0], strict=True):
+        mine = [row for row in rows if row.get("pair", "") == pair and row[kld] > 0]
+        for i, family in enumerate(dict.fromkeys(row["family"] for row in mine)):
+            scale = 1 if part == "static" else 1024
+            points = sorted((x / scale, y) for x, y in points_of(mine, family, size, kld))
+            style = "-" if family.startswith(("exact", *OURS, "global", "uniform")) else ":"
+            colour = pyplot.get_cmap("tab20")(i % 20)
+            axes.plot(*zip(*points, strict=True), style, marker="os^vDP*X<>"[i % 10], label=family, color=colour)
+        axes.set(yscale="log", title=f"{title} {pair}".strip(), ylabel=f"mean KLD from {kld[4:]}, nats a token")
+        axes.set_xlabel("bits a weight" if part == "static" else "KiB of experts read a token")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    pyplot.close(figure)
+    return True
+
+
+# ---- command -----------------------------------------------------------------------------------------------
+
+
+def run(o: Options) -> dict[str, Any]:
+    """All parts; tables to stdout, files to o.out; what the JSON line says."""
+    parts = {"static": run_static, "dynamic": run_dynamic, "ablation": run_ablation}
+    machine = facts.machine_facts()
+    data: dict[str, Any] = {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "machine": machine, "options": asdict(o),
+        "seconds": {}, "summary": {},
+    }  # fmt: skip
+    with Models(o) as models, contextlib.closing(Bench(o, models)) as bench:
+        data |= {"text_sha256": bench.text_sha256}
+        for part in o.parts:
+            started = time.monotonic()
+            rows, lines = parts[part](bench)
+            data["seconds"][part], data["summary"][part] = round(time.monotonic() - started, 1), lines
+            (o.out / f"{part}.json").write_text(json.dumps({**data, "rows": rows}, default=str, indent=1))
+            write_csv(o.out / f"{part}.csv", rows)
+            print("\n".join(heading(bench, part)) + "\n\n" + table(rows, part) + "\n\n" + "\n".join(lines) + "\n")
+            if not plot(o.out / f"{part}.png", part, rows, f"{part}, {o.source.name}"):
+                tell("no picture: pip install matplotlib")
+    return data
+
+
+def heading(bench: Bench, part: str) -> Iterator[str]:
+    o, mode = bench.options, bench.prefill if part == "static" else bench.decode
+    yield f"## {part}: {o.source.name}"
+    tokens = f"{len(mode.chunks)} chunks of {mode.chunks.shape[1]} tokens of {o.text.name}, second halves scored"
+    fed = "one token at a time" if mode.one_by_one else f"micro-batches of {mode.options.n_ubatch}"
+    yield f"{tokens}; {fed}; calibrated on {o.calibrate_tokens} tokens of {o.calibrate.name}; commit {facts.commit()}"
+    if part != "static":
+        yield f"--ram = all else + {o.share:.3g} of the high level's expert bytes; after one chunk of warm-up"
+    if part == "ablation":
+        few = bench.prefill
+        yield f"prefill rows: {len(few.chunks)} chunks in micro-batches of {few.options.n_ubatch}, the same arena"
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> Options:
+    o = _parser().parse_args(arguments)
+    unknown = [part for part in o.parts.split(",") if part not in PARTS]
+    if unknown:
+        raise UsageError(f"unknown part '{unknown[0]}'; known: {', '.join(PARTS)}")
+    pairs = [tuple(pair.split("+")) for pair in o.pairs.split(",")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise UsageError(f"--pairs {o.pairs}: write high+low, for instance Q4_K+Q2_K,Q6_K+Q3_K")
+    if min(o.chunks, o.decode_chunks) < 1 or not 0 < o.share <= 1:
+        raise UsageError("--chunks and --decode-chunks are at least 1, --share is above 0 and at most 1")
+    words, numbers = _words, _numbers
+    for text in words(o.hobbit):
+        hobbit_options(text)
+    return Options(
+        source=o.source, calibrate=o.calibrate, text=o.text, out=o.out, parts=words(o.parts), bits=numbers(o.bits),
+        types=words(o.types), plain=words(o.plain), pairs=tuple((high, low) for high, low in pairs),
+        exact=words(o.exact), share=o.share, retentions=numbers(o.retention), thresholds=words(o.hobbit),
+        prices=numbers(o.price), cold=numbers(o.cold), below=numbers(o.below),
+        ablation_retentions=numbers(o.ablation_retention),
+        calibrate_tokens=o.calibrate_tokens, n_ctx=o.ctx, n_chunks=o.chunks, n_decode_chunks=o.decode_chunks,
+        n_ubatch=o.ubatch, n_threads=o.threads, again=o.again,
+    )  # fmt: skip
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(each for each in text.split(",") if each)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, _words(text)))
+    except ValueError as error:
+        raise UsageError(f"'{text}' is no list of numbers") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    d = Options(Path(), Path(), Path(), Path())
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(name: str, default: Sequence[Any], what: str) -> None:
+        text = ",".join(each if isinstance(each, str) else f"{each:g}" for each in default)
+        p.add_argument(name, default=text, help=f"{what} (default {text})")
+
+    p.add_argument("source", type=Path, help="a stock GGUF, or a checkpoint (then run as BF16)")
+    p.add_argument("--calibrate", type=Path, required=True, help="text to calibrate on")
+    p.add_argument("--text", type=Path, required=True, help="held-out text to measure on")
+    p.add_argument("--out", type=Path, required=True, help="folder for models, rows, tables")
+    add("--parts", d.parts, "what to run")
+    add("--bits", d.bits, "static: bits a weight")
+    add("--types", d.types, "that bits are made of")
+    add("--plain", d.plain, "static: one type for all experts")
+    add("--pairs", ["+".join(pair) for pair in d.pairs], "dynamic, ablation: high+low; high may be bits")
+    add("--exact", d.exact, "dynamic: the curve to beat, types or bits")
+    p.add_argument("--share", type=float, default=d.share, help="of the high level's bytes in memory (default 1/3)")
+    add("--retention", d.retentions, "dynamic: dymoe's")
+    add("--hobbit", d.thresholds, "dynamic: fit, or T1:T2")
+    add("--price", d.prices, "dynamic, ablation: of policy damage, nats a MiB; empty leaves it out")
+    add("--cold", d.cold, "dynamic: shares of the least used experts to drop")
+    add("--below", d.below, "dynamic: shares of a token's gate weight below which an expert is dropped")
+    add("--ablation-retention", d.ablation_retentions, "ablation: dymoe's")
+    p.add_argument("--calibrate-tokens", type=int, default=d.calibrate_tokens)
+    p.add_argument("--ctx", type=int, default=d.n_ctx, help="tokens of a chunk (default 512)")
+    p.add_argument("--chunks", type=int, default=d.n_chunks, help="of a prefill row (default 16)")
+    p.add_argument("--decode-chunks", type=int, default=d.n_decode_chunks, help="of a decode row (default 8)")
+    p.add_argument("--ubatch", type=int, default=0, help="of prefill rows (default: as moe-edge eval)")
+    p.add_argument("--threads", type=int, default=0, help="default: one for each core")
+    p.add_argument("--again", action="store_true", help="measure rows that are in DIR already")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        o = parse_options(arguments)
+        o.out.mkdir(parents=True, exist_ok=True)
+        print(json.dumps(run(o), default=str))
+        return 0
+    except MoeEdgeError as error:
+        print(f"pareto.py: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
