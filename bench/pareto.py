@@ -52,6 +52,7 @@ from moe_edge.runner.evaluate import (
     standard_error,
     tokenize_text,
 )
+from moe_edge.runner.observe import spread_chunks
 from moe_edge.runner.show import NO_LIMIT
 from moe_edge.schedulers.budget import format_bytes
 from moe_edge.schedulers.options import PolicyOptions
@@ -388,8 +389,9 @@ class Bench:
         with Engine(self.source, EngineOptions(n_ctx=o.n_ctx, n_threads=o.n_threads)) as engine:
             tokens, bos = tokenize_text(engine, read_text(o.text)), bos_token(engine)
         self.n_vocab = read_gguf(open_model(self.source).skeleton).tensors["token_embd.weight"].shape[1]
-        self.prefill = self._mode("prefill", cut_chunks(tokens, o.n_ctx, n_chunks=o.n_chunks + 1, bos=bos))
-        self.decode = self._mode("decode", cut_chunks(tokens, o.n_ctx, n_chunks=o.n_decode_chunks + 1, bos=bos))
+        chunks = cut_chunks(tokens, o.n_ctx, bos=bos)  # evenly spread: a text's kinds must all be in
+        self.prefill = self._mode("prefill", spread_chunks(chunks, (o.n_chunks + 1) * o.n_ctx))
+        self.decode = self._mode("decode", spread_chunks(chunks, (o.n_decode_chunks + 1) * o.n_ctx))
 
     def _mode(self, name: str, chunks: IntArray) -> Mode:
         """The last chunk warms the cache up and is not counted. Micro-batch and attention are the source's choice."""

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ PR_SET_PDEATHSIG = 1
 class Job:
     """What to run. tokens: one list for each text, n_prompt of them in one prefill and the others one by one.
 
-    join: the cgroup.procs files of the groups to enter. ram_bytes: for moe-edge; None: auto.
+    join: the cgroup.procs files of the groups to enter. ram_bytes: for moe-edge; None: auto. policy: PolicyOptions of
+    moe-edge; empty: exact.
     """
 
     arm: str
@@ -45,6 +46,7 @@ class Job:
     n_threads: int
     ram_bytes: int | None
     join: list[str]
+    policy: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -208,10 +210,12 @@ def _stock(job: Job) -> Opened:
 @contextmanager
 def _moe_edge(job: Job) -> Opened:
     from moe_edge.runner.engine import Engine, EngineOptions
+    from moe_edge.schedulers.options import PolicyOptions
 
     options = EngineOptions(
-        ram_bytes=job.ram_bytes, n_ctx=job.n_ctx, n_ubatch=job.n_ubatch, n_threads=job.n_threads, flash_attn=False
-    )
+        ram_bytes=job.ram_bytes, n_ctx=job.n_ctx, n_ubatch=job.n_ubatch, n_threads=job.n_threads, flash_attn=False,
+        policy=PolicyOptions(**job.policy),
+    )  # fmt: skip
     with Engine(job.model, options) as engine, engine.decoding():
         facts = {"ram_bytes": engine.plan.budget_bytes, "arena_bytes": engine.plan.arena_bytes}
         decoder = Decoder(engine.llama._ctx.ctx, engine.llama._model.model, job.n_ubatch)

@@ -27,7 +27,7 @@ POLICIES = ("exact", "dymoe", "hobbit", "damage")
 LOW_LEVELS = ("low", "skip", "")
 
 _U32_MAX = 2**32 - 1
-_NUMBERS = ("knob", "kld", "bytes_share")
+_NUMBERS = ("knob", "kld", "bytes_share", "expected")
 
 FloatArray = npt.NDArray[np.float64]
 

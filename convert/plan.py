@@ -40,13 +40,15 @@ class ExpertTypes:
     high: the high level's type by name; None keeps the source's. low: the low level's; None: there is no low level.
     by_projection: (level, projection) -> type name, before `high` and `low`. In layers with fused gate_up an entry of
         gate or up is gate_up's too, when they do not contradict each other.
-    homes: (layer number, expert, projection) -> type id at the high level, before everything else.
+    homes: (layer number, expert, projection) -> type id at the high level, before everything else; low_homes: at the
+        low level, which they make when there is no `low`.
     """
 
     high: str | None = None
     low: str | None = None
     by_projection: Mapping[tuple[str, str], str] = field(default_factory=dict)
     homes: Mapping[ExpertKey, int] = field(default_factory=dict)
+    low_homes: Mapping[ExpertKey, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -204,13 +206,14 @@ def make_plan(
     dense = tuple(_plan_dense(entry, dense_id, source.is_checkpoint, fallbacks) for entry in source.dense)
     for each in dense:
         _check_importance(each, each.name in dense_importance)
-    experts = tuple(_plan_experts(source, wanted, types.homes, frozenset(importance), fallbacks))
+    homes = {HIGH: types.homes, LOW: types.low_homes}
+    experts = tuple(_plan_experts(source, wanted, homes, frozenset(importance), fallbacks))
     biases = tuple(PlannedTensor(e.name, e.shape, e, e.type, e.nbytes) for e in source.biases.values())
     stubs = stub_specs(source.layers, source.biases)
     return ConvertPlan(
         source=source.name,
         architecture=source.architecture.name,
-        levels=(HIGH, LOW) if types.low else (HIGH,),
+        levels=(HIGH, LOW) if types.low or types.low_homes else (HIGH,),
         dense=dense,
         stubs=stubs,
         experts=experts,
@@ -242,7 +245,7 @@ def _plan_dense(entry: TensorEntry, wanted: int | None, is_checkpoint: bool, fal
 
 def _wanted_types(source: Source, types: ExpertTypes, with_imatrix: bool) -> dict[tuple[str, str], int | None]:
     """(level, projection) -> type id, None to keep the source's; levels in the order of the store."""
-    named = {HIGH: types.high} | ({LOW: types.low} if types.low else {})
+    named = {HIGH: types.high} | ({LOW: types.low} if types.low or types.low_homes else {})
     by_projection = {key: target_type(name, with_imatrix).id for key, name in types.by_projection.items()}
     known = list(dict.fromkeys(each for layer in source.layers for each in layer.projections))
     fused = "gate_up" in known
@@ -253,10 +256,10 @@ def _wanted_types(source: Source, types: ExpertTypes, with_imatrix: bool) -> dic
             raise UsageError(f"a type for {projection} at the level {level} needs a low level; give it a type too")
         if projection not in known and not (fused and projection in ("gate", "up")):
             raise UsageError(f"{source.name} has no expert projection '{projection}'; known: {', '.join(known)}")
-    for key in types.homes:
+    for key in (*types.homes, *types.low_homes):
         if key not in source.experts:
             raise UsageError(f"{source.name} has no {key[2]} of expert {key[1]} in layer {key[0]}, which has a type")
-    for type_id in set(types.homes.values()):
+    for type_id in {*types.homes.values(), *types.low_homes.values()}:
         target_type(type_name(type_id), with_imatrix)
     wanted = {}
     for level, name in named.items():
@@ -286,7 +289,7 @@ def _quantizes(wanted: Mapping[tuple[str, str], int | None], types: ExpertTypes)
 def _plan_experts(
     source: Source,
     wanted: Mapping[tuple[str, str], int | None],
-    homes: Mapping[ExpertKey, int],
+    homes: Mapping[str, Mapping[ExpertKey, int]],
     importance: Collection[ExpertKey],
     fallbacks: Counter[str],
 ) -> Iterable[PlannedTensor]:
@@ -294,7 +297,7 @@ def _plan_experts(
     for layer, expert, level, projection in _tensor_keys(source.layers, levels):
         key = (layer, expert, projection)
         entry = source.experts[key]
-        type_id = homes.get(key) if level == HIGH else None
+        type_id = homes[level].get(key)
         if type_id is None:
             type_id = wanted[level, projection]
         name = expert_name(layer, projection, expert, level)

@@ -28,7 +28,7 @@ from moe_edge.convert.allocate import (
     allocate_uniform,
 )
 from moe_edge.convert.calibration import patch_settings
-from moe_edge.convert.convert import ConvertReport, check_output
+from moe_edge.convert.convert import ConvertReport, check_output, convert
 from moe_edge.convert.damage import (
     Activation,
     ColumnImportance,
@@ -45,10 +45,10 @@ from moe_edge.convert.plan import ConvertPlan, ExpertKey, ExpertTypes, make_plan
 from moe_edge.convert.quantize import dequantize, fitting_type, prepare, quantize, target_type
 from moe_edge.convert.source import Source, open_source
 from moe_edge.convert.stacked import write_stacked
-from moe_edge.convert.store import HIGH, LOW
+from moe_edge.convert.store import HIGH, LOW, store_path
 from moe_edge.convert.stream import SourceFiles
 from moe_edge.models.errors import UsageError
-from moe_edge.runner.convert import convert_and_prove
+from moe_edge.runner.convert import prove
 from moe_edge.runner.engine import EngineOptions
 from moe_edge.runner.observe import LayerView, Observed, observe
 from moe_edge.runner.settings import measure_settings
@@ -89,21 +89,40 @@ def convert_calibrated(
     options: CalibrateOptions,
     *,
     bits: float | None = None,
+    low_bits: float | None = None,
     dense_type: str | None = None,
     overwrite: bool = False,
     tell: Tell = lambda _: None,
 ) -> ConvertReport:
     """Convert with a calibration.
 
-    bits: average bits a weight of the experts' high level, whose types are then chosen from options.types; None: as
-    `types` say. Raises what convert(), observe() and find_activation() raise, and UsageError for bits that the types
-    cannot make.
+    bits, low_bits: average bits a weight of the experts' high and low level, whose types are then chosen from
+    options.types; None: as `types` say. Raises what convert(), observe() and find_activation() raise, and UsageError
+    for bits that the types cannot make.
     """
-    check_output(output, open_source(source_path), overwrite)
+    source = open_source(source_path)
+    check_output(output, source, overwrite)
+    for wanted in (bits, low_bits):
+        if wanted is not None:
+            _check_bits(source, options.types, wanted)
     with Calibrator(source_path, output.parent, options, tell) as calibrator:
         if bits is not None:
             types = replace(types, homes=calibrator.allocate(bits))
+        if low_bits is not None:
+            types = replace(types, low_homes=calibrator.allocate(low_bits))
         return calibrator.convert(output, types, dense_type=dense_type, overwrite=overwrite)
+
+
+def _check_bits(source: Source, types: Sequence[str], bits: float) -> None:
+    """Raises UsageError, before hours of work, for bits that the smallest types do not reach."""
+    shapes = [layer.shape(p) for layer in source.layers for p in layer.projections for _ in range(layer.n_expert)]
+    kinds = [target_type(name, with_imatrix=True).id for name in types]
+    least = sum(min(tensor_bytes(fitting_type(k, shape[0]), shape) for k in kinds) for shape in shapes)
+    n_weights = sum(shape[0] * shape[1] for shape in shapes)
+    if int(bits * n_weights / 8) < least:
+        raise UsageError(
+            f"--bits {bits:g}: the types {', '.join(types)} need at least {8 * least / n_weights:.4g} bits a weight"
+        )
 
 
 class Calibrator:
@@ -183,17 +202,22 @@ class Calibrator:
         o = self.options
         plan = make_plan(self.source, types=types, dense_type=dense_type, importance=self.importance)
         calibration = _result(self.source, self.seen, plan, self._measure_levels(plan))
-        report = convert_and_prove(
+        return convert(
             self.source_path, output, types=types, importance=self.importance, dense_importance=self.dense_importance,
             calibration=calibration, dense_type=dense_type, threads=o.n_threads or None, overwrite=overwrite,
+            prove=self._prove_and_measure,
         )  # fmt: skip
-        if o.settings_tokens and report.skeleton and report.store:
+
+    def _prove_and_measure(self, skeleton: Path) -> None:
+        """The last part of a conversion: what it raises, an interrupt too, removes both files."""
+        prove(skeleton)
+        o = self.options
+        if o.settings_tokens:
             settings = measure_settings(
-                report.skeleton, o.text, n_tokens=o.settings_tokens,
+                skeleton, o.text, n_tokens=o.settings_tokens,
                 options=EngineOptions(ram_bytes=o.ram_bytes, n_threads=o.n_threads), tell=self.tell,
             )  # fmt: skip
-            patch_settings(report.store, settings)
-        return report
+            patch_settings(store_path(skeleton), settings)
 
     def _measure_levels(self, plan: ConvertPlan) -> dict[tuple[int, int], ExpertErrors]:
         """errors of each level of the store as it will be, all projections together."""
@@ -318,10 +342,11 @@ def allocate(
     n_weights = 0
     for position, (layer, view) in enumerate(zip(source.layers, seen.layers, strict=True)):
         used = np.bincount(view.experts.ravel(), minlength=layer.n_expert)
+        once = _cost_of_one_use(layer, used, errors, kinds)
         for expert in range(layer.n_expert):
             for projection in layer.projections:
                 shape = layer.shape(projection)
-                single = errors[layer.layer, expert].single[projection]
+                single = errors[layer.layer, expert].single[projection] if used[expert] else once[projection]
                 keys.append((layer.layer, expert, projection))
                 cost.append([single[k] * float(seen.sensitivity[position]) for k in kinds])
                 sizes.append([tensor_bytes(fitting_type(k, shape[0]), shape) for k in kinds])
@@ -338,6 +363,20 @@ def allocate(
             f"--bits {bits:g}: the types {', '.join(types)} need at least {least:.4g} bits a weight"
         ) from error
     return {key: kinds[choice] for key, choice in zip(keys, made.choice.tolist(), strict=True)}
+
+
+def _cost_of_one_use(
+    layer: MoELayer, used: npt.NDArray[np.int64], errors: Mapping[tuple[int, int], ExpertErrors], kinds: Sequence[int]
+) -> dict[str, dict[int, float]]:
+    """For experts the text never used: projection -> type -> the layer's median error of a single use.
+
+    At no cost they would get the smallest type whatever it does to them when another text does use them.
+    """
+    seen = np.flatnonzero(used).tolist()
+    return {
+        p: {k: float(np.median([errors[layer.layer, e].single[p][k] / used[e] for e in seen])) for k in kinds}
+        for p in layer.projections
+    }
 
 
 def _allocations(

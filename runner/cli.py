@@ -214,12 +214,26 @@ def generate(
 @click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(min=0), default=0)
 @click.option("-ub", "--ubatch-size", "n_ubatch", type=click.IntRange(min=0), default=0)
 @click.option("-t", "--threads", "n_threads", type=click.IntRange(min=0), default=0)
+@click.option("--calibration", is_flag=True, help="Say what was measured when MODEL was converted with --calibrate.")
+@click.option("--picture", type=click.Path(path_type=Path),
+              help="Draw the calibration, layers x experts, into this file (.png, .svg, .pdf).")
 @reports_errors
-def show(model: str | None, as_json: bool, n_ctx: int, n_ubatch: int, n_threads: int) -> None:
+def show(
+    model: str | None, as_json: bool, n_ctx: int, n_ubatch: int, n_threads: int, calibration: bool,
+    picture: Path | None,
+) -> None:  # fmt: skip
     """Say what MODEL is, and how much memory it needs at the least, comfortably, and for everything."""
     from moe_edge.models.embedded import tiny_model_path
-    from moe_edge.runner.show import describe, describe_text
+    from moe_edge.runner.show import calibration_text, describe, describe_calibration, describe_text
 
+    if calibration or picture is not None:
+        facts = describe_calibration(model or tiny_model_path())
+        if picture is not None:
+            from moe_edge.runner.picture import draw_calibration
+
+            draw_calibration(facts, picture)
+        click.echo(json.dumps(facts) if as_json else calibration_text(facts))
+        return
     facts = describe(model or tiny_model_path(), n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads)
     click.echo(json.dumps(facts) if as_json else describe_text(facts))
 
@@ -243,6 +257,7 @@ def type_options(f: F) -> F:
 @type_options
 @click.option("--bits", type=click.FloatRange(min=0, min_open=True),
               help="Instead of --high: choose each expert's types so that they take this many bits a weight.")
+@click.option("--low-bits", type=click.FloatRange(min=0, min_open=True), help="The same, instead of --low.")
 @click.option("--types", help="What --bits chooses from, like Q2_K,Q3_K,Q4_K.")
 @click.option("--calibrate", type=click.Path(path_type=Path), help="A text to measure the experts on.")
 @click.option("--calibrate-tokens", type=click.IntRange(min=512), default=16384, show_default=True)
@@ -264,8 +279,8 @@ def convert(source: Path, output: Path | None, dry_run: bool, as_json: bool, **o
         (level, p): o[f"{level}_{p}"] for level in ("high", "low") for p in PROJECTIONS if o[f"{level}_{p}"] is not None
     }
     request = ConvertRequest(
-        source, output, high=o["high"], low=o["low"], overrides=overrides, bits=o["bits"], types=o["types"],
-        calibrate=o["calibrate"], calibrate_tokens=o["calibrate_tokens"], imatrix=o["imatrix"],
+        source, output, high=o["high"], low=o["low"], overrides=overrides, bits=o["bits"], low_bits=o["low_bits"],
+        types=o["types"], calibrate=o["calibrate"], calibrate_tokens=o["calibrate_tokens"], imatrix=o["imatrix"],
         dense_type=o["dense_type"], ram_bytes=o["ram"], n_threads=o["n_threads"], dry_run=dry_run, force=o["force"],
     )  # fmt: skip
     report = run_convert(request, tell=lambda line: click.echo(line, err=True))
@@ -329,6 +344,109 @@ def bench(
         n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, tell=lambda text: click.echo(text, err=True),
     )  # fmt: skip
     click.echo(json.dumps(result) if as_json else markdown(result))
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("-f", "--text", type=click.Path(path_type=Path), required=True, help="The text to route.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The trace to write, .npz.")
+@click.option("-n", "--max-tokens", "n_tokens", type=click.IntRange(min=1), help="At most so many tokens of the text.")
+@click.option("--prefill", is_flag=True, help="In micro-batches, as a prompt is read. Default: one by one.")
+@model_options
+@reports_errors
+def trace(
+    model: str | None, text: Path, output: Path, n_tokens: int | None, prefill: bool, **o: Any
+) -> None:
+    """Write which experts MODEL routes each token of a text to, for `simulate` and `plan`."""
+    from moe_edge.runner.evaluate import read_text
+    from moe_edge.runner.trace import record_trace, save_trace
+
+    with _engine(model, o) as engine:
+        recorded = record_trace(engine, read_text(text), n_tokens, one_by_one=not prefill)
+    save_trace(output, recorded)
+    click.echo(f"{output}: {recorded.n_tokens} tokens, {recorded.n_steps} layer steps, {output.stat().st_size} bytes")
+
+
+def parse_disk_speed(text: str) -> int:
+    """'440MB/s' -> bytes a second. Raises UsageError."""
+    return parse_bytes(text.removesuffix("/s"))
+
+
+@main.command()
+@click.argument("trace_file", type=click.Path(path_type=Path))
+@click.option("--ram", "--budget", "ram", help="Budgets, like 1GiB,2GiB. Default: five between floor and resident.")
+@click.option("--policy", default="all", show_default=True, help="Policies, like exact,hobbit; all.")
+@click.option("--disk", default="3GB/s", show_default=True, help="What the disk delivers.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the table as PNG.")
+@click.option("--json", "as_json", is_flag=True)
+@reports_errors
+def simulate(trace_file: Path, ram: str | None, policy: str, disk: str, plot: Path | None, as_json: bool) -> None:
+    """Hits, bytes, stall and speed of every policy on a trace, with Belady's bound; no model is needed."""
+    from moe_edge.runner.simulate import (
+        budget_of_ram,
+        even_budgets,
+        need_matplotlib,
+        plot_simulation,
+        policies_named,
+        run_simulations,
+    )
+    from moe_edge.runner.trace import load_trace
+    from moe_edge.schedulers.simulate import Costs
+
+    if plot is not None:
+        need_matplotlib()
+    recorded = load_trace(trace_file)
+    budgets = [budget_of_ram(recorded, parse_bytes(each)) for each in ram.split(",")] if ram else even_budgets(recorded)
+    result = run_simulations(recorded, budgets, policies_named(policy), Costs(parse_disk_speed(disk)))
+    if plot is not None:
+        plot_simulation(result, plot)
+    click.echo(json.dumps(result.to_json()) if as_json else result.text())
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("--ram", "--budget", "ram", type=Size(), default="auto", show_default=True)
+@click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(min=0), default=0)
+@click.option("-ub", "--ubatch-size", "n_ubatch", type=click.IntRange(min=0), default=0)
+@click.option("-t", "--threads", "n_threads", type=click.IntRange(min=0), default=0)
+@click.option("--disk", help="What the disk delivers, like 440MB/s. Default: as `doctor` measured it.")
+@click.option("--trace", "trace_file", type=click.Path(path_type=Path), help="Take the hits from this trace.")
+@click.option("--json", "as_json", is_flag=True)
+@reports_errors
+def plan(
+    model: str | None, ram: int | None, n_ctx: int, n_ubatch: int, n_threads: int, disk: str | None,
+    trace_file: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Say before loading whether MODEL will run, how its memory is split, and how fast it will be.
+
+    Reads headers only. Exit status 1 when it will not run.
+    """
+    from moe_edge.models.embedded import tiny_model_path
+    from moe_edge.runner.plan import plan as run
+    from moe_edge.runner.trace import load_trace
+
+    result = run(
+        model or tiny_model_path(), ram, n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads,
+        disk_bytes_per_second=parse_disk_speed(disk) if disk else None,
+        trace=load_trace(trace_file) if trace_file else None, tell=lambda line: click.echo(line, err=True),
+    )  # fmt: skip
+    click.echo(json.dumps(result.to_json()) if as_json else result.text())
+    sys.exit(0 if result.will_run else 1)
+
+
+@main.command()
+@click.argument("path", required=False, type=click.Path(path_type=Path))
+@click.option("-t", "--threads", "n_threads", type=click.IntRange(min=0), default=0)
+@click.option("--fresh", is_flag=True, help="Measure again what was measured before.")
+@click.option("--json", "as_json", is_flag=True)
+@reports_errors
+def doctor(path: Path | None, n_threads: int, fresh: bool, as_json: bool) -> None:
+    """Measure this machine: the storage PATH is on, memory, compute, limits."""
+    from moe_edge.runner.doctor import doctor as run
+    from moe_edge.runner.doctor import doctor_text
+
+    facts = run(path, n_threads=n_threads, fresh=fresh, tell=lambda line: click.echo(line, err=True))
+    click.echo(json.dumps(facts) if as_json else doctor_text(facts))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ class ConvertRequest:
     low: str | None = None
     overrides: Mapping[tuple[str, str], str] = field(default_factory=dict)
     bits: float | None = None
+    low_bits: float | None = None
     types: str | None = None
     calibrate: Path | None = None
     calibrate_tokens: int = 16384
@@ -62,10 +63,15 @@ def run_convert(r: ConvertRequest, tell: Callable[[str], None] = lambda _: None)
     convert() and convert_calibrated() raise."""
     if r.bits is not None and (r.high or any(level == "high" for level, _ in r.overrides)):
         raise UsageError("--bits chooses the types of the high level; leave --high, --type and --high-* away")
-    if r.bits is not None and r.calibrate is None:
-        raise UsageError("--bits needs a text to measure the experts on: --calibrate TEXT")
-    if r.types is not None and r.bits is None:
+    if r.low_bits is not None and (r.low or any(level == "low" for level, _ in r.overrides)):
+        raise UsageError("--low-bits chooses the types of the low level; leave --low and --low-* away")
+    shared = r.bits is not None or r.low_bits is not None
+    if shared and r.calibrate is None:
+        raise UsageError("--bits and --low-bits need a text to measure the experts on: --calibrate TEXT")
+    if r.types is not None and not shared:
         raise UsageError("--types is what --bits chooses from; give --bits, or --high TYPE for all")
+    if shared and r.dry_run:
+        raise UsageError("--dry-run cannot tell what --bits and --low-bits choose: that takes the calibration itself")
     types = ExpertTypes(r.high, r.low, r.overrides)
     if r.calibrate is None or r.dry_run or r.output is None:
         importance, dense = _imatrix(r)
@@ -80,8 +86,9 @@ def run_convert(r: ConvertRequest, tell: Callable[[str], None] = lambda _: None)
         imatrix=r.imatrix, ram_bytes=r.ram_bytes, n_threads=r.n_threads,
     )  # fmt: skip
     return convert_calibrated(
-        r.source, r.output, types, options, bits=r.bits, dense_type=r.dense_type, overwrite=r.force, tell=tell
-    )
+        r.source, r.output, types, options, bits=r.bits, low_bits=r.low_bits, dense_type=r.dense_type,
+        overwrite=r.force, tell=tell,
+    )  # fmt: skip
 
 
 def _imatrix(r: ConvertRequest) -> tuple[Any, Any]:

@@ -295,6 +295,10 @@ class Engine:
         self.load_seconds = time.monotonic() - self.started
         return self.llama
 
+    def check_policy(self, options: PolicyOptions) -> None:
+        """Raise what set_policy would raise."""
+        make_policy(options, self.layout, self.plan.arena_bytes, self.model.calibration)
+
     def set_policy(self, options: PolicyOptions) -> Policy:
         """Schedule by another policy from the next step on; what is in memory stays.
 

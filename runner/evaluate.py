@@ -281,7 +281,7 @@ class Evaluation:
     tokens: evaluated by the pass under test, n_chunks x n_ctx; scored_tokens of them count for nll and KLD.
     text_chunks: how many the text has. reference: `exact`, a model's path, or None: then so are the kld_* fields,
     top1_agreement and reference_nll. expert_bytes_per_token, expert_hit_rate, tok_s: of the pass under test, decoding
-    only. After an exact reference on the same engine its experts are in memory already when that pass begins.
+    only; it begins with no expert in memory.
     """
 
     model: str
@@ -372,7 +372,7 @@ def evaluate(
 ) -> Evaluation:
     """Perplexity of a text file under options.policy, and its KLD from a reference.
 
-    reference: `exact`, the same model under the exact policy, on the same engine just before; nothing is compared when
+    reference: `exact`, the same model under the exact policy, on an engine of its own before; nothing is compared when
     options.policy is exact itself. A path: that model, exact, at --ram auto, loaded and closed before. None: nothing.
     n_ctx: tokens of a chunk, which is the context; options.n_ctx and logits_all are not looked at. n_chunks: at most so
     many. one_by_one: every token is a step of its own, so that policy, speed and bytes per token are those of decode.
@@ -397,13 +397,14 @@ def evaluate(
             with Engine(other, theirs, verify=verify) as engine:
                 tokens_of_other = run.tokenize(engine)
                 run.keep_reference(engine)
+        elif compare:  # on an engine of its own: what it leaves in memory would serve the pass under test
+            with Engine(model, replace(o, policy=PolicyOptions()), verify=verify) as engine:
+                engine.check_policy(o.policy)
+                run.tokenize(engine)
+                run.keep_reference(engine)
         with Engine(model, o, verify=verify) as engine:
             if run.tokenize(engine) != tokens_of_other and other is not None:
                 raise UsageError(f"{model} and {other} make different tokens of {text}; their vocabularies differ")
-            if compare and other is None:
-                engine.set_policy(PolicyOptions())
-                run.keep_reference(engine)
-                engine.set_policy(o.policy)
             return run.score(engine, str(model), str(reference) if compare else None)
 
 

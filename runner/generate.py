@@ -48,6 +48,7 @@ class Generation:
     counters: Counters = field(default_factory=Counters)
     prefill_counters: Counters = field(default_factory=Counters)
     policy_stats: PolicyStats = field(default_factory=PolicyStats)
+    damage_scale: float = 1.0
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -75,9 +76,12 @@ class Generation:
 
     @property
     def expected_kld(self) -> float | None:
-        """Nats for each token evaluated that the calibration expects of the low and skipped uses; None without one."""
+        """Nats for each token evaluated that the calibration expects of the low and skipped uses; None without one.
+
+        Exact expects 0.
+        """
         damage = self.policy_stats.expected_damage
-        return None if damage is None else damage / max(1, self.evaluated_tokens)
+        return None if damage is None else self.damage_scale * damage / max(1, self.evaluated_tokens)
 
     def lossy_text(self) -> str:
         """What was traded, for the last line of a reply; empty when nothing was."""
@@ -189,6 +193,8 @@ def generate(
     out.text = writer.finish()
     out.counters = engine.counters().since(before)
     out.policy_stats = engine.policy.stats.since(stats_before)
+    if engine.model.calibration is not None:
+        out.damage_scale = engine.model.calibration.damage_scale
     return out
 
 

@@ -95,7 +95,8 @@ def spread_chunks(chunks: IntArray, n_tokens: int) -> IntArray:
     KLD on those kinds was four times as large (docs/LOG.md, 2026-11-22).
     """
     n = min(len(chunks), max(1, n_tokens // chunks.shape[1]))
-    return chunks[np.linspace(0, len(chunks) - 1, n).round().astype(np.int64)]
+    spread: IntArray = chunks[np.linspace(0, len(chunks) - 1, n).round().astype(np.int64)]
+    return spread
 
 
 def _watch(engine: Engine, chunks: IntArray, folder: Path, tell: Callable[[str], None]) -> tuple[LayerView, ...]:

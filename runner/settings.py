@@ -21,7 +21,9 @@ from moe_edge.runner.evaluate import (
 from moe_edge.runner.observe import spread_chunks
 from moe_edge.schedulers.budget import MIB
 from moe_edge.schedulers.calibration import Calibration, Setting
+from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
 from moe_edge.schedulers.options import PolicyOptions
+from moe_edge.schedulers.policy import Policy
 
 CHUNK = 512
 RETENTIONS = {"low": (0.9, 0.75, 0.5, 0.25), "skip": (0.9, 0.75)}
@@ -55,20 +57,43 @@ def measure_settings(
         for asked in _grid(engine.model.calibration, high, low):
             kept.rewind()
             policy = engine.set_policy(asked)
+            used = _BytesUsed(engine.layout, policy)
+            engine.native.schedule = used.plan
             kld = [
                 kld_of_rows(kept.read(*block.rows.shape), block.rows)
                 for block in logits_pass(engine, chunks, one_by_one=True)
             ]
-            stats = policy.stats
-            bytes_ = stats.wanted_high * high + stats.wanted_low * low
-            share = bytes_ / max(1, (stats.wanted_high + stats.wanted_low + stats.wanted_skip) * high)
+            share = used.bytes / max(1, used.exact_bytes)
             mean = max(0.0, float(np.concatenate(kld).mean()))
             knob = asked.price if asked.name == "damage" else asked.retention
-            settings.append(Setting(asked.name, asked.low_level, knob, mean, share))
+            expected = (policy.stats.expected_damage or 0.0) / chunks.size
+            settings.append(Setting(asked.name, asked.low_level, knob, mean, share, expected))
             tell(
                 f"setting: {asked.name} {knob:.3g}, {asked.low_level}: KLD {mean:.4g}, {100 * share:.0f} % of the bytes"
             )
     return tuple(sorted(settings, key=lambda s: s.bytes_share))
+
+
+class _BytesUsed:
+    """Bytes of the levels a policy chose, and of the same experts at the high level; types may differ by expert."""
+
+    def __init__(self, layout: Layout, policy: Policy) -> None:
+        self._layout, self._policy = layout, policy
+        self.bytes = self.exact_bytes = 0
+
+    def plan(self, step: Step) -> StepPlan | None:
+        made = self._policy.plan(step)
+        sizes, n_levels = self._layout.unit_bytes, self._layout.n_levels
+        first = self._layout.first_unit[step.layer]
+        exact = sum(sizes[first + expert * n_levels] for expert in step.experts)
+        self.exact_bytes += exact
+        if made is None:
+            self.bytes += exact
+            return None
+        for i, level in zip(made.order, made.levels, strict=True):
+            if level != SKIP:
+                self.bytes += sizes[first + step.experts[i] * n_levels + level]
+        return made
 
 
 def _grid(calibration: Calibration | None, high_bytes: float, low_bytes: float) -> list[PolicyOptions]:
@@ -79,11 +104,11 @@ def _grid(calibration: Calibration | None, high_bytes: float, low_bytes: float) 
         for level in levels
         for retention in RETENTIONS[level]
     ]
-    if calibration is not None:
-        saved_mib = (high_bytes - low_bytes) / MIB
-        for percent in LOW_PERCENTS:
-            price = float(np.quantile(calibration.use_damage, percent / 100)) / saved_mib
-            grid.append(PolicyOptions("damage", price=price, low_level=levels[0], reuse=False))
+    saved_mib = (high_bytes - low_bytes) / MIB
+    if calibration is not None and saved_mib > 0:
+        shares = np.quantile(calibration.use_damage, np.array(LOW_PERCENTS) / 100)
+        prices = sorted({float(damage) / saved_mib for damage in shares} - {0.0})  # at 0 nothing is lowered
+        grid += [PolicyOptions("damage", price=price, low_level=levels[0], reuse=False) for price in prices]
     return grid
 
 
@@ -91,5 +116,3 @@ def _level_bytes(engine: Engine) -> tuple[float, float]:
     """Mean bytes of an expert at the high level and at the low one (0 where there is none)."""
     sizes, n_levels = engine.layout.unit_bytes, engine.layout.n_levels
     return float(np.mean(sizes[::n_levels])), float(np.mean(sizes[1::n_levels])) if n_levels > 1 else 0.0
-
-

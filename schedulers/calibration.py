@@ -15,7 +15,7 @@ class Setting:
     """One row of the table behind --max-kld, measured on the calibration text against the exact policy.
 
     knob: the retention of dymoe, the price of damage. kld: mean nats per token. bytes_share: bytes of the levels used,
-    as a share of what exact uses.
+    as a share of what exact uses. expected: nats per token that the damage table expects of the same uses.
     """
 
     policy: str
@@ -23,6 +23,7 @@ class Setting:
     knob: float
     kld: float
     bytes_share: float
+    expected: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,15 @@ class Calibration:
     cumulated: FloatArray
     use_damage: FloatArray
     settings: tuple[Setting, ...] = ()
+
+    @property
+    def damage_scale(self) -> float:
+        """Measured KLD for each nat that the damage table expects: the median over the settings; 1 without any.
+
+        The table adds up small errors as if they were alone; together they also flip routers' choices (docs/LOG.md).
+        """
+        ratios = [s.kld / s.expected for s in self.settings if s.expected > 0]
+        return float(np.median(ratios)) if ratios else 1.0
 
     def damage(self) -> FloatArray:
         """[L, E, n + 1]: expected KLD (nats per token) when that expert alone is always used at that level."""

@@ -65,8 +65,10 @@ def resolve_options(options: PolicyOptions, calibration: Calibration | None) -> 
     setting = choose_setting(calibration, options.max_kld)
     if setting is None:
         return replace(options, name="exact", max_kld=None)
-    knob = {"price": setting.knob} if setting.policy == "damage" else {"retention": setting.knob}
-    return replace(options, name=setting.policy, low_level=setting.low_level, max_kld=None, **knob)
+    options = replace(options, name=setting.policy, low_level=setting.low_level, max_kld=None)
+    if setting.policy == "damage":
+        return replace(options, price=setting.knob)
+    return replace(options, retention=setting.knob)
 
 
 def check_options(options: PolicyOptions, layout: Layout, calibration: Calibration | None) -> None:
