@@ -83,6 +83,7 @@ static bool device_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
         case GGML_OP_RESHAPE:
             return true;
         default:
+            note_router(op);
             return is_ours(op) || is_attention(op);
     }
 }

@@ -1,5 +1,7 @@
 #include "capi.h"
 
+#include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <exception>
 
@@ -111,6 +113,17 @@ void me_model_counters(me_model * handle, me_counters * out) {
     out->read_busy_ns = static_cast<int64_t>(m.reader->busy_seconds() * 1e9);
     out->committed_bytes = m.arena ? static_cast<int64_t>(m.arena->committed_bytes()) : 0;
     out->peak_committed_bytes = m.arena ? static_cast<int64_t>(m.arena->peak_committed_bytes()) : 0;
+    out->prefetched = c.prefetched;
+    out->prefetch_useful = c.prefetch_useful;
+    out->prefetch_late = c.prefetch_late;
+    out->prefetch_wasted = c.prefetch_wasted;
+    out->prefetch_cancelled = c.prefetch_cancelled;
+    out->prefetch_failed = c.prefetch_failed;
+    out->prefetch_bytes = m.reader->soon_bytes();
+    out->wasted_bytes = c.wasted_bytes;
+    out->disk_busy_ns = m.reader->disk_busy_ns();
+    out->prefetch_busy_ns = m.reader->soon_busy_ns();
+    out->look_ahead_ns = c.look_ahead_ns;
     for (int f = 0; f < m.reader->n_files(); f++) out->direct_files += m.reader->direct(f);
 }
 
@@ -135,6 +148,34 @@ int32_t me_model_step(me_model * m, me_step_view * out) {
     if (!m->model.step) return 0;
     *out = *m->model.step;
     return 1;
+}
+
+int32_t me_model_set_lookahead(me_model * m, int32_t depth, int32_t width, int32_t rescale, char * error) {
+    int n_expert = 0;
+    for (const Layer & l : m->model.layers) n_expert = std::max(n_expert, l.n_expert);
+    if (depth < 0 || depth > ME_MAX_AHEAD || width < 0 || width > n_expert) {
+        snprintf(error, ME_ERROR_BYTES, "look-ahead of %d layers and %d experts: the limits are %d and %d", depth, width, ME_MAX_AHEAD, n_expert);
+        return ME_FAILED;
+    }
+    std::lock_guard<std::mutex> lock(m->model.step_mutex);
+    m->model.look.depth = width > 0 ? depth : 0;
+    m->model.look.width = width;
+    m->model.look.rescale = rescale != 0;
+    return ME_OK;
+}
+
+int32_t me_model_ahead(me_model * m, int32_t most) {
+    if (!m->model.step || m->model.look.depth == 0) return 0;
+    const auto t0 = std::chrono::steady_clock::now();
+    const int32_t n = look_ahead(m->model, m->model.step_layer, m->model.step->input, m->model.step->n_tokens, most);
+    m->model.counters.look_ahead_ns += std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - t0).count();
+    return n;
+}
+
+int32_t me_model_known_routers(me_model * m) {
+    int32_t n = 0;
+    for (const Layer & l : m->model.layers) n += l.router.weight != nullptr;
+    return n;
 }
 
 void me_model_watch_attention(me_model * m) {

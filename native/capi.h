@@ -29,6 +29,7 @@ struct me_layer_desc {
     const float * bias_gate;
 };
 
+#define ME_MAX_AHEAD 8      // layers of look-ahead
 #define ME_LEVEL_SKIP (-1)  // a level: the expert is not computed, its output is zero
 
 // Buffers that Python owns and both sides use, valid as long as the model. Sizes: experts, counts, weights, squares,
@@ -42,6 +43,13 @@ struct me_mailbox {
     int32_t * level;         //   level of each step, or ME_LEVEL_SKIP
     int32_t * victim_count;  //   how many victims step i evicts before its read
     int32_t * victims;       //   their unit ids, step after step
+    int32_t * prefetch_count;         // [1] Python -> native, 0 unless written: units to read when the disk has nothing
+    int32_t * prefetch_units;         //   else to do; absent ones that this step does not use; [number of units]
+    int32_t * prefetch_victim_count;  //   what each evicts before its read, none of this step's,
+    int32_t * prefetch_victims;       //   unit after unit; the step's own victims go first
+    int32_t * ahead_counts;           // [ME_MAX_AHEAD] native -> Python, by me_model_ahead: experts predicted for the
+    int32_t * ahead_experts;          //   layers behind this one, [depth][width], most probable first; room for
+    float * ahead_scores;             //   ME_MAX_AHEAD times the largest n_expert; and their router probabilities
 };
 
 // Called once for each MoE layer and micro-batch, on the thread that runs llama_decode.
@@ -75,6 +83,11 @@ struct me_counters {  // since the model was opened
     int64_t loads, evictions, reads, bytes_read, graphs;
     int64_t stall_ns, compute_ns, schedule_ns, step_ns, read_busy_ns;
     int64_t committed_bytes, peak_committed_bytes, direct_files;
+    // Units read ahead. Each is once useful (a step used it), wasted or cancelled (evicted unused: wholly read or not).
+    // late: useful ones that were not whole when their step began. failed: reads that failed while no step needed them.
+    int64_t prefetched, prefetch_useful, prefetch_late, prefetch_wasted, prefetch_cancelled, prefetch_failed;
+    int64_t prefetch_bytes, wasted_bytes;             // read ahead (part of bytes_read); of those, evicted unused
+    int64_t disk_busy_ns, prefetch_busy_ns, look_ahead_ns;  // any read under way; a speculative one; asking the routers
 };
 
 struct me_abi_info {
@@ -110,6 +123,13 @@ ME_API void me_model_resident(me_model * model, uint8_t * out);  // one byte for
 ME_API void me_model_unit_bytes(me_model * model, int64_t * out);
 // 0 when no step is being scheduled.
 ME_API int32_t me_model_step(me_model * model, struct me_step_view * out);
+// Ask the routers of the next `depth` layers for their best `width` experts, by me_model_ahead. 0: never. rescale: correct
+// the input for the difference of the layers' norm weights.
+ME_API int32_t me_model_set_lookahead(me_model * model, int32_t depth, int32_t width, int32_t rescale, char * error);
+// Within the callback: fills the mailbox's ahead_* for at most `most` layers. Returns their number, 0 for steps of more
+// than 4 tokens.
+ME_API int32_t me_model_ahead(me_model * model, int32_t most);
+ME_API int32_t me_model_known_routers(me_model * model);
 // Watch the attention each token receives, for me_step_view, in graphs built from now on; until the model is closed.
 ME_API void me_model_watch_attention(me_model * model);
 // After a skip, scale the token's other gate weights up to the old sum.

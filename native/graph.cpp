@@ -1,5 +1,6 @@
 #include "graph.h"
 
+#include <atomic>
 #include <cstdio>
 #include <cstring>
 #include <mutex>
@@ -11,19 +12,23 @@ namespace moe_edge {
 static std::shared_mutex g_mutex;
 static std::unordered_map<const ggml_tensor *, Stub> g_stubs;  // guarded by g_mutex
 static Model * g_armed = nullptr;                              // guarded by g_mutex
+static std::atomic<bool> g_any_armed{false};                   // so that asking costs nothing when none is
 
 void arm(Model * model) {
     std::unique_lock<std::shared_mutex> lock(g_mutex);
     g_armed = model;
+    g_any_armed = true;
 }
 
 void disarm(Model * model) {
     std::unique_lock<std::shared_mutex> lock(g_mutex);
     if (g_armed == model) g_armed = nullptr;
+    g_any_armed = g_armed != nullptr;
 }
 
 void unbind(Model * model) {
     std::unique_lock<std::shared_mutex> lock(g_mutex);
+    for (Layer & l : model->layers) l.router = Router();
     for (auto it = g_stubs.begin(); it != g_stubs.end();) {
         it = it->second.model == model ? g_stubs.erase(it) : std::next(it);
     }
@@ -79,6 +84,59 @@ const Stub * find_stub(const ggml_tensor * weight) {
     const Layer & layer = g_armed->layers[static_cast<size_t>(stub.layer_pos)];
     if (!is_stub_shape(weight, layer, stub.projection, stub.bias)) return nullptr;
     return &g_stubs.emplace(weight, stub).first->second;
+}
+
+// The weight of the norm that made t: RMS_NORM(h) * weight, perhaps scaled or reshaped.
+static const ggml_tensor * norm_weight(const ggml_tensor * t) {
+    while (t && (t->op == GGML_OP_RESHAPE || t->op == GGML_OP_SCALE)) t = t->src[0];
+    if (!t || t->op != GGML_OP_MUL || !t->src[0] || !t->src[1]) return nullptr;
+    const ggml_tensor * h = t->src[0], * w = t->src[1];
+    if (h->op == GGML_OP_SCALE) h = h->src[0];
+    if (!h || (h->op != GGML_OP_RMS_NORM && h->op != GGML_OP_NORM)) return nullptr;
+    return w->op == GGML_OP_NONE && w->type == GGML_TYPE_F32 && w->ne[0] == t->ne[0] && w->ne[1] == 1 ? w : nullptr;
+}
+
+static bool is_block_tensor(const ggml_tensor * t, const char * name, int & layer) {
+    int end = 0;
+    return t && t->op == GGML_OP_NONE && sscanf(t->name, "blk.%d.%n", &layer, &end) == 1 && end > 0 && strcmp(t->name + end, name) == 0;
+}
+
+void note_router(const ggml_tensor * node) {
+    if (!g_any_armed) return;
+    if (node->op != GGML_OP_MUL_MAT && node->op != GGML_OP_ADD && node->op != GGML_OP_UNARY && node->op != GGML_OP_MUL_MAT_ID) return;
+    if (node->op == GGML_OP_MUL_MAT_ID) {
+        const Stub * s = find_stub(node->src[0]);
+        if (!s || s->projection == DOWN) return;
+        std::unique_lock<std::shared_mutex> lock(g_mutex);
+        if (g_armed == s->model) s->model->layers[static_cast<size_t>(s->layer_pos)].router.input_norm = norm_weight(node->src[1]);
+        return;
+    }
+    std::unique_lock<std::shared_mutex> lock(g_mutex);
+    if (!g_armed) return;
+    int number = 0;
+    const auto router = [&]() -> Router * {
+        const int pos = g_armed->layer_pos(number);
+        return pos < 0 ? nullptr : &g_armed->layers[static_cast<size_t>(pos)].router;
+    };
+    if (node->op == GGML_OP_MUL_MAT && is_block_tensor(node->src[0], "ffn_gate_inp.weight", number)) {
+        Router * r = router();
+        const Layer * l = r ? &g_armed->layers[static_cast<size_t>(g_armed->layer_pos(number))] : nullptr;
+        if (!l || node->src[0]->ne[0] != l->n_embd || node->src[0]->ne[1] != l->n_expert) return;
+        r->weight = node->src[0];
+        r->norm = norm_weight(node->src[1]);
+    } else if (node->op == GGML_OP_ADD && node->src[1] && node->src[1]->type == GGML_TYPE_F32) {
+        if (is_block_tensor(node->src[1], "ffn_gate_inp.bias", number)) {
+            if (Router * r = router()) r->bias = node->src[1];
+        } else if (is_block_tensor(node->src[1], "exp_probs_b.bias", number)) {
+            if (Router * r = router()) r->choice_bias = node->src[1];
+        }
+    } else if (node->op == GGML_OP_UNARY && ggml_get_unary_op(node) == GGML_UNARY_OP_SIGMOID) {
+        const ggml_tensor * logits = node->src[0];
+        if (logits && logits->op == GGML_OP_ADD) logits = logits->src[0];
+        if (logits && logits->op == GGML_OP_MUL_MAT && is_block_tensor(logits->src[0], "ffn_gate_inp.weight", number)) {
+            if (Router * r = router()) r->sigmoid = true;
+        }
+    }
 }
 
 const Stub * product_of(const ggml_tensor * node) {

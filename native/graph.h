@@ -24,6 +24,9 @@ int bound_tensors(Model * model);
 
 // The stub a weight tensor is, or null. Binds it when a model is armed and the tensor fits one of its layers.
 const Stub * find_stub(const ggml_tensor * weight);
+// While a model is armed: keep what a node shows of a router and of the norms before it. Never a node itself.
+void note_router(const ggml_tensor * node);
+
 // The stub whose product this node is (MUL_MAT_ID with a bound stub), or null.
 const Stub * product_of(const ggml_tensor * node);
 // True for the nodes the engine computes: expert products and what lies between them.

@@ -77,7 +77,7 @@ void Model::set_arena(int64_t arena_bytes) {
 }
 
 Model::~Model() {
-    drain();
+    if (reader) drain();
     reader.reset();
 }
 
@@ -94,35 +94,118 @@ void Model::lay_out(Unit & u) {
     u.bytes = ceil_to(at, static_cast<int64_t>(page_bytes()));
 }
 
-bool Model::load(int unit_id) {
+bool Model::place(int unit_id) {
     if (!arena) return false;
     Unit & u = unit(unit_id);
     const int slot = arena->acquire(static_cast<size_t>(u.bytes));
     if (slot < 0) return false;
     u.slot = slot;
     u.ready = 0;
-    {
-        std::lock_guard<std::mutex> lock(mutex_);
-        in_flight_ += u.n_pieces;
-    }
-    for (int p = 0; p < u.n_pieces; p++) {
-        const Piece & piece = u.pieces[p];
-        ReadJob job;
-        job.file = piece.file;
-        job.offset = piece.read_offset;
-        job.length = piece.read_bytes;
-        job.needed = piece.offset + piece.nbytes - piece.read_offset;
-        job.dst = arena->data(slot) + piece.slot_offset;
-        job.tag = static_cast<int64_t>(unit_id) * MAX_PIECES + p;
-        reader->submit(job);
-    }
+    return true;
+}
+
+void Model::submit(int unit_id, int p, bool soon) {
+    Unit & u = unit(unit_id);
+    const Piece & piece = u.pieces[p];
+    ReadJob job;
+    job.file = piece.file;
+    job.offset = piece.read_offset;
+    job.length = piece.read_bytes;
+    job.needed = piece.offset + piece.nbytes - piece.read_offset;
+    job.dst = arena->data(u.slot) + piece.slot_offset;
+    job.tag = static_cast<int64_t>(unit_id) * MAX_PIECES + p;
+    job.soon = soon;
+    u.pending |= 1u << p;
+    in_flight_++;
+    reader->submit(job);
+}
+
+bool Model::load(int unit_id) {
+    if (!place(unit_id)) return false;
+    Unit & u = unit(unit_id);
+    std::lock_guard<std::mutex> lock(mutex_);
+    u.needed = true;
+    u.prefetched = u.cancelled = false;
+    for (int p = 0; p < u.n_pieces; p++) submit(unit_id, p, false);
     counters.loads++;
     return true;
 }
 
+bool Model::prefetch(const std::vector<int> & unit_ids) {
+    for (size_t i = 0; i < unit_ids.size(); i++) {
+        if (!place(unit_ids[i])) return false;
+    }
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (int id : unit_ids) {
+        unit(id).needed = unit(id).cancelled = false;
+        unit(id).prefetched = true;
+        counters.prefetched++;
+    }
+    for (int id : unit_ids) {
+        for (bool down : {false, true}) {
+            for (int p = 0; p < unit(id).n_pieces; p++) {
+                if ((unit(id).pieces[p].projection == DOWN) == down) submit(id, p, true);
+            }
+        }
+    }
+    return true;
+}
+
+void Model::need(int unit_id) {
+    Unit & u = unit(unit_id);
+    std::lock_guard<std::mutex> lock(mutex_);
+    const bool whole = u.ready == u.all_bits();
+    if (u.prefetched) {
+        counters.prefetch_useful++;
+        counters.prefetch_late += !whole;
+        u.prefetched = false;
+    }
+    u.needed = true;
+    if (whole) return;
+    reader->promote(static_cast<int64_t>(unit_id) * MAX_PIECES, static_cast<int64_t>(unit_id + 1) * MAX_PIECES);
+    for (int p = 0; p < u.n_pieces; p++) {
+        if (!((u.ready | u.pending) & (1u << p))) submit(unit_id, p, false);
+    }
+}
+
+void Model::cancel_queued(int first_unit, int end_unit) {
+    for (int64_t tag : reader->cancel(static_cast<int64_t>(first_unit) * MAX_PIECES, static_cast<int64_t>(end_unit) * MAX_PIECES)) {
+        Unit & u = unit(static_cast<int>(tag / MAX_PIECES));
+        u.pending &= ~(1u << (tag % MAX_PIECES));
+        u.cancelled = true;
+        in_flight_--;
+    }
+}
+
+void Model::cancel(int first_unit, int end_unit) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    cancel_queued(first_unit, end_unit);
+    arrived_.notify_all();
+}
+
+void Model::settle(Unit & u) {
+    if (!u.prefetched) return;
+    u.prefetched = false;
+    (u.cancelled ? counters.prefetch_cancelled : counters.prefetch_wasted)++;
+    for (int p = 0; p < u.n_pieces; p++) {
+        if (u.ready & (1u << p)) counters.wasted_bytes += u.pieces[p].read_bytes;
+    }
+}
+
 void Model::evict(int unit_id) {
+    using clock = std::chrono::steady_clock;
     Unit & u = unit(unit_id);
     if (u.slot < 0) return;
+    {
+        std::unique_lock<std::mutex> lock(mutex_);
+        if (u.pending) cancel_queued(unit_id, unit_id + 1);
+        if (u.pending) {
+            const auto t0 = clock::now();
+            arrived_.wait(lock, [&] { return u.pending == 0; });
+            counters.stall_ns += std::chrono::duration_cast<std::chrono::nanoseconds>(clock::now() - t0).count();
+        }
+        settle(u);
+    }
     arena->release(u.slot);
     u.slot = -1;
     u.ready = 0;
@@ -141,8 +224,13 @@ std::string Model::piece_name(int unit_id, int piece) const {
 
 void Model::on_read(const ReadJob & job, const std::string & error) {
     std::lock_guard<std::mutex> lock(mutex_);
+    Unit & u = unit(static_cast<int>(job.tag / MAX_PIECES));
+    const uint32_t bit = 1u << (job.tag % MAX_PIECES);
+    u.pending &= ~bit;
     if (error.empty()) {
-        unit(static_cast<int>(job.tag / MAX_PIECES)).ready |= 1u << (job.tag % MAX_PIECES);
+        u.ready |= bit;
+    } else if (!u.needed) {
+        counters.prefetch_failed++;  // read again, and told, by the step that needs it
     } else if (error_.empty()) {
         error_ = piece_name(static_cast<int>(job.tag / MAX_PIECES), static_cast<int>(job.tag % MAX_PIECES)) + " " + error;
     }
@@ -174,10 +262,12 @@ void Model::tell_waiters() {
 
 void Model::drain() {
     std::unique_lock<std::mutex> lock(mutex_);
+    cancel_queued(0, n_units());
     arrived_.wait(lock, [&] { return in_flight_ == 0; });
     for (int i = 0; i < n_units(); i++) {
         Unit & u = unit(i);
         if (u.slot >= 0 && u.ready != u.all_bits()) {
+            settle(u);
             arena->release(u.slot);
             u.slot = -1;
             u.ready = 0;

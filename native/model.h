@@ -16,6 +16,7 @@
 #include "capi.h"
 #include "ggml.h"
 #include "reader.h"
+#include "router.h"
 
 namespace moe_edge {
 
@@ -39,6 +40,12 @@ struct Unit {
     int64_t bytes = 0;       // committed when resident: the aligned ranges, in whole pages
     int slot = -1;           // -1: absent
     std::atomic<uint32_t> ready{0};  // bit p: pieces[p] is in memory
+    // What follows is for units read ahead; guarded by the model's mutex. A unit with a slot that is not whole has the
+    // rest of its pieces on the way, or lost them (cancelled, or a read that failed while nobody needed it).
+    uint32_t pending = 0;    // bit p: pieces[p] is queued or being read
+    bool needed = false;     // a step waits for it, or has used it: errors count
+    bool prefetched = false; // and not used since
+    bool cancelled = false;  // lost a piece before it started, since it was prefetched
     const Piece & piece(Projection p) const;
     uint32_t bit(Projection p) const;
     uint32_t all_bits() const { return (1u << n_pieces) - 1; }
@@ -51,11 +58,16 @@ struct Layer {
     bool fused = false, gated = true;
     std::vector<float> bias_up, bias_gate;  // [n_expert][n_ff], empty when the model has none
     int first_unit = 0;
+    Router router;
 };
 
 struct Counters {
     std::atomic<int64_t> steps{0}, tokens{0}, uses{0}, hits{0}, low_uses{0}, skipped_uses{0}, loads{0}, evictions{0}, graphs{0};
     std::atomic<int64_t> stall_ns{0}, compute_ns{0}, schedule_ns{0}, step_ns{0};
+    // prefetched units: read ahead; then each is once useful (a step used it; late: not whole when that step began), wasted
+    // or cancelled (evicted unused, whole or not). failed: reads of units that no step needed.
+    std::atomic<int64_t> prefetched{0}, prefetch_useful{0}, prefetch_late{0}, prefetch_wasted{0}, prefetch_cancelled{0}, prefetch_failed{0};
+    std::atomic<int64_t> wasted_bytes{0}, look_ahead_ns{0};
 };
 
 struct Noise {  // see me_model_set_noise
@@ -81,6 +93,13 @@ public:
 
     // Start reading an absent unit; false when the arena has no room for it under the budget.
     bool load(int unit_id);
+    // The same for units that no step needs yet, in this order, gate and up before down.
+    bool prefetch(const std::vector<int> & unit_ids);
+    // A step needs a unit that has a slot: what is queued of it comes first, what was lost is read again.
+    void need(int unit_id);
+    // Forget what is queued of the prefetched units first_unit <= id < end_unit that no step has needed.
+    void cancel(int first_unit, int end_unit);
+    // What is queued of it is cancelled; a piece that is being read is waited for, at most one of a prefetched unit.
     void evict(int unit_id);
     // Sleep until something has changed since `seen` (a value of arrivals()): a piece arrived, a worker finished, an error.
     // n_waiters: threads that may wait at the same time; time in which all of them wait is counted as stall.
@@ -103,8 +122,10 @@ public:
     me_mailbox mail{};
     std::atomic<bool> stop{false};
     std::atomic<bool> renormalise{false};
-    const me_step_view * step = nullptr;  // while the scheduler is asked
+    const me_step_view * step = nullptr;  // while the scheduler is asked, about
+    int step_layer = -1;                  // this layer
     Noise noise;
+    LookAhead look;
     bool watches_attention = false;
     std::unique_ptr<Arena> arena;
     std::unique_ptr<Reader> reader;
@@ -115,6 +136,10 @@ private:
     void lay_out(Unit & u);
     std::string piece_name(int unit_id, int piece) const;  // "FILE: tensor '...' of expert E"
     void on_read(const ReadJob & job, const std::string & error);
+    bool place(int unit_id);  // gives it a slot
+    void submit(int unit_id, int piece, bool soon);  // under mutex_
+    void cancel_queued(int first_unit, int end_unit);  // under mutex_
+    void settle(Unit & u);  // count a prefetched unit that is evicted; under mutex_
 
     std::vector<Unit> units_;
     int64_t largest_unit_ = 0, smallest_unit_ = INT64_MAX;

@@ -55,30 +55,75 @@ Reader::~Reader() {
 void Reader::submit(const ReadJob & job) {
     {
         std::lock_guard<std::mutex> lock(mutex_);
-        queue_.push_back(job);
+        (job.soon ? soon_ : queue_).push_back(job);
     }
     wake_.notify_one();
 }
 
+void Reader::promote(int64_t first_tag, int64_t end_tag) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::deque<ReadJob> rest, first;
+    for (ReadJob & j : soon_) {
+        const bool mine = j.tag >= first_tag && j.tag < end_tag;
+        if (mine) j.soon = false;
+        (mine ? first : rest).push_back(j);
+    }
+    soon_.swap(rest);
+    queue_.insert(queue_.begin(), first.begin(), first.end());
+    wake_.notify_all();
+}
+
+std::vector<int64_t> Reader::cancel(int64_t first_tag, int64_t end_tag) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<int64_t> tags;
+    std::deque<ReadJob> rest;
+    for (const ReadJob & j : soon_) {
+        if (j.tag >= first_tag && j.tag < end_tag) {
+            tags.push_back(j.tag);
+        } else {
+            rest.push_back(j);
+        }
+    }
+    soon_.swap(rest);
+    return tags;
+}
+
+int64_t Reader::disk_busy_ns() {
+    using namespace std::chrono;
+    std::lock_guard<std::mutex> lock(mutex_);
+    return disk_busy_ns_ + (running_ ? duration_cast<nanoseconds>(steady_clock::now() - running_since_).count() : 0);
+}
+
 void Reader::work() {
+    using namespace std::chrono;
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-        wake_.wait(lock, [this] { return stop_ || !queue_.empty(); });
+        wake_.wait(lock, [this] { return stop_ || !queue_.empty() || soon_may_start(); });
         if (stop_) return;
-        const ReadJob job = queue_.front();
-        queue_.pop_front();
+        std::deque<ReadJob> & from = queue_.empty() ? soon_ : queue_;
+        const ReadJob job = from.front();
+        from.pop_front();
+        const auto t0 = steady_clock::now();
+        if (running_++ == 0) running_since_ = t0;
+        soon_running_ += job.soon;
         lock.unlock();
-        const auto t0 = std::chrono::steady_clock::now();
-        const std::string error = read(job);
-        busy_ns_ += std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - t0).count();
+        int64_t got = 0;
+        const std::string error = read(job, got);
+        const int64_t ns = duration_cast<nanoseconds>(steady_clock::now() - t0).count();
+        busy_ns_ += ns;
+        if (job.soon) {
+            soon_busy_ns_ += ns;
+            soon_bytes_ += got;
+        }
         on_done_(job, error);
         lock.lock();
+        soon_running_ -= job.soon;
+        if (--running_ == 0) disk_busy_ns_ += duration_cast<nanoseconds>(steady_clock::now() - running_since_).count();
     }
 }
 
-std::string Reader::read(const ReadJob & job) {
+std::string Reader::read(const ReadJob & job, int64_t & got) {
     File & f = files_[static_cast<size_t>(job.file)];
-    int64_t got = 0;
     while (got < job.length) {
         const bool was_direct = f.direct;  // another thread may give direct reads up meanwhile
         const ssize_t n = pread(f.fd, job.dst + got, static_cast<size_t>(job.length - got), job.offset + got);

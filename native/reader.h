@@ -1,7 +1,10 @@
 // Reads expert bytes from disk past the page cache: a small pool of threads that sleep while there is nothing to do.
 // One Reader belongs to one Model. submit() may be called from any thread; the callback runs on a reader thread.
+// Two queues: needed now, and maybe soon. A speculative job starts only while no needed one is queued or being read, and
+// SOON_AT_ONCE at a time, so a needed read never waits behind more than one of them: one projection.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -16,6 +19,8 @@ namespace moe_edge {
 // Direct reads want offset, length and buffer aligned to the device's block; 4096 covers the disks of today.
 constexpr int64_t READ_ALIGN = 4096;
 
+constexpr int SOON_AT_ONCE = 1;
+
 struct ReadJob {
     int file = 0;
     int64_t offset = 0;      // multiple of READ_ALIGN
@@ -23,6 +28,7 @@ struct ReadJob {
     int64_t needed = 0;      // bytes from offset that must be there
     char * dst = nullptr;    // aligned to READ_ALIGN, room for length bytes
     int64_t tag = 0;         // the caller's
+    bool soon = false;       // nobody waits for it yet: read when nothing else is to be read
 };
 
 class Reader {
@@ -33,6 +39,10 @@ public:
     Reader(const std::vector<std::string> & paths, int n_threads, bool direct, Done on_done);
     ~Reader();
     void submit(const ReadJob & job);
+    // Of the speculative jobs with first_tag <= tag < end_tag that have not started: move them before the needed ones;
+    // or forget them, calling nobody: their tags.
+    void promote(int64_t first_tag, int64_t end_tag);
+    std::vector<int64_t> cancel(int64_t first_tag, int64_t end_tag);
 
     int n_files() const { return static_cast<int>(files_.size()); }
     const std::string & path(int file) const { return files_[static_cast<size_t>(file)].path; }
@@ -40,6 +50,9 @@ public:
     int64_t bytes_read() const { return bytes_; }
     int64_t reads() const { return reads_; }
     double busy_seconds() const { return static_cast<double>(busy_ns_) * 1e-9; }
+    int64_t soon_bytes() const { return soon_bytes_; }     // read by jobs that were speculative when they started
+    int64_t soon_busy_ns() const { return soon_busy_ns_; }
+    int64_t disk_busy_ns();                                // time in which at least one read was under way
 
 private:
     struct File {
@@ -50,17 +63,21 @@ private:
         File(File && o) noexcept : path(std::move(o.path)), fd(o.fd), direct(o.direct.load()) { o.fd = -1; }
     };
     void work();
-    std::string read(const ReadJob & job);
+    bool soon_may_start() const { return !soon_.empty() && queue_.empty() && running_ == soon_running_ && soon_running_ < SOON_AT_ONCE; }
+    std::string read(const ReadJob & job, int64_t & got);
     void open(const std::string & path, bool direct);
 
     std::vector<File> files_;
     Done on_done_;
     std::mutex mutex_;
     std::condition_variable wake_;
-    std::deque<ReadJob> queue_;
+    std::deque<ReadJob> queue_, soon_;
+    int running_ = 0, soon_running_ = 0;
+    std::chrono::steady_clock::time_point running_since_;
+    int64_t disk_busy_ns_ = 0;
     bool stop_ = false;
     std::vector<std::thread> threads_;
-    std::atomic<int64_t> bytes_{0}, reads_{0}, busy_ns_{0};
+    std::atomic<int64_t> bytes_{0}, reads_{0}, busy_ns_{0}, soon_bytes_{0}, soon_busy_ns_{0};
 };
 
 }  // namespace moe_edge

@@ -22,6 +22,7 @@ bool StepRunner::fail(const std::string & why) {
 void StepRunner::abandon() {
     pending_ = false;
     loads_.clear();
+    prefetches_.clear();
     next_load_ = 0;
 }
 
@@ -98,15 +99,17 @@ bool StepRunner::ask_scheduler() {
         m.mail.weights[i] = sum;
         m.mail.squares[i] = squares;
     }
+    m.mail.prefetch_count[0] = 0;
     m.mail.order[0] = -1;  // an answer that was never written must not pass for one
     const Layer & layer = m.layers[static_cast<size_t>(step_.layer_pos)];
     const me_step_view view{step_.ids.data(), step_.weights.data(), attention_.take(step_.n_tokens), ffn.input(), static_cast<int32_t>(step_.n_tokens),
                             static_cast<int32_t>(step_.n_used), static_cast<int32_t>(layer.n_embd), weights_node_ != nullptr};
-    const int64_t t0 = now_ns();
+    const int64_t t0 = now_ns(), looked = m.counters.look_ahead_ns;
     m.step = &view;
+    m.step_layer = step_.layer_pos;
     const int32_t status = m.schedule(m.schedule_user, step_.layer_pos, static_cast<int32_t>(step_.n_tokens), n);
     m.step = nullptr;
-    m.counters.schedule_ns += now_ns() - t0;
+    m.counters.schedule_ns += now_ns() - t0 - (m.counters.look_ahead_ns - looked);
     if (status == ME_SCHEDULE_RESIDENT) {
         for (int i = 0; i < n; i++) {
             m.mail.order[i] = i;
@@ -120,6 +123,7 @@ bool StepRunner::ask_scheduler() {
     step_.groups.clear();
     skipped_.clear();
     loads_.clear();
+    prefetches_.clear();
     next_load_ = 0;
     busy_.assign(static_cast<size_t>(m.n_units()), 0);
     std::vector<uint8_t> seen(static_cast<size_t>(n), 0);
@@ -142,12 +146,16 @@ bool StepRunner::ask_scheduler() {
         g.unit = m.layers[static_cast<size_t>(step_.layer_pos)].first_unit + g.expert * m.n_levels + level;
         busy_[static_cast<size_t>(g.unit)] = 1;
         step_.groups.push_back(g);
-        const bool resident = m.unit(g.unit).slot >= 0;
-        if (!resident) {
+        Unit & unit = m.unit(g.unit);
+        const bool resident = unit.slot >= 0;
+        if (resident) {
+            if (unit.prefetched || unit.ready != unit.all_bits()) m.need(g.unit);
+        } else {
             Load load{static_cast<int>(step_.groups.size()) - 1, {}};
             for (int v = 0; v < n_victims; v++) load.victims.push_back(m.mail.victims[victim + v]);
             loads_.push_back(std::move(load));
-        } else if (n_victims > 0) {
+        }
+        if (resident && n_victims > 0) {
             return fail("the scheduler's plan evicts experts for one that is already in memory");
         }
         victim += n_victims;
@@ -156,6 +164,65 @@ bool StepRunner::ask_scheduler() {
     }
     m.counters.steps++;
     m.counters.tokens += step_.n_tokens;
+    // What was fetched ahead for this layer and is not asked for now is not worth the disk's time.
+    const Layer & layer_now = m.layers[static_cast<size_t>(step_.layer_pos)];
+    if (m.counters.prefetched > 0) m.cancel(layer_now.first_unit, layer_now.first_unit + layer_now.n_expert * m.n_levels);
+    std::string error;
+    return take_prefetches(error) || fail(error);
+}
+
+// The plan's prefetches; they may not touch what this step uses.
+bool StepRunner::take_prefetches(std::string & error) {
+    Model & m = *step_.model;
+    const int n = m.mail.prefetch_count[0];
+    if (n < 0 || n > m.n_units()) {
+        error = "the scheduler's plan prefetches " + std::to_string(n) + " of " + std::to_string(m.n_units()) + " units";
+        return false;
+    }
+    int victim = 0;
+    for (int i = 0; i < n; i++) {
+        Prefetch p{m.mail.prefetch_units[i], {}};
+        const int n_victims = m.mail.prefetch_victim_count[i];
+        if (p.unit < 0 || p.unit >= m.n_units() || busy_[static_cast<size_t>(p.unit)] || n_victims < 0 || victim + n_victims > m.n_units()) {
+            error = "the scheduler's plan prefetches an expert that does not exist or that the present step uses";
+            return false;
+        }
+        for (int v = 0; v < n_victims; v++) {
+            const int gone = m.mail.prefetch_victims[victim + v];
+            if (gone < 0 || gone >= m.n_units() || busy_[static_cast<size_t>(gone)]) {
+                error = "the scheduler's plan evicts an expert of the present step for one that is not needed yet";
+                return false;
+            }
+            p.victims.push_back(gone);
+        }
+        victim += n_victims;
+        prefetches_.push_back(std::move(p));
+    }
+    return true;
+}
+
+bool StepRunner::dispatch_prefetches(std::string & error) {
+    Model & m = *step_.model;
+    std::vector<int> units;
+    for (const Prefetch & p : prefetches_) {
+        for (int v : p.victims) {
+            if (m.unit(v).slot < 0) {
+                error = "the scheduler's plan evicts an expert that is not in memory";
+                return false;
+            }
+            m.evict(v);
+        }
+        if (m.unit(p.unit).slot >= 0 || std::find(units.begin(), units.end(), p.unit) != units.end()) {
+            error = "the scheduler's plan prefetches an expert that is already in memory";
+            return false;
+        }
+        units.push_back(p.unit);
+    }
+    prefetches_.clear();
+    if (!units.empty() && !m.prefetch(units)) {
+        error = "the scheduler's plan exceeds the memory of the expert arena";
+        return false;
+    }
     return true;
 }
 
@@ -178,7 +245,7 @@ bool StepRunner::dispatch_loads(std::string & error) {
         }
         next_load_++;
     }
-    return true;
+    return prefetches_.empty() || dispatch_prefetches(error);
 }
 
 bool StepRunner::begin(const Stub & stub, const ggml_tensor * product, const ggml_tensor * weights) {

@@ -31,12 +31,15 @@ public:
 
 private:
     struct Load { int group; std::vector<int> victims; };
+    struct Prefetch { int unit; std::vector<int> victims; };
     bool group_by_expert(const ggml_tensor * ids);
     void take_weights(const ggml_tensor * weights);
     void drop_skipped();
     void disturb();
     bool ask_scheduler();
+    bool take_prefetches(std::string & error);
     bool dispatch_loads(std::string & error);
+    bool dispatch_prefetches(std::string & error);
     bool compute_ready(bool & progress);
     bool compute_together();
     bool compute_by_workers();
@@ -53,6 +56,7 @@ private:
     std::vector<Group> skipped_;
     std::vector<Load> loads_;
     size_t next_load_ = 0;
+    std::vector<Prefetch> prefetches_;  // to be started when all loads are
     std::vector<uint8_t> busy_;  // unit id -> this step still needs it
     std::vector<Group> by_expert_;
     std::mutex workers_mutex_;  // guards groups' taken and state, loads_ and busy_ while workers run

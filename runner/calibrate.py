@@ -54,7 +54,7 @@ from moe_edge.runner.observe import LayerView, Observed, observe
 from moe_edge.runner.settings import measure_settings
 from moe_edge.schedulers.calibration import Calibration, FloatArray
 
-DEFAULT_TYPES = ("IQ2_XXS", "Q2_K", "Q3_K", "Q4_K", "Q6_K")
+DEFAULT_TYPES = ("IQ2_XXS", "Q2_K", "IQ3_XXS", "Q3_K", "Q4_K", "Q6_K")
 MOST_ROWS = 512  # of an expert's tokens, for its errors; more move them by a few per cent (docs/LOG.md)
 REFERENCE_TYPE = "Q8_0"  # of the temporary model that a checkpoint is run as
 QUANTILES = np.linspace(0, 1, 101)

@@ -90,6 +90,10 @@ def model_options(f: F) -> F:
             click.option("--t2", type=float, help="hobbit: and up to which they are low; beyond, skipped."),
             click.option("--price", type=float, default=0.001, show_default=True,
                          help="damage: nats of expected KLD that reading a MiB must save."),
+            click.option("--cache", default="auto", show_default=True,
+                         help="Which expert goes when another needs its place: auto, next-use, decayed, lru, ..."),
+            click.option("--lookahead", default="off", show_default=True,
+                         help="Read experts of the next layers early: single, stacked, votes, auto."),
             click.option("--max-kld", type=float,
                          help="The fastest measured setting with at most this KLD (nats a token)."),
             click.option("--verify", is_flag=True, help="Check every tensor of the store against its checksum first."),
@@ -124,7 +128,7 @@ def _policy(o: dict[str, Any]) -> PolicyOptions:
     return PolicyOptions(
         name=o["policy"], retention=o["retention"], low_level=o["low_level"], depth=o["depth"],
         importance=o["importance"], prefill_importance=o["prefill_importance"], renormalise=o["renormalise"],
-        t1=o["t1"], t2=o["t2"], price=o["price"], max_kld=o["max_kld"],
+        t1=o["t1"], t2=o["t2"], price=o["price"], cache=o["cache"], lookahead=o["lookahead"], max_kld=o["max_kld"],
     )  # fmt: skip
 
 

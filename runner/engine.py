@@ -24,7 +24,9 @@ from moe_edge.models.errors import EngineError, MoeEdgeError, Stopped
 from moe_edge.runner.memory import auto_budget_bytes, current_rss_bytes
 from moe_edge.runner.native import Counters, NativeModel, ThreadPool
 from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES, FixedSizes, MemoryPlan, plan_memory
+from moe_edge.schedulers.controller import Measured
 from moe_edge.schedulers.layout import Layout
+from moe_edge.schedulers.lookahead import LookAheadPolicy
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policy import Policy, make_policy
 from moe_edge.schedulers.settings import choose_setting, describe_options, describe_setting, resolve_options
@@ -327,8 +329,20 @@ class Engine:
         self._policy = policy
         self.native.schedule = policy.plan
         self.native.wants_routing = policy.wants_routing
+        if isinstance(policy, LookAheadPolicy):
+            width = min(2 * self.model.n_expert_used, min(self.layout.n_experts))
+            self.native.set_lookahead(policy.depth, width)
+            policy.measure = self._measure
+        else:
+            self.native.set_lookahead(0, 0)
         if policy.wants_attention:  # and from then on: graphs that llama.cpp keeps and uses again do not change
             self.native.watch_attention()
+
+    def _measure(self) -> Measured:
+        """The sums that the look-ahead controller decides by."""
+        c = self.native.counters()
+        overhead = c.schedule_seconds + c.look_ahead_seconds
+        return Measured(time.perf_counter(), c.stall_seconds, overhead, c.disk_busy_seconds, c.bytes_read)
 
     def counters(self) -> Counters:
         return self.native.counters()

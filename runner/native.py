@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import (
     POINTER,
     Structure,
@@ -30,13 +30,14 @@ import numpy as np
 import numpy.typing as npt
 from moe_edge.convert.store import ExpertModel
 from moe_edge.models.errors import EngineError, MissingFile, WrongLibrary
-from moe_edge.schedulers.layout import Routing, Step, StepPlan
+from moe_edge.schedulers.layout import Ahead, Routing, Step, StepPlan
 
 FloatArray = npt.NDArray[np.float32]
 
 WORKING_VERSION = "llama-cpp-python 0.3.36"
 ERROR_BYTES = 1024
 PROJECTION_CODES = {"up": 0, "gate": 1, "down": 2, "gate_up": 3}
+MAX_AHEAD = 8
 SCHEDULE_OK, SCHEDULE_STOP, SCHEDULE_ERROR, SCHEDULE_RESIDENT = 0, 1, 2, 3
 
 
@@ -70,7 +71,9 @@ class Mailbox(Structure):
     _fields_ = [
         (name, POINTER(kind)) for name, kind in (
             ("experts", c_int32), ("counts", c_int32), ("weights", c_float), ("squares", c_float), ("order", c_int32),
-            ("level", c_int32), ("victim_count", c_int32), ("victims", c_int32),
+            ("level", c_int32), ("victim_count", c_int32), ("victims", c_int32), ("prefetch_count", c_int32),
+            ("prefetch_units", c_int32), ("prefetch_victim_count", c_int32), ("prefetch_victims", c_int32),
+            ("ahead_counts", c_int32), ("ahead_experts", c_int32), ("ahead_scores", c_float),
         )
     ]  # fmt: skip
 
@@ -111,7 +114,9 @@ class ModelDesc(Structure):
 
 _COUNTERS = (
     "steps tokens uses hits low_uses skipped_uses loads evictions reads bytes_read graphs stall_ns compute_ns "
-    "schedule_ns step_ns read_busy_ns committed_bytes peak_committed_bytes direct_files"
+    "schedule_ns step_ns read_busy_ns committed_bytes peak_committed_bytes direct_files prefetched prefetch_useful "
+    "prefetch_late prefetch_wasted prefetch_cancelled prefetch_failed prefetch_bytes wasted_bytes disk_busy_ns "
+    "prefetch_busy_ns look_ahead_ns"
 ).split()
 
 
@@ -125,7 +130,10 @@ class AbiInfo(Structure):
 
 @dataclass(frozen=True)
 class Counters:
-    """Counts since the model was opened; times in seconds. See native/capi.h for what a step, use and hit are."""
+    """Counts since the model was opened; times in seconds. See native/capi.h for what a step, use and hit are.
+
+    loads: read by the step that needed them, so hits + loads = uses; prefetched: read ahead, hits when they are used.
+    """
 
     steps: int = 0
     tokens: int = 0
@@ -146,6 +154,17 @@ class Counters:
     committed_bytes: int = 0
     peak_committed_bytes: int = 0
     direct_files: int = 0
+    prefetched: int = 0
+    prefetch_useful: int = 0
+    prefetch_late: int = 0
+    prefetch_wasted: int = 0
+    prefetch_cancelled: int = 0
+    prefetch_failed: int = 0
+    prefetch_bytes: int = 0
+    wasted_bytes: int = 0
+    disk_busy_seconds: float = 0.0
+    prefetch_busy_seconds: float = 0.0
+    look_ahead_seconds: float = 0.0
 
     def since(self, earlier: Counters) -> Counters:
         """The difference; the committed bytes and the number of direct files stay absolute."""
@@ -235,6 +254,9 @@ def _declare(lib: Any) -> None:
         "me_model_unit_bytes": (None, [model, POINTER(c_int64)]),
         "me_model_set_stop": (None, [model, c_int32]),
         "me_model_step": (c_int32, [model, POINTER(StepView)]),
+        "me_model_set_lookahead": (c_int32, [model, c_int32, c_int32, c_int32, text]),
+        "me_model_ahead": (c_int32, [model, c_int32]),
+        "me_model_known_routers": (c_int32, [model]),
         "me_model_watch_attention": (None, [model]),
         "me_model_set_renormalise": (None, [model, c_int32]),
         "me_model_set_noise": (c_double, [model, c_int32, c_float, c_uint64]),
@@ -295,9 +317,17 @@ class Mail:
         self.level = (c_int32 * max_experts)()
         self.victim_count = (c_int32 * max_experts)()
         self.victims = (c_int32 * max(n_units, 1))()
+        self.prefetch_count = (c_int32 * 1)()
+        self.prefetch_units = (c_int32 * max(n_units, 1))()
+        self.prefetch_victim_count = (c_int32 * max(n_units, 1))()
+        self.prefetch_victims = (c_int32 * max(n_units, 1))()
+        self.ahead_counts = (c_int32 * MAX_AHEAD)()
+        self.ahead_experts = (c_int32 * (MAX_AHEAD * max_experts))()
+        self.ahead_scores = (c_float * (MAX_AHEAD * max_experts))()
 
     def struct(self) -> Mailbox:
-        return Mailbox(**{f[0]: ctypes.cast(getattr(self, f[0]), f[1]) for f in Mailbox._fields_})
+        fields: Any = Mailbox._fields_
+        return Mailbox(**{name: ctypes.cast(getattr(self, name), kind) for name, kind in fields})
 
 
 Schedule = Callable[[Step], StepPlan | None]
@@ -319,6 +349,7 @@ class NativeModel:
         self.schedule_error: BaseException | None = None
         self.schedule: Schedule | None = None
         self.wants_routing = False
+        self._ahead_width = 0
         self.observe: Callable[[int, Routing, FloatArray], None] | None = None
         self.stop_requested = False
         self._callback = SCHEDULE_FN(self._on_step)
@@ -338,6 +369,8 @@ class NativeModel:
         try:
             assert self.schedule is not None, "no policy yet"
             step = Step(layer, mail.experts[:n], mail.counts[:n], mail.weights[:n], mail.squares[:n], n_tokens)
+            if self._ahead_width:
+                step.ask_ahead = self.ask_ahead
             if self.wants_routing and n_tokens > 1:
                 step.routing = self._routing()[0]
             if self.observe is not None:
@@ -353,6 +386,8 @@ class NativeModel:
                     at += 1
             mail.order[:n] = list(plan.order)
             mail.level[:n] = list(plan.levels)
+            if plan.prefetch:
+                self._mail_prefetch(plan.prefetch)
             return SCHEDULE_OK
         except BaseException as e:  # a callback cannot raise through C: kept, and raised after the decode
             self.schedule_error = e
@@ -366,6 +401,42 @@ class NativeModel:
         attention = array(v.attention, (v.n_tokens,)) if v.attention else None
         routing = Routing(array(v.experts, shape), array(v.weights, shape), attention)
         return routing, array(v.input, (v.n_tokens, v.n_embd))
+
+    def _mail_prefetch(self, prefetch: Sequence[tuple[int, Sequence[int]]]) -> None:
+        mail, at = self.mail, 0
+        mail.prefetch_count[0] = len(prefetch)
+        for i, (unit, gone) in enumerate(prefetch):
+            mail.prefetch_units[i] = unit
+            mail.prefetch_victim_count[i] = len(gone)
+            for victim in gone:
+                mail.prefetch_victims[at] = victim
+                at += 1
+
+    def ask_ahead(self, depth: int) -> list[Ahead]:
+        """Within a step: what the routers of at most `depth` later layers predict, nearest first."""
+        mail, width = self.mail, self._ahead_width
+        out = []
+        for d in range(self._lib.me_model_ahead(self._handle, depth)):
+            start = d * width
+            end = start + mail.ahead_counts[d]
+            if end > start:
+                out.append(Ahead(d + 1, mail.ahead_experts[start:end], mail.ahead_scores[start:end]))
+        return out
+
+    def set_lookahead(self, depth: int, width: int, *, rescale: bool = True) -> None:
+        """Let steps ask at most `depth` routers ahead for their best `width` experts; 0: off. Not within a step.
+
+        rescale: correct the input for the difference of the layers' norm weights. Raises EngineError.
+        """
+        error = ctypes.create_string_buffer(ERROR_BYTES)
+        if self._lib.me_model_set_lookahead(self._handle, depth, width, int(rescale), error) != 0:
+            raise EngineError(error.value.decode())
+        self._ahead_width = width if depth else 0
+
+    @property
+    def known_routers(self) -> int:
+        """MoE layers whose router llama.cpp has shown."""
+        return int(self._lib.me_model_known_routers(self._handle))
 
     def watch_attention(self) -> None:
         """Let a Routing carry the attention each token received, in micro-batches of 32 tokens and more.

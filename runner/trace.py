@@ -52,6 +52,7 @@ def record_trace(
     one_by_one: bool = True,
     policy: PolicyOptions | None = None,
     predict: Predict | None = None,
+    look_ahead: tuple[int, int] | None = None,
     attention: bool = False,
 ) -> Trace:
     """The routing of the first n_tokens of a text (None: all), fed as it is, whatever the model would have said.
@@ -60,7 +61,8 @@ def record_trace(
     empty KV cache, and with BOS where the model has one (a text's own is its first; it replaces the first token of the
     others). one_by_one: every token is a micro-batch, as in decode; else micro-batches of engine.n_ubatch.
     policy: runs during the recording, exact by default: others change what later layers see. Afterwards the engine has
-    the policy of its options, and an empty KV cache. predict: fills ahead_experts and ahead_scores. attention: let
+    the policy of its options, and an empty KV cache. predict: fills ahead_experts and ahead_scores; look_ahead (depth,
+    width): with what the engine's own look-ahead says, in micro-batches of one token. attention: let
     llama.cpp show it from now on, for micro-batches of 32 tokens and more (NativeModel.watch_attention).
     Raises UsageError for a text shorter than n_tokens, and what Engine.decoding() raises.
     """
@@ -75,6 +77,9 @@ def record_trace(
         if attention:
             engine.native.watch_attention()
         resident, before = engine.policy.resident, engine.counters()
+        if look_ahead is not None:
+            engine.native.set_lookahead(*look_ahead)
+            predict = _routers(engine, *look_ahead)
         recorder = TraceRecorder(engine, wanted, predict)
         engine.native.observe = recorder.observe
         for start in range(0, wanted, engine.n_ctx):
@@ -95,6 +100,18 @@ def record_trace(
         engine.native.observe = None
         _forget(engine)
         engine.set_policy(engine.options.policy)
+
+
+def _routers(engine: Engine, depth: int, width: int) -> Predict:
+    def predict(_layer: int, x: FloatArray) -> tuple[Array, Array]:
+        experts = np.full((len(x), depth, width), NO_EXPERT, np.int16)
+        scores = np.zeros((len(x), depth, width), np.float16)
+        for a in engine.native.ask_ahead(depth) if len(x) == 1 else ():
+            experts[0, a.distance - 1, : len(a.experts)] = a.experts
+            scores[0, a.distance - 1, : len(a.experts)] = a.scores
+        return experts, scores
+
+    return predict
 
 
 def _forget(engine: Engine) -> None:

@@ -1,7 +1,6 @@
-"""Which units are in the expert arena, and which goes next. Counts bytes; knows nothing of layers, wishes or levels.
+"""Which units are in the expert arena, and which goes next. Counts bytes; knows nothing of wishes or levels.
 
-An eviction rule is `renew`, `add`, `remove` and `_next_victim`; the bytes are counted here. This one is LRU, which is
-within 0-11 % of the best on-line rule on nine models (PAPERS.md, section 8).
+The order of eviction is a rule's (eviction.py, learned.py); what is in use or protected goes last under every rule.
 """
 
 from __future__ import annotations
@@ -9,42 +8,112 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
-from moe_edge.models.errors import BudgetTooSmall
-from moe_edge.schedulers.layout import Layout
+from moe_edge.models.errors import BudgetTooSmall, UnknownName
+from moe_edge.schedulers.eviction import Decayed, EvictionRule, Hobbit, Lru, LruAdmit, NextUse
+from moe_edge.schedulers.layout import Layout, Step
+from moe_edge.schedulers.learned import LARGEST_TABLE_BYTES, Learned, table_bytes
+from moe_edge.schedulers.usage import Usage
+
+RULES = ("auto", "learned", "next-use", "decayed", "lru", "lru-admit", "hobbit")
+
+
+def make_rule(name: str, layout: Layout, arena_bytes: int, usage: Usage | None = None) -> EvictionRule:
+    """The rule of this name; auto: learned, next-use for models of so many experts that its table would be large.
+
+    usage: what earlier runs used, to start from. Raises UnknownName.
+    """
+    if name == "auto":
+        name = "learned" if table_bytes(layout) <= LARGEST_TABLE_BYTES else "next-use"
+    if name == "learned":
+        return Learned(layout, arena_bytes, usage)
+    if name == "next-use":
+        return NextUse(layout, arena_bytes, usage)
+    if name == "decayed":
+        return Decayed(layout, usage=usage)
+    if name == "hobbit":
+        return Hobbit(layout)
+    if name == "lru-admit":
+        return LruAdmit(layout)
+    if name == "lru":
+        return Lru()
+    raise UnknownName(f"unknown eviction rule '{name}'; known: {', '.join(RULES)}")
 
 
 class ExpertCache:
-    """The units in memory, the one used longest ago evicted first.
+    """The units in memory; `rule`, one of RULES or a value, says which is evicted first.
 
-    Contract of any rule: what this step renewed or added goes after everything else, in that same order. A policy
-    renews a step's hits, then adds its misses in plan order, so a unit of the step is evicted only when nothing else is
-    left, and only for one that comes later in the plan: by then it has been computed.
+    Contract of any rule: the units of the present step's experts go after everything else, oldest use first; before
+    them, when nothing else is left, the protected ones. A policy notes a step, renews its hits, then adds its misses in
+    plan order: a unit of the step is evicted only for one that comes later in the plan, so by then it was computed.
+
+    usage: what earlier runs used, where the rule's scores start. count: where note() counts uses besides.
     """
 
-    renew: Callable[[int], None]  # note a use; KeyError when absent. Bound anew by reset.
+    note: Callable[[Step], None]  # a step begins
+    renew: Callable[[int], None]  # note a use of a unit in memory; KeyError when absent. Bound anew by reset.
 
-    def __init__(self, layout: Layout, arena_bytes: int) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        arena_bytes: int,
+        rule: str | EvictionRule = "lru",
+        *,
+        usage: Usage | None = None,
+        count: Usage | None = None,
+    ) -> None:
+        self._layout = layout
         self._unit_bytes = layout.unit_bytes
         self.arena_bytes = arena_bytes
+        self._rule = make_rule(rule, layout, arena_bytes, usage) if isinstance(rule, str) else rule
+        self._count = count
         self.reset(())
 
     def reset(self, resident: Iterable[int]) -> None:
-        """Start again from these units, the one to evict first coming first."""
+        """Start again from these units, the one to evict first coming first. Nothing is in use or protected."""
         self._units = OrderedDict((u, self._unit_bytes[u]) for u in resident)  # oldest use first
         self.renew = self._units.move_to_end  # the C method itself: it is most of what a step without a miss costs
         self.used_bytes = sum(self._units.values())
+        self._protected: frozenset[int] = frozenset()
+        self._by_recency = self._rule.by_recency  # and nothing protected
+        self._step: Step | None = None
+        self._kept: frozenset[int] | None = frozenset()  # protected and in use; None: to be worked out
+        self._rule.reset(self._units)
+        self.note = self._note_and_count if self._count else self._note
 
     @property
     def resident(self) -> tuple[int, ...]:
-        """Units in memory, the one used longest ago first."""
-        return tuple(self._units)
+        """Units in memory, the one to evict first coming first; protection is not looked at."""
+        return tuple(self._rule.order(self._units))
 
     def __contains__(self, unit: int) -> bool:
         return unit in self._units
 
+    def _note(self, step: Step) -> None:
+        """A step begins: until the next one its experts are in use."""
+        self._step = step
+        self._kept = None
+        self._rule.note(step)
+
+    def _note_and_count(self, step: Step) -> None:
+        assert self._count is not None
+        self._count.note(step)
+        self._note(step)
+
+    def protect(self, units: Iterable[int]) -> None:
+        """From now on these, and no others, are predicted: evicted only when nothing but the step's own is left."""
+        self._protected = frozenset(units)
+        self._kept = None
+        self._by_recency = self._rule.by_recency and not self._protected
+        self._rule.release()
+
+    def new_conversation(self) -> None:
+        """A text begins that has nothing to do with the last one: a rule that counts by conversation starts again."""
+        self._rule.new_conversation()
+
     def remove(self, unit: int) -> None:
         """Take out a unit that is in memory."""
         self.used_bytes -= self._units.pop(unit)
+        self._rule.removed(unit)
 
     def make_room(self, need_bytes: int) -> list[int]:
         """Take out units until need_bytes fit; the units taken, in order: no more than the bytes require.
@@ -66,9 +135,33 @@ class ExpertCache:
         victims = self.make_room(size)
         self._units[unit] = size
         self.used_bytes += size
+        self._rule.added(unit, victims)
         return victims
 
     def _next_victim(self) -> int:
-        unit, size = self._units.popitem(last=False)
+        if self._by_recency:
+            unit, size = self._units.popitem(last=False)  # what the step used is the newest
+        else:
+            if self._kept is None:
+                self._kept = self._in_use() | self._protected if self._protected else self._in_use()
+            chosen = self._rule.choose(self._units, self._kept)
+            unit = self._last_resort() if chosen is None else chosen
+            size = self._units.pop(unit)
         self.used_bytes -= size
         return unit
+
+    def _last_resort(self) -> int:
+        """Only protected units and the step's own are left: a protected one, or else the oldest."""
+        in_use = self._in_use()
+        unit = next((unit for unit in self._units if unit not in in_use), next(iter(self._units)))
+        self._rule.removed(unit)
+        return unit
+
+    def _in_use(self) -> frozenset[int]:
+        """All units of the present step's experts."""
+        if self._step is None:
+            return frozenset()
+        n_levels, first = self._layout.n_levels, self._layout.first_unit[self._step.layer]
+        if n_levels == 1:
+            return frozenset([first + expert for expert in self._step.experts])
+        return frozenset(first + e * n_levels + level for e in self._step.experts for level in range(n_levels))

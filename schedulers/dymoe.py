@@ -78,6 +78,10 @@ class DyMoE(LevelPolicy):
         carry[layer] = target - n_high
         return n_high
 
+    def wishes(self, step: Step) -> Sequence[int]:
+        n = len(step.experts)
+        return self._wishes(step, min(n, max(1, round(self.retention[step.layer] * n))))
+
     def _wishes(self, step: Step, n_high: int) -> Sequence[int]:
         n = len(step.experts)
         if n_high == n:

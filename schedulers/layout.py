@@ -6,7 +6,7 @@ level by level, as in native/model.h. Levels are opaque indices, 0 is the highes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -73,6 +73,21 @@ class Routing(NamedTuple):
     attention: npt.NDArray[np.float32] | None
 
 
+class Ahead(NamedTuple):
+    """What the router of a later layer says to this step's input.
+
+    distance: 1 is the next MoE layer. experts: the most probable ones, best first. scores: their router probabilities
+    over all experts of that layer, the mean over the step's tokens.
+    """
+
+    distance: int
+    experts: Sequence[int]
+    scores: Sequence[float]
+
+
+AskAhead = Callable[[int], Sequence[Ahead]]
+
+
 @dataclass(slots=True)
 class Step:
     """One MoE layer of one micro-batch: what a policy is asked about.
@@ -80,6 +95,8 @@ class Step:
     layer: position among the MoE layers. experts: distinct, ascending. counts: tokens of the micro-batch routed to
     each. weights: sum of the gate weights of those tokens; for one token its gate weights. squares: sum of their
     squares. routing: token by token, for micro-batches of more than one token and policies that want it.
+    ask_ahead: what the routers of at most so many later layers predict, nearest first; None when look-ahead is off.
+    Asking costs; valid until the plan is given.
     """
 
     layer: int
@@ -89,6 +106,7 @@ class Step:
     squares: Sequence[float] = ()
     n_tokens: int = 1
     routing: Routing | None = None
+    ask_ahead: AskAhead | None = None
 
 
 class StepPlan(NamedTuple):
@@ -97,8 +115,33 @@ class StepPlan(NamedTuple):
     order: permutation of the asked experts' positions, the order to fetch in. levels: precision level of each step, or
     SKIP. victims: for each step, the units to evict before its read starts. A victim may be an expert of an earlier
     step; the engine evicts it once it has been computed.
+    prefetch: see PlanAhead.
     """
 
     order: Sequence[int]
     levels: Sequence[int]
     victims: Sequence[Sequence[int]]
+
+    @property
+    def prefetch(self) -> Sequence[tuple[int, Sequence[int]]]:
+        return ()
+
+
+class PlanAhead(StepPlan):
+    """A StepPlan that also fetches ahead.
+
+    prefetch: (unit, victims) to read when the disk has nothing else to do, once this step's own reads have started.
+    Units that are absent and that this step does not use; a victim is none of this step's. A victim that is still being
+    fetched is cancelled.
+    """
+
+    _prefetch: Sequence[tuple[int, Sequence[int]]]
+
+    def __new__(cls, plan: StepPlan, prefetch: Sequence[tuple[int, Sequence[int]]]) -> PlanAhead:
+        made = super().__new__(cls, *plan)
+        made._prefetch = prefetch
+        return made
+
+    @property
+    def prefetch(self) -> Sequence[tuple[int, Sequence[int]]]:
+        return self._prefetch

@@ -12,6 +12,7 @@ from dataclasses import astuple, dataclass, replace
 from moe_edge.schedulers.cache import ExpertCache
 from moe_edge.schedulers.calibration import Calibration
 from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
+from moe_edge.schedulers.usage import Usage
 
 HIGH, LOW = 0, 1
 
@@ -72,6 +73,13 @@ class LevelPolicy:
             self._low_damage = calibration.unit_damage(LOW if layout.n_levels > 1 else SKIP).tolist()
             self._skip_damage = calibration.unit_damage(SKIP).tolist()
 
+    def use_cache(self, rule: str, usage: Usage | None = None, count: Usage | None = None) -> None:
+        """Evict by another rule of schedulers.cache.RULES than LRU; before the first step.
+
+        usage, count: see ExpertCache.
+        """
+        self.cache = ExpertCache(self._layout, self.cache.arena_bytes, rule, usage=usage, count=count)
+
     @property
     def resident(self) -> tuple[int, ...]:
         """Units in memory, the one used longest ago first."""
@@ -85,6 +93,10 @@ class LevelPolicy:
         """Forget the cache state and start from these units. The counts go on."""
         self.cache.reset(resident)
 
+    def wishes(self, step: Step) -> Sequence[int]:
+        """The level this policy would ask for, for each expert; changes nothing. For steps that are only predicted."""
+        return [HIGH] * len(step.experts)
+
     def _all_high(self, step: Step) -> bool:
         """Whether every expert is in memory at the high level; renews those before the first that is not."""
         first, n_levels = self._layout.first_unit[step.layer], self._layout.n_levels
@@ -94,6 +106,7 @@ class LevelPolicy:
                 renew(first + expert * n_levels)
         except KeyError:
             return False
+        self.cache.note(step)
         return True
 
     def serve(self, step: Step, wishes: Sequence[int]) -> StepPlan | None:
@@ -101,6 +114,7 @@ class LevelPolicy:
 
         Order: what is in memory, what is read, what is skipped. Raises BudgetTooSmall.
         """
+        self.cache.note(step)
         cache, reuse, n_levels = self.cache, self._reuse, self._layout.n_levels
         first = self._layout.first_unit[step.layer]
         hits: list[int] = []

@@ -8,6 +8,7 @@ POLICY_NAMES = ("exact", "dymoe", "hobbit", "damage")
 LOW_LEVELS = ("low", "skip")
 DEPTHS = ("auto", "cosine", "calibrated", "flat")
 IMPORTANCES = ("auto", "gate", "damage")
+LOOKAHEADS = ("off", "single", "stacked", "votes", "auto")
 PREFILL_IMPORTANCES = ("auto", "mass", "attention", "damage")
 
 
@@ -21,6 +22,8 @@ class PolicyOptions:
     gate weights up to the old sum. reuse: a resident high level serves a low wish (DyMoE's conservative reuse).
     t1, t2: hobbit's thresholds on the cumulated gate weight; None: fitted from the calibration.
     price: damage, nats of expected KLD that a MiB read must save.
+    cache: which expert goes when another needs its place, a name of schedulers.cache.RULES. lookahead: how experts of
+    the next layers are predicted and read early.
     max_kld: choose the setting by this bound (nats per token, against exact) from the calibrated table.
     """
 
@@ -36,4 +39,6 @@ class PolicyOptions:
     t1: float | None = None
     t2: float | None = None
     price: float = 0.001
+    cache: str = "auto"
+    lookahead: str = "off"
     max_kld: float | None = None

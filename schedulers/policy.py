@@ -14,12 +14,14 @@ from moe_edge.schedulers.dymoe import DyMoE
 from moe_edge.schedulers.hobbit import Hobbit
 from moe_edge.schedulers.layout import Layout, Step, StepPlan
 from moe_edge.schedulers.levels import HIGH, LevelPolicy, PolicyStats
+from moe_edge.schedulers.lookahead import with_lookahead
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.settings import check_options, resolve_options
 
 
 class Policy(Protocol):
-    name: str
+    @property
+    def name(self) -> str: ...
 
     @property
     def wants_routing(self) -> bool:
@@ -60,7 +62,7 @@ class Policy(Protocol):
 
 
 class ExactLru(LevelPolicy):
-    """Full precision; evicts the expert used longest ago.
+    """Full precision; evicts the expert used longest ago, or by the rule of use_cache().
 
     An expert needed in the present step is evicted only when nothing else is left, and then after it has been
     computed: with a budget below one step's working set the step streams through the arena. A low copy that another
@@ -90,6 +92,14 @@ def make_policy(
     """The policy that `options` ask for. Raises UnknownName, and UsageError for knobs that do not go together."""
     options = resolve_options(options, calibration)
     check_options(options, layout, calibration)
+    policy = _make_inner(options, layout, arena_bytes, calibration)
+    policy.use_cache(options.cache)
+    return with_lookahead(policy, layout, options.lookahead)
+
+
+def _make_inner(
+    options: PolicyOptions, layout: Layout, arena_bytes: int, calibration: Calibration | None
+) -> DyMoE | Hobbit | DamagePolicy | ExactLru:
     if options.name == "dymoe":
         return DyMoE(layout, arena_bytes, options, calibration)
     if options.name == "hobbit":

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moe_edge.models.errors import UnknownName, UsageError
+from moe_edge.schedulers.cache import RULES
 from moe_edge.schedulers.calibration import Calibration, Setting
 from moe_edge.schedulers.hobbit import fit_thresholds
 from moe_edge.schedulers.layout import Layout
 from moe_edge.schedulers.options import (
     DEPTHS,
     IMPORTANCES,
+    LOOKAHEADS,
     LOW_LEVELS,
     POLICY_NAMES,
     PREFILL_IMPORTANCES,
@@ -102,6 +104,8 @@ def _check_names(options: PolicyOptions) -> None:
         ("depth schedule", options.depth, DEPTHS),
         ("importance", options.importance, IMPORTANCES),
         ("prefill importance", options.prefill_importance, PREFILL_IMPORTANCES),
+        ("cache rule", options.cache, RULES),
+        ("look-ahead", options.lookahead, LOOKAHEADS),
     ):
         if name not in known:
             raise UnknownName(f"unknown {what} '{name}'; known: {', '.join(known)}")

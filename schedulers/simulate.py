@@ -7,24 +7,29 @@ the model change what later layers see and route to; a trace keeps the routing i
 The time model. One compute resource, one disk: a pipe that serves loads in the order they are asked for (FIFO), each
 for its bytes divided by disk_bytes_per_second. A step's experts are known when it begins. Hits are computed first, then
 each load as it arrives; a load whose victim the step still needs waits until that has been computed; the step ends with
-its last expert. Waiting with nothing to compute is stall. After a step come other_seconds, then the next step; a read
-that nobody waits for (a prefetch) goes on meanwhile. Not modelled: several reads at once that share the disk, an
-expert's first projections computed while the last arrives, prefill's threads each on an expert of its own.
+its last expert. Waiting with nothing to compute is stall. After a step come other_seconds, then the next step.
+What is fetched ahead goes to a second queue, served a piece (a third of a unit) at a time while no load is queued; a
+unit that a step needs before it is whole comes before the step's loads. Not modelled: several reads at once that share
+the disk, an expert's first projections computed while the last arrives, prefill's threads each on an expert of its own.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Protocol
 
 from moe_edge.models.errors import EngineError
 from moe_edge.schedulers.calibration import Calibration
+from moe_edge.schedulers.controller import Measured
 from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policy import make_policy
 from moe_edge.schedulers.trace import Array, Trace
 
+PIECES = 3  # that a unit is read in
 MEMORY_BYTES_PER_SECOND = 10e9  # a decode step's experts are bound by memory; two channels of DDR4 give 20 to 30
 
 
@@ -44,6 +49,8 @@ class Costs:
     """disk_bytes_per_second: of the whole disk. use_seconds: computing one expert of a step. other_seconds: between
     the experts of one layer and the routing of the next.
 
+    disk_factor: the disk's speed at a time, as a factor; for disks that change.
+
     None: what the trace measured, a step's seconds spread evenly over its experts. Without measured seconds: the mean
     bytes of a high-level expert at MEMORY_BYTES_PER_SECOND, whatever the number of tokens; and 0.
     """
@@ -51,11 +58,15 @@ class Costs:
     disk_bytes_per_second: float = 3e9
     use_seconds: float | None = None
     other_seconds: float | None = None
+    disk_factor: Callable[[float], float] | None = None
 
 
 @dataclass(frozen=True)
 class SimResult:
-    """Counts as the engine has them: uses = hits + loads, skipped ones apart. seconds = computing + stall_seconds."""
+    """Counts as the engine has them: uses = hits + loads, skipped ones apart. seconds = computing + stall_seconds.
+
+    prefetched and the four after it: as in native/capi.h; all but the first depend on when reads are done.
+    """
 
     arena_bytes: int
     tokens: int
@@ -69,6 +80,11 @@ class SimResult:
     skipped_uses: int
     stall_seconds: float
     seconds: float
+    prefetched: int = 0
+    prefetch_useful: int = 0
+    prefetch_late: int = 0
+    prefetch_wasted: int = 0
+    prefetch_cancelled: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -95,14 +111,19 @@ def simulate(
     layout, resident = trace.layout(), tuple(resident)
     planner = make(layout, arena_bytes)
     planner.reset(resident)
-    arena = SimArena(layout, trace.read_bytes.tolist(), arena_bytes, costs.disk_bytes_per_second, resident)
+    arena = SimArena(
+        layout, trace.read_bytes.tolist(), arena_bytes, costs.disk_bytes_per_second, resident, costs.disk_factor
+    )
+    if hasattr(planner, "measure"):
+        planner.measure = arena.measure
     use_seconds = _default_use_seconds(layout) if costs.use_seconds is None else costs.use_seconds
     other_seconds = costs.other_seconds or 0.0
     compute = None if costs.use_seconds is not None else _lists(trace.compute_seconds)
     other = None if costs.other_seconds is not None else _lists(trace.other_seconds)
     plan, execute = planner.plan, arena.execute
     steps = 0
-    for batch, step in trace.steps(with_routing=bool(getattr(planner, "wants_routing", False))):
+    wants = {f"with_{what}": bool(getattr(planner, f"wants_{what}", False)) for what in ("routing", "ahead")}
+    for batch, step in trace.steps(**wants):
         if compute is not None:
             use_seconds = compute[batch][step.layer] / len(step.experts)
         execute(step, plan(step), use_seconds)
@@ -111,6 +132,7 @@ def simulate(
     return SimResult(
         arena_bytes, trace.n_tokens, steps, arena.uses, arena.hits, arena.loads, arena.evictions, arena.bytes_read,
         arena.low_uses, arena.skipped_uses, arena.stall_seconds, arena.clock,
+        arena.prefetched, arena.prefetch_useful, arena.prefetch_late, arena.prefetch_wasted, arena.prefetch_cancelled,
     )  # fmt: skip
 
 
@@ -148,8 +170,10 @@ class SimArena:
         arena_bytes: int,
         disk_bytes_per_second: float,
         resident: Iterable[int] = (),
+        disk_factor: Callable[[float], float] | None = None,
     ) -> None:
         self._layout = layout
+        self._disk_factor = disk_factor
         self._unit_bytes = layout.unit_bytes
         self._read_bytes = read_bytes
         self._read_seconds = [n / disk_bytes_per_second for n in read_bytes]
@@ -157,6 +181,14 @@ class SimArena:
         self.ready_at = dict.fromkeys(resident, 0.0)  # unit in memory -> when its bytes are all there
         self.used_bytes = sum(self._unit_bytes[u] for u in self.ready_at)
         self.clock = self.disk_free_at = self.stall_seconds = 0.0
+        self.disk_busy_seconds = 0.0
+        self._soon: deque[int] = deque()  # units fetched ahead that have pieces to read, in this order
+        self._asked_at = 0.0  # when the last of them was asked for
+        self._left: dict[int, int] = {}  # unit that is not whole -> pieces to read
+        self._guesses: set[int] = set()  # fetched ahead and not used yet
+        self._cancelled: set[int] = set()
+        self.prefetched = self.prefetch_useful = self.prefetch_late = self.prefetch_wasted = 0
+        self.prefetch_cancelled = 0
         self.uses = self.hits = self.loads = self.evictions = self.bytes_read = self.low_uses = self.skipped_uses = 0
 
     def execute(self, step: Step, plan: StepPlan | None, use_seconds: float) -> None:
@@ -167,9 +199,14 @@ class SimArena:
             raise EngineError("the scheduler's plan is not a permutation of the experts it was asked for")
         began = self.clock
         hits, loads = self._sort(step, order, levels, victims)
+        if self._guesses or self._left:
+            self._look_up(step, hits, began)
+            hits.sort(key=lambda u: self.ready_at[u])
         for unit in hits:
             self._compute(self.ready_at[unit], use_seconds)
+        prefetch = plan.prefetch if plan else ()
         if not loads:
+            self._prefetch(prefetch, began)
             return
         busy_until = dict.fromkeys(hits, self.clock)  # the hits share a graph
         asked_at = began
@@ -179,6 +216,70 @@ class SimArena:
                 self._evict(victim)
             self._compute(self._read(unit, asked_at), use_seconds)
             busy_until[unit] = self.clock
+        self._prefetch(prefetch, asked_at)
+
+    def measure(self) -> Measured:
+        """The sums a controller decides by; planning costs nothing here."""
+        return Measured(self.clock, self.stall_seconds, 0.0, self.disk_busy_seconds, self.bytes_read)
+
+    def _look_up(self, step: Step, hits: list[int], now: float) -> None:
+        """What was fetched ahead for this layer: used, and completed first when it is not whole; or cancelled."""
+        self._read_soon(now)
+        for unit in hits:
+            late = unit in self._left
+            if unit in self._guesses:
+                self._guesses.remove(unit)
+                self.prefetch_useful += 1
+                self.prefetch_late += late
+            if late:
+                if unit in self._soon:
+                    self._soon.remove(unit)
+                self._finish(unit, now)
+        of_layer = self._layout.layer_units(step.layer)
+        for unit in [u for u in self._soon if u in of_layer]:
+            self._soon.remove(unit)
+            self._cancelled.add(unit)
+
+    def _finish(self, unit: int, now: float) -> None:
+        for _ in range(self._left.pop(unit)):
+            self._disk(now, unit, 1 / PIECES)
+        self.ready_at[unit] = self.disk_free_at
+
+    def _disk(self, asked_at: float, unit: int, share: float) -> None:
+        start = max(self.disk_free_at, asked_at)
+        seconds = self._read_seconds[unit] * share
+        if self._disk_factor:
+            seconds /= self._disk_factor(start)
+        self.disk_free_at = start + seconds
+        self.disk_busy_seconds += seconds
+
+    def _read_soon(self, until: float) -> None:
+        """Serve the second queue as far as the disk gets before `until`."""
+        while self._soon and max(self.disk_free_at, self._asked_at) < until:
+            unit = self._soon[0]
+            self._disk(self._asked_at, unit, 1 / PIECES)
+            self._left[unit] -= 1
+            if self._left[unit] == 0:
+                del self._left[unit]
+                self._soon.popleft()
+                self.ready_at[unit] = self.disk_free_at
+
+    def _prefetch(self, prefetch: Sequence[tuple[int, Sequence[int]]], now: float) -> None:
+        if not prefetch:
+            return
+        self._read_soon(now)
+        for unit, gone in prefetch:
+            for victim in gone:
+                self._evict(victim)
+            if unit in self.ready_at:
+                raise EngineError("the scheduler's plan prefetches an expert that is already in memory")
+            self._take(unit)
+            self.prefetched += 1
+            self.ready_at[unit] = inf
+            self._left[unit] = PIECES
+            self._guesses.add(unit)
+            self._soon.append(unit)
+        self._asked_at = now
 
     def _sort(
         self, step: Step, order: Sequence[int], levels: Sequence[int], victims: Sequence[Sequence[int]]
@@ -216,18 +317,35 @@ class SimArena:
 
     def _read(self, unit: int, asked_at: float) -> float:
         """Queue a read at the disk; when it will be done."""
+        self._take(unit)
+        self.loads += 1
+        if self._soon:
+            self._read_soon(asked_at)
+        self._disk(asked_at, unit, 1)
+        self.ready_at[unit] = self.disk_free_at
+        return self.disk_free_at
+
+    def _take(self, unit: int) -> None:
         self.used_bytes += self._unit_bytes[unit]
         if self.used_bytes > self.arena_bytes:
             raise EngineError("the scheduler's plan exceeds the memory of the expert arena")
-        self.loads += 1
         self.bytes_read += self._read_bytes[unit]
-        done = max(self.disk_free_at, asked_at) + self._read_seconds[unit]
-        self.disk_free_at = self.ready_at[unit] = done
-        return done
 
     def _evict(self, unit: int) -> None:
         if unit not in self.ready_at:
             raise EngineError("the scheduler's plan evicts an expert that is not in memory")
         del self.ready_at[unit]
+        if unit in self._left:
+            del self._left[unit]
+            if unit in self._soon:
+                self._soon.remove(unit)
+                self._cancelled.add(unit)
+        if unit in self._guesses:
+            self._guesses.remove(unit)
+            if unit in self._cancelled:
+                self.prefetch_cancelled += 1
+            else:
+                self.prefetch_wasted += 1
+        self._cancelled.discard(unit)
         self.used_bytes -= self._unit_bytes[unit]
         self.evictions += 1

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from moe_edge.schedulers.budget import FixedSizes
-from moe_edge.schedulers.layout import Layout, Routing, Step
+from moe_edge.schedulers.layout import Ahead, Layout, Routing, Step
 
 TRACE_VERSION = 1
 NO_EXPERT = -1  # in `experts`: the step did not have this token
@@ -115,11 +116,33 @@ class Trace:
     def layout(self) -> Layout:
         return Layout(self.n_experts, self.n_levels, tuple(self.unit_bytes.tolist()))
 
-    def steps(self, *, with_routing: bool = False) -> Iterator[tuple[int, Step]]:
+    def steps(self, *, with_routing: bool = False, with_ahead: bool = False) -> Iterator[tuple[int, Step]]:
         """(micro-batch, step) in order: the values that runner/native.py gives to a policy.
 
-        with_routing: give steps of several tokens their Routing, as for a policy with wants_routing.
+        with_routing: give steps of several tokens their Routing, as for a policy with wants_routing. with_ahead: let
+        steps of one token ask what the trace has of look-ahead.
         """
+        row = -1
+        last = None
+        for batch, step in self._steps(with_routing):
+            if with_ahead and self.ahead_experts is not None:
+                if batch != last:
+                    row, last = row + int(self.batch_tokens[batch]), batch
+                if step.n_tokens == 1:
+                    step.ask_ahead = partial(self._ahead, row, step.layer)
+            yield batch, step
+
+    def _ahead(self, row: int, layer: int, depth: int) -> list[Ahead]:
+        assert self.ahead_experts is not None and self.ahead_scores is not None
+        ahead = []
+        for d in range(min(depth, self.ahead_experts.shape[2], self.n_layers - 1 - layer)):
+            experts, scores = self.ahead_experts[row, layer, d].tolist(), self.ahead_scores[row, layer, d].tolist()
+            known = [(e, s) for e, s in zip(experts, scores, strict=True) if 0 <= e < self.n_experts[layer + 1 + d]]
+            if known:
+                ahead.append(Ahead(d + 1, [e for e, _ in known], [s for _, s in known]))
+        return ahead
+
+    def _steps(self, with_routing: bool) -> Iterator[tuple[int, Step]]:
         sizes = self.batch_tokens.tolist()
         per_token = self.n_layers * self.n_used
         longest = max(1, _BLOCK_VALUES // per_token)

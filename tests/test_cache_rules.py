@@ -136,7 +136,7 @@ def test_one_level_stores_have_no_low_copy_to_look_for() -> None:
 
 @pytest.mark.parametrize("name", ["exact", "dymoe", "hobbit"])
 def test_a_low_copy_left_by_another_policy_is_promoted(name: str) -> None:
-    p = make_policy(PolicyOptions(name), LAYOUT, 24)
+    p = make_policy(PolicyOptions(name, cache="lru"), LAYOUT, 24)
     p.reset([1, 4])
     assert p.plan(Step(0, [0], [1], [1.0], [1.0])) == ([0], [HIGH], [[1]])
     assert p.resident == (4, 0)
@@ -227,10 +227,10 @@ def random_step(rng: random.Random, layer: int, n_experts: int) -> Step:
 def options(rng: random.Random, name: str, n_levels: int) -> PolicyOptions:
     if name == "hobbit":
         t1 = rng.random()
-        return PolicyOptions(name, t1=t1, t2=rng.uniform(t1, 1))
+        return PolicyOptions(name, t1=t1, t2=rng.uniform(t1, 1), cache="lru")
     low_level = rng.choice(["low", "skip"]) if n_levels > 1 else "skip"
     retention = rng.choice([0.0, 0.3, 0.5, 0.75, 0.9, 1.0])
-    return PolicyOptions(name, retention=retention, low_level=low_level, reuse=rng.random() < 0.7)
+    return PolicyOptions(name, retention=retention, low_level=low_level, reuse=rng.random() < 0.7, cache="lru")
 
 
 @pytest.mark.parametrize("name", ["exact", "dymoe", "hobbit"])

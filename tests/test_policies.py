@@ -298,7 +298,7 @@ def test_reset_forgets_what_rounding_owes() -> None:
 
 
 def test_all_resident_at_the_high_level_is_answered_by_none_and_wishes_are_counted_all_the_same() -> None:
-    policy = dymoe(PolicyOptions(retention=0.5, depth="flat"), layout())
+    policy = dymoe(PolicyOptions(retention=0.5, depth="flat", cache="lru"), layout())
     policy.reset([0, 2, 4, 6])
     assert policy.plan(one_token(0, e0=0.7, e1=0.3)) is None
     assert policy.stats == PolicyStats(uses=2, high_uses=2, wanted_high=1, wanted_low=1)

@@ -29,7 +29,7 @@ from moe_edge.runner.trace import record_trace
 from moe_edge.schedulers.belady import has_one_size, simulate_belady
 from moe_edge.schedulers.budget import FixedSizes
 from moe_edge.schedulers.layout import SKIP, ExpertKey, Layout, Step, StepPlan
-from moe_edge.schedulers.options import PolicyOptions
+from moe_edge.schedulers.options import POLICY_NAMES, PolicyOptions
 from moe_edge.schedulers.simulate import Costs, Planner, SimResult, simulate, simulate_policy
 from moe_edge.schedulers.trace import Trace
 from test_trace import decode_trace, prefill_trace
@@ -333,7 +333,8 @@ def test_policies_the_model_cannot_serve_are_left_out_and_named() -> None:
     trace = one_layer([0, 1], [2, 3])
     s = run_simulations(trace, [SimBudget(20)], policies_named("all"), belady=False)
     assert [r.policy for r in s.rows] == ["exact", "hobbit"] and s.rows[0].reads_to_belady is None
-    assert len(s.left_out) == 1 and s.left_out[0].startswith("dymoe: the model has no low level; convert it with --low")
+    assert s.left_out[0].startswith("dymoe: the model has no low level; convert it with --low")
+    assert [line.split(":")[0] for line in s.left_out] == ["dymoe", "damage"]
     assert "left out: dymoe" in s.text()
     with pytest.raises(UsageError, match="nothing to simulate: dymoe: the model has no low level"):
         run_simulations(trace, [SimBudget(20)], policies_named("dymoe"), belady=False)
@@ -370,12 +371,12 @@ def test_budgets_in_equal_steps_go_from_the_floor_to_all_experts() -> None:
 
 
 def test_names_of_policies() -> None:
-    assert [o.name for o in policies_named("all")] == ["exact", "dymoe", "hobbit"]
+    assert [o.name for o in policies_named("all")] == list(POLICY_NAMES)
     assert policies_named("hobbit, exact", PolicyOptions(t1=0.5)) == [
         PolicyOptions("hobbit", t1=0.5), PolicyOptions("exact", t1=0.5),
     ]  # fmt: skip
     assert policy_label(PolicyOptions("hobbit", t1=0.5)) == "hobbit t1=0.5"
-    with pytest.raises(UnknownName, match="unknown policy 'lfru'; known: all, exact, dymoe, hobbit"):
+    with pytest.raises(UnknownName, match="unknown policy 'lfru'; known: all, exact, dymoe, hobbit, damage"):
         policies_named("lfru")
 
 

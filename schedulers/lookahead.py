@@ -1,0 +1,411 @@
+"""Look-ahead: which experts the next layers will want, and a policy around another one that fetches them early.
+
+Prediction rules, all on what the next routers say of this layer's input (Step.ask_ahead):
+single: the next layer's best (DyMoE). stacked: layer by layer to the first that would miss (HOBBIT). votes: only what
+several earlier layers agree on, most votes first (FIRM-MoE; never the plain union, precision before recall). auto:
+stacked, as far and as wide as controller.py finds to pay, and not at all where it does not. (On the trained tiny model
+votes are no more precise than the nearest layer alone and miss more, docs/LOG.md.)
+Source: PAPERS.md, sections 1 to 3.
+
+The level that a predicted expert is fetched at is what the policy's own rule wishes for at the predicted weights. What
+was fetched and not used makes room for the next guess before anything else does, so wrong guesses displace little.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol, TypeVar
+
+from moe_edge.models.errors import UnknownName
+from moe_edge.schedulers.cache import ExpertCache
+from moe_edge.schedulers.controller import Controller, Measured
+from moe_edge.schedulers.layout import SKIP, Ahead, Layout, PlanAhead, Step, StepPlan
+from moe_edge.schedulers.levels import HIGH, LOW, PolicyStats
+
+LOOKAHEADS = ("off", "single", "stacked", "votes", "auto")
+MOST_DEPTH = 3
+MOST_TOKENS = 4  # of a step that is looked ahead from (native/router.h)
+ARENA_SHARE = 0.25  # of the arena that guesses may hold
+
+
+class Predicted(NamedTuple):
+    """An expert that a later step is expected to use. layer: its position. score: router probability."""
+
+    layer: int
+    expert: int
+    score: float
+
+
+Served = Callable[[int, int], bool]  # (layer, expert) -> whether it is in memory
+
+
+class Rule(Protocol):
+    def predict(
+        self, layer: int, ahead: Sequence[Ahead], width: int, n_used: int, served: Served
+    ) -> list[Predicted]:
+        """What to have in memory soon, most wanted first, from what the routers say in the step of `layer`.
+
+        width: experts of a layer to consider. n_used: experts that a token uses in a layer.
+        """
+        ...
+
+
+class SingleLayer:
+    """The next layer's best."""
+
+    depth = 1
+
+    def predict(self, layer: int, ahead: Sequence[Ahead], width: int, n_used: int, served: Served) -> list[Predicted]:
+        return [p for a in ahead[:1] if a.distance == 1 for p in _best(layer, a, width)]
+
+
+class Stacked:
+    """The best of each layer, up to the first layer that would miss."""
+
+    depth = MOST_DEPTH
+
+    def predict(self, layer: int, ahead: Sequence[Ahead], width: int, n_used: int, served: Served) -> list[Predicted]:
+        predicted: list[Predicted] = []
+        for a in ahead:
+            best = _best(layer, a, width)
+            predicted += best
+            if not all(served(p.layer, p.expert) for p in best):
+                break
+        return predicted
+
+
+class Votes:
+    """What the layers before it agree on, nearest layer first; of a layer most votes first, then the last score.
+
+    An expert of the next layer needs the votes of more than half of the layers that have looked at it; one further away
+    of all of them, and of two at least.
+    """
+
+    depth = MOST_DEPTH
+
+    def __init__(self) -> None:
+        self._votes: dict[int, tuple[int, dict[int, int]]] = {}  # layer -> (voters, expert -> votes)
+        self._last = -1
+
+    def predict(self, layer: int, ahead: Sequence[Ahead], width: int, n_used: int, served: Served) -> list[Predicted]:
+        if layer <= self._last:
+            self._votes.clear()
+        self._last = layer
+        self._votes.pop(layer, None)
+        predicted: list[Predicted] = []
+        for a in ahead:
+            target = layer + a.distance
+            voters, votes = self._votes.get(target, (0, {}))
+            for expert in a.experts[:width]:
+                votes[expert] = votes.get(expert, 0) + 1
+            voters += 1
+            self._votes[target] = voters, votes
+            if a.distance > 1 and voters < 2:
+                continue
+            agreed = [
+                p for p in _best(layer, a, width)
+                if (2 * votes[p.expert] > voters if a.distance == 1 else votes[p.expert] == voters)
+            ]  # fmt: skip
+            agreed.sort(key=lambda p: (-votes[p.expert], -p.score))
+            predicted += agreed
+        return predicted
+
+
+def _best(layer: int, a: Ahead, width: int) -> list[Predicted]:
+    there = layer + a.distance
+    return [Predicted(there, e, s) for e, s in zip(a.experts[:width], a.scores[:width], strict=True)]
+
+
+def make_rule(name: str) -> SingleLayer | Stacked | Votes:
+    """Raises UnknownName."""
+    if name == "single":
+        return SingleLayer()
+    if name in ("stacked", "auto"):
+        return Stacked()
+    if name == "votes":
+        return Votes()
+    raise UnknownName(f"unknown look-ahead '{name}'; known: {', '.join(LOOKAHEADS)}")
+
+
+class Inner(Protocol):
+    """What of a LevelPolicy with a plan() look-ahead needs."""
+
+    cache: ExpertCache
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def wants_routing(self) -> bool: ...
+
+    @property
+    def wants_attention(self) -> bool: ...
+
+    @property
+    def stats(self) -> PolicyStats: ...
+
+    @property
+    def resident(self) -> tuple[int, ...]: ...
+
+    @property
+    def used_bytes(self) -> int: ...
+
+    def plan(self, step: Step) -> StepPlan | None: ...
+
+    def wishes(self, step: Step) -> Sequence[int]: ...
+
+    def reset(self, resident: Iterable[int]) -> None: ...
+
+
+AnyPolicy = TypeVar("AnyPolicy", bound=Inner)
+
+
+class LookAheadPolicy:
+    """`inner` with look-ahead; the answer to each step is inner's own, plus what to fetch ahead.
+
+    measure: gives the engine's sums, asked once a token; set by whoever runs it, `auto` stays off without. Made by
+    with_lookahead(). Look-ahead is for steps of few tokens: others go to inner as they are.
+    """
+
+    def __init__(self, inner: Inner, layout: Layout, name: str) -> None:
+        self.inner = inner
+        self.lookahead = name
+        self.measure: Callable[[], Measured] | None = None
+        self.controller: Controller | None = None
+        self.prefetched = 0
+        self._layout, self._rule, self._auto = layout, make_rule(name), name == "auto"
+        self._guesses: dict[int, int] = {}  # unit fetched ahead and not used yet -> its layer
+        self._protected: set[int] = set()
+        self._stale: list[int] = []  # guesses whose layer has passed, the oldest first
+        self._protecting = False
+        self._last_layer = -1
+
+    wants_ahead = True  # steps should carry ask_ahead
+
+    @property
+    def depth(self) -> int:
+        """Layers to let steps ask ahead."""
+        return min(MOST_DEPTH if self._auto else self._rule.depth, max(1, self._layout.n_layers - 1))
+
+    # ---- the policy's own
+
+    @property
+    def name(self) -> str:
+        return self.inner.name
+
+    @property
+    def wants_routing(self) -> bool:
+        return self.inner.wants_routing
+
+    @property
+    def wants_attention(self) -> bool:
+        return self.inner.wants_attention
+
+    @property
+    def stats(self) -> PolicyStats:
+        return self.inner.stats
+
+    @property
+    def cache(self) -> ExpertCache:
+        return self.inner.cache
+
+    @property
+    def resident(self) -> tuple[int, ...]:
+        return self.inner.resident
+
+    @property
+    def used_bytes(self) -> int:
+        return self.inner.used_bytes
+
+    def __getattr__(self, name: str) -> object:
+        """What else the policy inside has to tell."""
+        if name.startswith("_") or name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def reset(self, resident: Iterable[int]) -> None:
+        self.inner.reset(resident)
+        self._guesses.clear()
+        self._stale.clear()
+        self._protecting = False
+
+    # ---- each step
+
+    def plan(self, step: Step) -> StepPlan | None:
+        few = step.n_tokens <= MOST_TOKENS
+        if self._auto and few and step.layer <= self._last_layer:
+            self._token_done(step)
+        self._last_layer = step.layer
+        if not few or step.ask_ahead is None or (self._auto and not (self.controller and self.controller.on)):
+            return self._without(step)
+        n_used, depth, width = max(1, len(step.experts) // step.n_tokens), self.depth, len(step.experts)
+        if self._auto and self.controller:
+            setting = self.controller.setting(step.layer)
+            depth, width = setting.depth, setting.width
+        if self._guesses:
+            self._settle(step)
+        ahead = step.ask_ahead(depth)
+        predicted = self._rule.predict(step.layer, ahead, width, n_used, self._served)
+        wanted = self._wanted(predicted)
+        self._protect(step, ahead, n_used)
+        self._note_misses(step)
+        plan = self.inner.plan(step)
+        prefetch = self._prefetch(step, wanted, n_used)
+        if not prefetch:
+            return plan
+        n = len(step.experts)
+        return PlanAhead(plan or StepPlan(range(n), (HIGH,) * n, ((),) * n), prefetch)
+
+    def _without(self, step: Step) -> StepPlan | None:
+        if self._guesses:
+            self._settle(step)
+        if self._protecting:
+            self.inner.cache.protect(())
+            self._protecting = False
+        return self.inner.plan(step)
+
+    def _served(self, layer: int, expert: int) -> bool:
+        n_levels = self._layout.n_levels
+        unit = self._layout.first_unit[layer] + expert * n_levels
+        return unit in self.inner.cache or (n_levels > 1 and unit + LOW in self.inner.cache)
+
+    def _settle(self, step: Step) -> None:
+        """Guesses for this layer: used now, or stale."""
+        first, n_levels, sizes = self._layout.first_unit[step.layer], self._layout.n_levels, self._layout.unit_bytes
+        used = {first + e * n_levels + level for e in step.experts for level in range(n_levels)}
+        for unit in [u for u, layer in self._guesses.items() if layer == step.layer]:
+            del self._guesses[unit]
+            kept = unit in self.inner.cache
+            if unit in used:
+                self._count(step.layer, useful=sizes[unit] if kept else 0)
+            else:
+                self._count(step.layer, wasted=sizes[unit])
+                if kept:
+                    self._stale.append(unit)
+
+    def _count(self, layer: int, useful: int = 0, wasted: int = 0) -> None:
+        if self.controller:
+            ledger = self.controller.ledgers[self.controller.group(layer)]
+            ledger.useful += useful
+            ledger.wasted += wasted
+
+    def _note_misses(self, step: Step) -> None:
+        if not self.controller:
+            return
+        first, n_levels = self._layout.first_unit[step.layer], self._layout.n_levels
+        units = (first + e * n_levels for e in step.experts)
+        missed = sum(self._layout.unit_bytes[u] for u in units if u not in self.inner.cache)
+        self.controller.ledgers[self.controller.group(step.layer)].missed += missed
+
+    def _protect(self, step: Step, ahead: Sequence[Ahead], n_used: int) -> None:
+        """Keep what is in memory and predicted, or on its way: evicted only when nothing but the step's own is left."""
+        n_levels = self._layout.n_levels
+        units = set(self._guesses)
+        for a in ahead:
+            first = self._layout.first_unit[step.layer + a.distance]
+            if n_levels == 1:
+                units.update([first + e for e in a.experts[:n_used]])
+            else:
+                units.update(first + e * n_levels + level for e in a.experts[:n_used] for level in range(n_levels))
+        self._protected = units
+        self.inner.cache.protect(units)
+        self._protecting = True
+
+    def _wanted(self, predicted: list[Predicted]) -> list[tuple[int, list[int]]]:
+        """(unit, other levels of that expert in memory) of the predicted experts that the cache does not serve."""
+        cache, first, n_levels = self.inner.cache, self._layout.first_unit, self._layout.n_levels
+        if n_levels == 1:
+            units = [first[p.layer] + p.expert for p in predicted]
+            return [(unit, []) for unit in units if unit not in cache]
+        wanted: list[tuple[int, list[int]]] = []
+        at = 0
+        while at < len(predicted):
+            layer, end = predicted[at].layer, at
+            while end < len(predicted) and predicted[end].layer == layer:
+                end += 1
+            some, at = predicted[at:end], end
+            for p, wish in zip(some, self._wishes(layer, some), strict=True):
+                high = first[layer] + p.expert * n_levels
+                if wish == SKIP or high in cache or (wish == LOW and high + LOW in cache):
+                    continue
+                wanted.append((high + wish, [high + LOW] if high + LOW in cache else []))
+        return wanted
+
+    def _wishes(self, layer: int, predicted: list[Predicted]) -> Sequence[int]:
+        total = sum(p.score for p in predicted) or 1.0
+        weights = [p.score / total for p in predicted]
+        ones = [1] * len(weights)
+        return self.inner.wishes(
+            Step(layer, [p.expert for p in predicted], ones, weights, [w * w for w in weights])
+        )
+
+    def _prefetch(
+        self, step: Step, wanted: list[tuple[int, list[int]]], n_used: int
+    ) -> list[tuple[int, Sequence[int]]]:
+        """Take wanted units into the cache as far as the allowance and what may be evicted go."""
+        if not wanted:
+            return []
+        cache, sizes = self.inner.cache, self._layout.unit_bytes
+        allowance = self._allowance(sizes[wanted[0][0]], n_used)
+        if sizes[wanted[0][0]] > allowance:
+            return []
+        first, n_levels = self._layout.first_unit[step.layer], self._layout.n_levels
+        own = {first + e * n_levels + level for e in step.experts for level in range(n_levels)}
+        kept = self._protected | own  # not to be evicted for a guess, nor is another guess
+        kept_bytes = sum(sizes[u] for u in kept if u in cache)
+        replaced = {u for _, others in wanted for u in others}
+        cache.protect(kept.union(unit for unit, _ in wanted) - replaced)
+        prefetch: list[tuple[int, Sequence[int]]] = []
+        for unit, others in wanted:
+            size = sizes[unit]
+            if size > allowance or kept_bytes + size > cache.arena_bytes:
+                break
+            victims = []
+            for u in others:
+                cache.remove(u)
+                victims.append(u)
+                kept_bytes -= sizes[u] if u in kept else 0
+            while self._stale and cache.used_bytes + size > cache.arena_bytes:
+                stale = self._stale.pop(0)
+                if stale in cache and stale not in kept:
+                    cache.remove(stale)
+                    victims.append(stale)
+            victims += cache.add(unit)
+            prefetch.append((unit, victims))
+            self._guesses[unit] = self._layer_of(unit)
+            allowance -= size
+            kept_bytes += size
+        self.prefetched += len(prefetch)
+        return prefetch
+
+    def _allowance(self, unit_bytes: int, n_used: int) -> float:
+        """Bytes that this step may ask for: of the spare disk time, and of a share of the arena, together with what is
+        out already."""
+        cache, sizes = self.inner.cache, self._layout.unit_bytes
+        out = sum(sizes[u] for u in self._guesses)
+        most = max(ARENA_SHARE * cache.arena_bytes, unit_bytes) - out
+        if self._auto and self.controller:
+            return min(most, self.controller.allowance_bytes)
+        return min(most, n_used * unit_bytes)
+
+    def _layer_of(self, unit: int) -> int:
+        return bisect_right(self._layout.first_unit, unit) - 1
+
+    def _token_done(self, step: Step) -> None:
+        if self.measure is None:
+            return
+        if self.controller is None:
+            n_units = len(self._layout.unit_bytes)
+            mean = sum(self._layout.unit_bytes) / n_units
+            n_used = max(1, len(step.experts) // step.n_tokens)
+            self.controller = Controller(self._layout.n_layers, n_used, mean, most_depth=self.depth)
+        self.controller.token(self.measure())
+
+
+def with_lookahead(policy: AnyPolicy, layout: Layout, name: str) -> AnyPolicy | LookAheadPolicy:
+    """The policy itself when look-ahead is off or there is one MoE layer only. Raises UnknownName."""
+    if name == "off":
+        return policy
+    make_rule(name)
+    return LookAheadPolicy(policy, layout, name) if layout.n_layers > 1 else policy

@@ -1,0 +1,425 @@
+"""Look-ahead: the routers' scores, reads that nobody waits for yet, and the rules that choose them."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import budget_bytes
+from moe_edge.models.embedded import tiny_model_path
+from moe_edge.models.errors import EngineError, UnknownName
+from moe_edge.runner.engine import Engine, EngineOptions
+from moe_edge.runner.native import Counters
+from moe_edge.runner.trace import record_trace
+from moe_edge.schedulers.layout import Ahead, ExpertKey, Layout, PlanAhead, Step, StepPlan
+from moe_edge.schedulers.lookahead import LookAheadPolicy, Predicted, make_rule, with_lookahead
+from moe_edge.schedulers.policy import ExactLru
+from moe_edge.schedulers.simulate import SimArena, simulate
+from random_models import Shape, write_random_model
+from reference import logits_of_context, stock_logits
+
+TOKENS = [int(t) for t in np.random.default_rng(7).integers(0, 255, 60)]
+
+
+def logits(engine: Engine, n_ubatch: int, tokens: list[int] = TOKENS) -> np.ndarray:
+    with engine.decoding():
+        return logits_of_context(engine.llama._ctx.ctx, engine.llama._model.model, tokens, n_ubatch)
+
+
+def small(path: Path, budget: str | float = "middle", n_ubatch: int = 1, **more: object) -> Engine:
+    """budget: a name of conftest's, or a share of the way from the floor to all resident."""
+    options = EngineOptions(n_ctx=128, n_ubatch=n_ubatch, **{"n_threads": 1, "logits_all": True, **more})  # type: ignore
+    if isinstance(budget, str):
+        return Engine(path, replace(options, ram_bytes=budget_bytes(path, budget, options)))
+    floor, whole = (budget_bytes(path, name, options) for name in ("floor", "resident"))
+    return Engine(path, replace(options, ram_bytes=floor + int(budget * (whole - floor))))
+
+
+class RandomPrefetch:
+    """The exact policy, and prefetches of absent units chosen by chance, some of them evicted in flight."""
+
+    def __init__(self, inner: ExactLru, n_units: int, seed: int) -> None:
+        self._inner, self._n_units, self._rng = inner, n_units, random.Random(seed)
+        self.asked = 0
+
+    def plan(self, step: Step) -> StepPlan | None:
+        plan = self._inner.plan(step)
+        n, cache, layout = len(step.experts), self._inner.cache, self._inner._layout
+        of_step = {layout.first_unit[step.layer] + e for e in step.experts}
+        prefetch: list[tuple[int, list[int]]] = []
+        taken = set(of_step)
+        for _ in range(self._rng.choice((0, 0, 1, 2, 5))):
+            absent = [u for u in range(self._n_units) if u not in cache and u not in taken]
+            if not absent:
+                break
+            unit, victims = self._rng.choice(absent), []
+            need = layout.unit_bytes[unit]
+            free = [u for u in cache.resident if u not in taken]
+            self._rng.shuffle(free)
+            if cache.used_bytes - sum(layout.unit_bytes[u] for u in free) + need > cache.arena_bytes:
+                break
+            while cache.used_bytes + need > cache.arena_bytes:
+                cache.remove(victim := free.pop())
+                victims.append(victim)
+            assert cache.add(unit) == []
+            prefetch.append((unit, victims))
+            taken.update((unit, *victims))
+        if not prefetch:
+            return plan
+        self.asked += len(prefetch)
+        plan = plan or StepPlan(range(n), [0] * n, [()] * n)
+        return PlanAhead(plan, prefetch)
+
+
+def check_prefetch_counts(c: Counters, resident: int) -> None:
+    assert c.hits + c.loads == c.uses
+    assert c.loads + c.prefetched - c.evictions == resident
+    gone = c.prefetch_useful + c.prefetch_wasted + c.prefetch_cancelled
+    assert gone <= c.prefetched <= gone + resident
+    assert c.prefetch_late <= c.prefetch_useful
+    assert c.prefetch_bytes <= c.bytes_read and c.wasted_bytes <= c.bytes_read
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_is_prefetched_the_bits_are_the_same(random_model: Callable[[str], Path], seed: int) -> None:
+    rng = random.Random(seed)
+    arch = rng.choice(["olmoe", "qwen3moe", "gpt-oss", "deepseek2-fused"])
+    n_ubatch, threads = rng.choice([1, 1, 1, 4, 16]), rng.choice([1, 2])
+    path = random_model(arch)
+    options = {"n_threads": threads, "n_io_threads": rng.choice([1, 2, 4])}
+    with small(path, rng.choice([0.15, 0.3, 0.5]), n_ubatch, **options) as engine:
+        policy = engine.policy
+        assert isinstance(policy, ExactLru)
+        chance = RandomPrefetch(policy, engine.native.n_units, seed)
+        engine.native.schedule = chance.plan
+        got = logits(engine, n_ubatch)
+        assert chance.asked > 0 or n_ubatch > 1
+        assert sorted(policy.resident) == engine.native.resident_units()
+        c = engine.counters()
+        assert c.prefetched == chance.asked
+        assert c.committed_bytes <= engine.plan.arena_bytes
+        check_prefetch_counts(c, len(policy.resident))
+        assert c.prefetch_failed == 0
+    assert np.array_equal(got, stock_logits(path, TOKENS, n_ubatch, threads, n_ctx=128))
+
+
+def with_prefetch(engine: Engine, prefetch: object) -> Callable[[Step], StepPlan | None]:
+    """The engine's policy, with the same prefetch on every step."""
+
+    def plan(step: Step) -> StepPlan | None:
+        n = len(step.experts)
+        plan = engine.policy.plan(step) or StepPlan(range(n), [0] * n, [()] * n)
+        return PlanAhead(plan, prefetch)  # type: ignore[arg-type]
+
+    return plan
+
+
+def own(engine: Engine, step: Step) -> int:
+    return engine.layout.first_unit[step.layer] + step.experts[0]
+
+
+@pytest.mark.parametrize(
+    ("prefetch", "says"),
+    [
+        (lambda e, s: [(10**6, [])], "prefetches an expert that does not exist"),
+        (lambda e, s: [(own(e, s), [])], "or that the present step uses"),
+        (lambda e, s: [(15, [own(e, s)])], "evicts an expert of the present step for one that is not needed"),
+        (lambda e, s: [(15, [14])], "evicts an expert that is not in memory"),
+        (lambda e, s: [(u, []) for u in range(8, 16)], "exceeds the memory"),
+        (lambda e, s: [(15, []), (15, [])], "prefetches an expert that is already in memory"),
+    ],
+)
+def test_a_wrong_prefetch_is_refused_and_the_engine_goes_on(
+    random_model: Callable[[str], Path], prefetch: Callable[[Engine, Step], object], says: str
+) -> None:
+    path = random_model("olmoe")
+    with small(path, "middle" if "already" in says else "floor") as engine:
+        engine.native.schedule = lambda step: with_prefetch(engine, prefetch(engine, step))(step)
+        with pytest.raises(EngineError, match=says):
+            logits(engine, 1)
+        engine.native.schedule = engine.policy.plan
+        assert np.array_equal(logits(engine, 1), stock_logits(path, TOKENS, 1, 1, n_ctx=128))
+
+
+def test_a_failed_read_ahead_fails_no_step_that_does_not_need_it_and_is_counted(tmp_path: Path) -> None:
+    """The file is cut within its last expert: fetched ahead it fails silently, needed it fails the decode."""
+    path = write_random_model(tmp_path / "m.gguf", "olmoe")
+    whole = tmp_path / "whole.gguf"
+    shutil.copy(path, whole)
+    with small(path, "resident") as engine:
+        want = logits(engine, 1)
+    with small(path, "resident") as engine:
+        unit = max(range(8, 16), key=lambda u: engine.model.pieces[3 * u].offset)
+        last = max(engine.model.pieces[3 * unit : 3 * unit + 3], key=lambda p: p.offset)
+        os.truncate(path, last.offset + 100)
+        done = False
+
+        def plan(step: Step) -> StepPlan | None:
+            nonlocal done
+            if done and engine.counters().prefetch_failed == 0:  # the reader has nothing else to do meanwhile
+                time.sleep(0.2)
+            plan = engine.policy.plan(step)
+            if step.layer == 0 and not done:
+                done = True
+                assert unit not in engine.policy.cache and engine.policy.cache.add(unit) == []  # type: ignore[attr-defined]
+                n = len(step.experts)
+                plan = PlanAhead(plan or StepPlan(range(n), [0] * n, [()] * n), [(unit, [])])
+            return plan
+
+        engine.native.schedule = plan
+        with pytest.raises(EngineError, match="cut short"):
+            for at in range(len(TOKENS)):
+                with engine.decoding():
+                    engine.llama.eval([TOKENS[at]])
+        assert engine.counters().prefetch_failed >= 1
+        assert engine.counters().steps > 2  # the steps before went well
+        with open(path, "r+b") as f, open(whole, "rb") as w:
+            w.seek(last.offset)
+            f.seek(last.offset)
+            f.write(w.read())
+        engine.native.schedule = engine.policy.plan
+        assert np.array_equal(logits(engine, 1), want)
+
+
+# ---- the routers' scores
+
+
+@pytest.mark.parametrize("arch", ["olmoe", "qwen3moe", "llama", "deepseek2", "granitemoe", "gpt-oss"])
+def test_every_router_is_seen(random_model: Callable[[str], Path], arch: str) -> None:
+    with small(random_model(arch)) as engine:
+        assert engine.native.known_routers == engine.layout.n_layers
+
+
+def test_scores_are_the_next_routers_on_this_input(tmp_path: Path) -> None:
+    import gguf
+
+    path = write_random_model(tmp_path / "m.gguf", "olmoe", Shape(n_layer=4))
+    tensors = {t.name: t for t in gguf.GGUFReader(path).tensors}
+
+    def floats(name: str) -> np.ndarray:
+        return np.array(tensors[name].data, np.float64)
+
+    seen: list[tuple[int, np.ndarray, list[Ahead]]] = []
+    with small(path) as engine:
+        engine.native.set_lookahead(3, 4)
+        inputs: list[np.ndarray] = []
+        engine.native.observe = lambda _layer, _routing, x: inputs.append(x.copy())
+
+        def plan(step: Step) -> StepPlan | None:
+            assert step.ask_ahead is not None
+            seen.append((step.layer, inputs[-1], list(step.ask_ahead(2))))
+            return engine.policy.plan(step)
+
+        engine.native.schedule = plan
+        logits(engine, 1, TOKENS[:5])
+    assert len(seen) == 20
+    for layer, x, ahead in seen:
+        assert [a.distance for a in ahead] == [1, 2][: 3 - layer]
+        for a in ahead:
+            there = layer + a.distance
+            scale = floats(f"blk.{there}.ffn_norm.weight") / floats(f"blk.{layer}.ffn_norm.weight")
+            z = floats(f"blk.{there}.ffn_gate_inp.weight") @ (x[0].astype(np.float64) * scale)
+            p = np.exp(z - z.max())
+            p /= p.sum()
+            assert a.experts == np.argsort(-p, kind="stable")[:4].tolist()
+            assert np.allclose(a.scores, p[a.experts], atol=1e-5)
+
+
+def test_off_steps_cannot_ask_and_large_micro_batches_get_no_answer(random_model: Callable[[str], Path]) -> None:
+    asks: list[object] = []
+    with small(random_model("olmoe"), n_ubatch=32) as engine:
+        def plan(step: Step) -> StepPlan | None:
+            asks.append(step.ask_ahead and list(step.ask_ahead(1)))
+            return engine.policy.plan(step)
+
+        engine.native.schedule = plan
+        logits(engine, 32)
+        assert asks == [None] * 4
+        engine.native.set_lookahead(1, 2)
+        logits(engine, 32)
+        assert asks[4:] == [[]] * 4
+        assert engine.counters().look_ahead_seconds >= 0
+        with pytest.raises(EngineError, match="look-ahead of 9 layers and 2 experts: the limits are 8 and 8"):
+            engine.native.set_lookahead(9, 2)
+
+
+# ---- the rules, without a model
+
+
+LAYOUT = Layout((6,) * 4, 1, (10,) * 24)
+
+
+def ahead(*best: tuple[int, ...]) -> list[Ahead]:
+    """Experts of the layers behind this one, best first, with falling scores."""
+    return [Ahead(d + 1, list(experts), [0.5 / (i + 1) for i in range(len(experts))]) for d, experts in enumerate(best)]
+
+
+def pairs(predicted: list[Predicted]) -> list[tuple[int, int]]:
+    return [(p.layer, p.expert) for p in predicted]
+
+
+def test_single_takes_the_best_of_the_next_layer() -> None:
+    rule = make_rule("single")
+    assert pairs(rule.predict(1, ahead((4, 2, 0), (1, 3, 5)), 2, 2, lambda *_: False)) == [(2, 4), (2, 2)]
+
+
+def test_stacked_goes_on_to_the_first_layer_that_would_miss() -> None:
+    rule = make_rule("stacked")
+    said = ahead((4, 2), (1, 3), (5, 0))
+    assert pairs(rule.predict(0, said, 2, 2, lambda *_: False)) == [(1, 4), (1, 2)]
+    assert pairs(rule.predict(0, said, 2, 2, lambda layer, _: layer == 1)) == [(1, 4), (1, 2), (2, 1), (2, 3)]
+
+
+def test_votes_want_agreement_and_put_it_first() -> None:
+    rule = make_rule("votes")
+    no = lambda *_: False  # noqa: E731
+    assert pairs(rule.predict(0, ahead((1, 2), (3, 4), (5, 0)), 2, 2, no)) == [(1, 1), (1, 2)]  # one voter
+    # layer 2 by 2 voters: both name 4; layer 3 by 2: both name 5
+    assert pairs(rule.predict(1, ahead((2, 4), (5, 1)), 2, 2, no)) == [(2, 4), (3, 5)]
+    assert pairs(rule.predict(2, ahead((0, 5)), 2, 2, no)) == [(3, 5), (3, 0)]  # 3 of 3 votes before 2 of 3
+    assert pairs(rule.predict(0, ahead((3, 2)), 2, 2, no)) == [(1, 3), (1, 2)]  # the next token: forgotten
+
+
+def test_an_unknown_look_ahead_is_named_with_the_known_ones() -> None:
+    with pytest.raises(UnknownName, match="unknown look-ahead 'vote'; known: off, single, stacked, votes, auto"):
+        with_lookahead(ExactLru(LAYOUT, 80), LAYOUT, "vote")
+
+
+def test_off_is_the_policy_itself() -> None:
+    policy = ExactLru(LAYOUT, 80)
+    assert with_lookahead(policy, LAYOUT, "off") is policy
+    one_layer = Layout((4,), 1, (10,) * 4)
+    assert with_lookahead(policy, one_layer, "single") is policy
+
+
+def step_that_sees(layer: int, experts: list[int], *best: tuple[int, ...]) -> Step:
+    said = ahead(*best)
+    return Step(layer, experts, [1] * len(experts), ask_ahead=lambda depth: said[:depth])
+
+
+def test_a_guess_displaces_neither_the_step_nor_what_is_predicted() -> None:
+    policy = with_lookahead(ExactLru(LAYOUT, 50), LAYOUT, "single")
+    policy.reset([6, 20, 21, 0])  # layer 1's expert 0 is the oldest, and predicted
+    plan = policy.plan(step_that_sees(0, [0, 1], (0, 3)))
+    assert plan == ([0, 1], [0, 0], [(), []])
+    assert plan is not None and list(plan.prefetch) == [(9, [20])]  # layer 1's expert 3 for the oldest of the others
+    assert policy.plan(step_that_sees(1, [0, 3], ())) is None
+
+
+def test_a_wrong_guess_makes_room_for_the_next_one() -> None:
+    policy = with_lookahead(ExactLru(LAYOUT, 60), LAYOUT, "single")
+    policy.reset([20, 21, 22, 0])
+    plan = policy.plan(step_that_sees(0, [0, 1], (3,)))
+    assert plan is not None and list(plan.prefetch) == [(9, [])]
+    plan = policy.plan(step_that_sees(1, [4, 5], (2,)))  # 9 was wrong
+    assert plan is not None and plan.victims == [[20], [21]] and list(plan.prefetch) == [(14, [9])]
+
+
+def test_a_predicted_low_wish_fetches_the_low_copy_and_a_high_one_replaces_it() -> None:
+    layout = Layout((4,) * 2, 2, (10, 4) * 8)
+
+    class Wishful(ExactLru):
+        def wishes(self, step: Step) -> list[int]:
+            return [1 if w < 0.4 else 0 for w in step.weights]
+
+    policy = with_lookahead(Wishful(layout, 60), layout, "single")
+    policy.reset([8 + 1])  # layer 1, expert 0, low
+    plan = policy.plan(step_that_sees(0, [0, 1], (0, 2)))
+    assert plan is not None and list(plan.prefetch) == [(8, [9]), (8 + 4 + 1, [])]  # weights 2/3 and 1/3
+
+
+@pytest.mark.parametrize("name", ["single", "stacked", "votes", "auto"])
+def test_no_plan_evicts_what_is_absent_predicted_or_needed_nor_exceeds_the_arena(name: str) -> None:
+    for seed in range(20):
+        rng = random.Random(seed)
+        n_layers, n_experts, n_used = rng.randint(2, 5), rng.randint(3, 10), rng.randint(1, 3)
+        sizes = tuple(rng.randint(1, 9) for _ in range(n_layers * n_experts))
+        layout = Layout((n_experts,) * n_layers, 1, sizes)
+        arena_bytes = rng.randint(max(sizes) * n_used, sum(sizes))
+        inner = ExactLru(layout, arena_bytes)
+        policy = with_lookahead(inner, layout, name)
+        arena = SimArena(layout, list(sizes), arena_bytes, rng.choice([1.0, 10.0, 100.0]))
+        assert isinstance(policy, LookAheadPolicy)
+        policy.measure = arena.measure
+        for _ in range(60):
+            for layer in range(n_layers):
+                experts = sorted(rng.sample(range(n_experts), n_used))
+                wide = min(n_experts, 2 * n_used)
+                best = [tuple(rng.sample(range(n_experts), wide)) for _ in range(n_layers - 1 - layer)]
+                plan = policy.plan(step_that_sees(layer, experts, *best))
+                own = {layout.unit(ExpertKey(layer, e)) for e in experts}
+                for unit, gone in plan.prefetch if plan else ():
+                    assert unit not in own and not own & set(gone)
+                arena.execute(Step(layer, experts, [1] * n_used), plan, 0.1)
+                assert set(policy.resident) == set(arena.ready_at) and arena.used_bytes == policy.used_bytes
+        assert arena.prefetch_useful + arena.prefetch_wasted + arena.prefetch_cancelled <= arena.prefetched
+
+
+# ---- the rules in the engine
+
+
+def use(engine: Engine, name: str) -> LookAheadPolicy:
+    policy = with_lookahead(ExactLru(engine.layout, engine.plan.arena_bytes), engine.layout, name)
+    assert isinstance(policy, LookAheadPolicy)
+    engine._use(policy)
+    return policy
+
+
+@pytest.mark.parametrize("name", ["single", "stacked", "votes", "auto"])
+def test_look_ahead_changes_no_bit(name: str) -> None:
+    path = tiny_model_path()
+    tokens = [int(t) for t in np.random.default_rng(3).integers(0, 2000, 120)]
+    with small(path, 0.3) as engine:
+        want = logits(engine, 1, tokens)
+        policy = use(engine, name)
+        before = engine.counters()
+        engine.llama._ctx.kv_cache_clear()
+        assert np.array_equal(logits(engine, 1, tokens), want)
+        c = engine.counters().since(before)
+        assert c.prefetched == policy.prefetched
+        assert name == "auto" or (c.prefetched > 50 and c.prefetch_useful > 0)
+        assert c.hits + c.loads == c.uses
+        assert sorted(policy.resident) == engine.native.resident_units()
+        assert engine.counters().committed_bytes <= engine.plan.arena_bytes
+
+
+@pytest.mark.parametrize("name", ["single", "stacked", "votes"])
+def test_a_simulation_counts_what_the_engine_counts(name: str) -> None:
+    tokens = [int(t) for t in np.random.default_rng(5).integers(0, 2000, 80)]
+    with small(tiny_model_path(), 0.3, logits_all=False) as engine:
+        width = 2 * engine.model.n_expert_used
+        trace = record_trace(engine, tokens, look_ahead=(3, width))
+        policy = use(engine, name)
+        policy.reset(start := engine.policy.resident)
+        before = engine.counters()
+        for token in tokens:
+            with engine.decoding():
+                engine.llama.eval([token])
+        c = engine.counters().since(before)
+
+    def make(layout: Layout, arena_bytes: int) -> LookAheadPolicy:
+        made = with_lookahead(ExactLru(layout, arena_bytes), layout, name)
+        assert isinstance(made, LookAheadPolicy)
+        return made
+
+    s = simulate(trace, make, engine.plan.arena_bytes, resident=start)
+    assert s.prefetched > 0
+    assert (s.uses, s.hits, s.loads, s.evictions, s.prefetched) == (c.uses, c.hits, c.loads, c.evictions, c.prefetched)
+
+
+def test_a_trace_keeps_what_the_routers_said(random_model: Callable[[str], Path]) -> None:
+    with small(random_model("olmoe"), logits_all=False) as engine:
+        trace = record_trace(engine, TOKENS[:10], look_ahead=(3, 4))
+        assert trace.ahead_experts is not None and trace.ahead_experts.shape == (10, 2, 3, 4)
+        assert (trace.ahead_experts[:, 0, 0] >= 0).all() and (trace.ahead_experts[:, 1] == -1).all()
+        steps = [s for _, s in trace.steps(with_ahead=True)]
+    assert steps[0].ask_ahead is not None and len(steps[0].ask_ahead(3)) == 1
+    assert list(steps[0].ask_ahead(3)[0].experts) == trace.ahead_experts[0, 0, 0].tolist()
+    assert steps[1].ask_ahead is not None and steps[1].ask_ahead(3) == []
