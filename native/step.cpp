@@ -393,7 +393,10 @@ bool StepRunner::run_node(Model & model, ggml_tensor * node) {
 }
 
 // A skipped expert's rows are zero; the token's other weights may take over its share.
-void StepRunner::drop_skipped() {
+bool StepRunner::drop_skipped() {
+    if (step_.model->renormalise && !step_.sum) {
+        return fail("gate weights cannot be renormalised in this model, whose weighted sum has another form; leave --renormalise away");
+    }
     const Layer & layer = step_.model->layers[static_cast<size_t>(step_.layer_pos)];
     std::vector<float> lost(step_.model->renormalise ? static_cast<size_t>(step_.n_tokens) : 0, 0.0f);
     for (const Group & g : skipped_) {
@@ -413,6 +416,7 @@ void StepRunner::drop_skipped() {
         for (int64_t j = 0; j < step_.n_used; j++) kept += w[j];
         for (int64_t j = 0; j < step_.n_used && kept != 0; j++) w[j] *= (kept + lost[t]) / kept;
     }
+    return true;
 }
 
 static double uniform(uint64_t & state) {  // xorshift64*, in (0, 1)
@@ -446,7 +450,7 @@ bool StepRunner::finish(const Stub & stub, const ggml_tensor * down, const Weigh
     step_.out_nb2 = down->nb[2];
     step_.sum = sum ? static_cast<char *>(sum->sum->data) : nullptr;
     if (sum && sum->weights != weights_node_) take_weights(sum->weights);
-    if (!skipped_.empty()) drop_skipped();
+    if (!skipped_.empty() && !drop_skipped()) return false;
     // Few rows, or too few experts to go round: latency counts, all threads share each expert. The bits are the same.
     const auto n_threads = static_cast<size_t>(ffn.threads());
     const bool alone = step_.rows.size() >= 32 * n_threads && step_.groups.size() >= 2 * n_threads;

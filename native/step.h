@@ -34,7 +34,7 @@ private:
     struct Prefetch { int unit; std::vector<int> victims; };
     bool group_by_expert(const ggml_tensor * ids);
     void take_weights(const ggml_tensor * weights);
-    void drop_skipped();
+    bool drop_skipped();
     void disturb();
     bool ask_scheduler();
     bool take_prefetches(std::string & error);

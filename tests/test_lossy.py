@@ -20,6 +20,7 @@ from moe_edge.convert.quantize import dequantize
 from moe_edge.convert.source import open_source
 from moe_edge.convert.stacked import write_stacked
 from moe_edge.convert.store import open_model
+from moe_edge.models.errors import EngineError
 from moe_edge.runner.engine import Engine
 from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
 from moe_edge.schedulers.levels import HIGH, LOW, LevelPolicy
@@ -513,7 +514,7 @@ class Lru:
 
 @pytest.mark.parametrize("budget", ["floor", "middle"])
 def test_experts_of_different_sizes_evict_no_more_than_their_bytes_require(mixed: Path, budget: str) -> None:
-    with loaded(mixed, budget) as engine:
+    with loaded(mixed, budget, policy=PolicyOptions(cache="lru")) as engine:
         seen = watch(engine)
         for n_batch in (64, 1):
             logits(engine, some_tokens(120, 3), n_batch)
@@ -639,3 +640,15 @@ def test_the_attention_policy_gets_what_it_asks_for(sources: Callable[[str], Pat
         logits(engine, some_tokens(64))
         assert all(step.routing is not None and step.routing.attention is not None for step in seen.steps)
         assert engine.policy.stats.skipped_uses > 0
+
+
+def test_renormalising_is_refused_where_the_weighted_sum_is_not_the_engines(tmp_path: Path) -> None:
+    path = write_random_model(tmp_path / "gpt-oss.gguf", "gpt-oss")
+    policy = PolicyOptions("dymoe", retention=0.5, low_level="skip", renormalise=True)
+    with open_engine(path, "resident", n_ctx=128, n_ubatch=32, n_threads=1, policy=policy) as engine:
+        with pytest.raises(EngineError, match="cannot be renormalised"), engine.decoding():
+            engine.llama.eval([1, 2, 3])
+        engine.set_policy(PolicyOptions("dymoe", retention=0.5, low_level="skip"))
+        with engine.decoding():
+            engine.llama.eval([1, 2, 3])
+        assert engine.counters().skipped_uses > 0
