@@ -98,7 +98,7 @@ class DecayedUses:
         if step.n_tokens == 1:
             for expert in step.experts:
                 score[first + expert] += gain
-        else:
+        elif step.n_tokens > 1:  # none: the last layer of a micro-batch whose logits nobody wants
             n = step.n_tokens
             gain *= (1 - self._decay**n) / (1 - self._decay) / n
             for expert, count in zip(step.experts, step.counts, strict=True):

@@ -469,3 +469,15 @@ def test_preload_takes_the_most_used_that_fit() -> None:
     assert preload_order(usage, layout, 25) == [6, 0]  # the most used one has 30 bytes
     assert preload_order(usage, layout, 1000) == [2, 6, 0]  # 4 was never used
     assert preload_order(Usage((4,)), layout, 1000) == []
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_without_a_token_changes_nothing_and_breaks_nothing(rule: str) -> None:
+    """llama.cpp gives the last layer no rows when a micro-batch wants no logits."""
+    cache = ExpertCache(Layout((4, 4), 1, (10,) * 8), 40, rule)
+    for layer in (0, 1):
+        cache.note(Step(layer, [1], [1], [1.0], [1.0], 1))
+        assert cache.add(4 * layer + 1) == []
+    cache.note(Step(1, [], [], [], [], 0))
+    cache.note(Step(0, [2, 3], [1, 1], [0.5, 0.5], [0.25, 0.25], 1))
+    assert cache.add(2) == [] and cache.add(3) == [] and cache.used_bytes == 40
