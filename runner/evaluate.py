@@ -402,6 +402,8 @@ def evaluate(
                 engine.check_policy(o.policy)
                 run.tokenize(engine)
                 run.keep_reference(engine)
+        if compare:  # what the reference's run left in this process is not the tested model's
+            o = replace(o, charge_program=False)
         with Engine(model, o, verify=verify) as engine:
             if run.tokenize(engine) != tokens_of_other and other is not None:
                 raise UsageError(f"{model} and {other} make different tokens of {text}; their vocabularies differ")
