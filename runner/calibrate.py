@@ -39,7 +39,7 @@ from moe_edge.convert.damage import (
     find_activation,
 )
 from moe_edge.convert.experts import MoELayer
-from moe_edge.convert.ggml_types import find_type, tensor_bytes, type_name
+from moe_edge.convert.ggml_types import find_type, tensor_bytes
 from moe_edge.convert.imatrix import fill_unused, read_imatrix
 from moe_edge.convert.plan import ConvertPlan, ExpertKey, ExpertTypes, make_plan
 from moe_edge.convert.quantize import dequantize, fitting_type, prepare, quantize, target_type
@@ -426,8 +426,3 @@ def cumulated_quantiles(layers: Sequence[LayerView]) -> FloatArray:
     quantiles: FloatArray = np.quantile(np.concatenate(shares), QUANTILES)
     return quantiles
 
-
-def describe_types(plan: ConvertPlan) -> str:
-    """How many tensors of the high level have which type."""
-    names = [type_name(t) for (_, _, _, level), t in _planned_types(plan).items() if level == HIGH]
-    return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(sorted(names)))

@@ -231,7 +231,7 @@ def _decode(engine: Engine, batch: Any, n_rows: int) -> FloatArray:
 class ReferenceLogits:
     """Rows of logits in a file without a name, so that nothing stays behind however the process ends.
 
-    Written once from the start, then read once in the same order.
+    Written once from the start, then read in the same order, from the start again after rewind().
     """
 
     def __init__(self) -> None:
@@ -263,6 +263,18 @@ class ReferenceLogits:
         got = self._file.readinto(rows.data.cast("B"))
         assert got == rows.nbytes, "the reference has as many rows as the pass under test"
         return rows
+
+    def keep(self, engine: Engine, chunks: IntArray, *, one_by_one: bool = False) -> None:
+        """Run a pass and keep its logits. Raises DiskFull, and what logits_pass raises."""
+        self.check_room(len(chunks) * len(scored_positions(chunks.shape[1])), int(engine.llama.n_vocab()))
+        for block in logits_pass(engine, chunks, one_by_one=one_by_one):
+            self.write(block.rows)
+
+    def kld(self, engine: Engine, chunks: IntArray, *, one_by_one: bool = False) -> DoubleArray:
+        """Run a pass of the same chunks: the KLD of every scored position from what was kept."""
+        self.rewind()
+        blocks = logits_pass(engine, chunks, one_by_one=one_by_one)
+        return np.concatenate([kld_of_rows(self.read(*block.rows.shape), block.rows) for block in blocks])
 
     def __enter__(self) -> ReferenceLogits:
         return self

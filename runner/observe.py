@@ -22,10 +22,8 @@ from moe_edge.runner.evaluate import (
     bos_token,
     cut_chunks,
     eval_options,
-    kld_of_rows,
     logits_pass,
     read_text,
-    scored_positions,
     tokenize_text,
 )
 from moe_edge.schedulers.calibration import FloatArray
@@ -137,21 +135,16 @@ def measure_sensitivity(
     """
     result = np.zeros(engine.layout.n_layers)
     with ReferenceLogits() as kept:
-        kept.check_room(len(chunks) * len(scored_positions(chunks.shape[1])), int(engine.llama.n_vocab()))
-        for block in logits_pass(engine, chunks):
-            kept.write(block.rows)
+        kept.keep(engine, chunks)
         for layer in range(len(result)):
-            kept.rewind()
-            kld: list[FloatArray] = []
             before = engine.counters()
             engine.native.set_noise(layer, noise, seed)
             try:
-                for block in logits_pass(engine, chunks):
-                    kld.append(kld_of_rows(kept.read(*block.rows.shape), block.rows))
+                kld = kept.kld(engine, chunks)
             finally:
                 energy = engine.native.set_noise(-1, 0.0, seed)
             n = _tokens_of_layer(engine.counters().since(before).tokens, chunks, layer, len(result))
-            result[layer] = float(np.concatenate(kld).mean()) * n / energy
+            result[layer] = float(kld.mean()) * n / energy
             tell(f"sensitivity: layer {layer + 1} of {len(result)}: {result[layer]:.3g} nats for each unit of error")
     return result
 

@@ -12,10 +12,7 @@ from moe_edge.runner.evaluate import (
     bos_token,
     cut_chunks,
     eval_options,
-    kld_of_rows,
-    logits_pass,
     read_text,
-    scored_positions,
     tokenize_text,
 )
 from moe_edge.runner.observe import spread_chunks
@@ -49,22 +46,16 @@ def measure_settings(
         tokens = tokenize_text(engine, read_text(text))
         shifted = tokens[CHUNK // 2 :] if len(tokens) >= 3 * CHUNK // 2 else tokens
         chunks = spread_chunks(cut_chunks(shifted, CHUNK, bos=bos_token(engine)), n_tokens)
-        kept.check_room(len(chunks) * len(scored_positions(CHUNK)), int(engine.llama.n_vocab()))
         engine.set_policy(PolicyOptions())
-        for block in logits_pass(engine, chunks, one_by_one=True):
-            kept.write(block.rows)
+        kept.keep(engine, chunks, one_by_one=True)
         high, low = _level_bytes(engine)
         for asked in _grid(engine.model.calibration, high, low):
-            kept.rewind()
             policy = engine.set_policy(asked)
             used = _BytesUsed(engine.layout, policy)
             engine.native.schedule = used.plan
-            kld = [
-                kld_of_rows(kept.read(*block.rows.shape), block.rows)
-                for block in logits_pass(engine, chunks, one_by_one=True)
-            ]
+            kld = kept.kld(engine, chunks, one_by_one=True)
             share = used.bytes / max(1, used.exact_bytes)
-            mean = max(0.0, float(np.concatenate(kld).mean()))
+            mean = max(0.0, float(kld.mean()))
             knob = asked.price if asked.name == "damage" else asked.retention
             expected = (policy.stats.expected_damage or 0.0) / chunks.size
             settings.append(Setting(asked.name, asked.low_level, knob, mean, share, expected))

@@ -38,10 +38,7 @@ class DamagePolicy(LevelPolicy):
         self._may_skip = options.low_level == "skip" or layout.n_levels == 1
 
     def plan(self, step: Step) -> StepPlan | None:
-        n = len(step.experts)
         if self._reuse and self._all_high(step):
-            self.stats.uses += n
-            self.stats.high_uses += n
             return None
         wishes = self.wishes(step)
         self.stats.wanted_high += wishes.count(HIGH)

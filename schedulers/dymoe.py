@@ -59,8 +59,6 @@ class DyMoE(LevelPolicy):
         else:
             stats.wanted_skip += n - n_high
         if (self._reuse or n_high == n) and self._all_high(step):
-            stats.uses += n
-            stats.high_uses += n
             return None
         return self.serve(step, self._wishes(step, n_high))
 

@@ -42,8 +42,6 @@ class Hobbit(LevelPolicy):
 
     def plan(self, step: Step) -> StepPlan | None:
         if self._all_high(step):
-            self.stats.uses += len(step.experts)
-            self.stats.high_uses += len(step.experts)
             return None
         wishes = self.wishes(step)
         first, n_levels = self._layout.first_unit[step.layer], self._layout.n_levels

@@ -98,7 +98,10 @@ class LevelPolicy:
         return [HIGH] * len(step.experts)
 
     def _all_high(self, step: Step) -> bool:
-        """Whether every expert is in memory at the high level; renews those before the first that is not."""
+        """Whether every expert is in memory at the high level: then the step is noted and counted, and needs no plan.
+
+        Otherwise those before the first that is not are renewed, and serve() does the rest.
+        """
         first, n_levels = self._layout.first_unit[step.layer], self._layout.n_levels
         renew = self.cache.renew
         try:
@@ -107,6 +110,8 @@ class LevelPolicy:
         except KeyError:
             return False
         self.cache.note(step)
+        self.stats.uses += len(step.experts)
+        self.stats.high_uses += len(step.experts)
         return True
 
     def serve(self, step: Step, wishes: Sequence[int]) -> StepPlan | None:

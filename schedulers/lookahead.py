@@ -22,8 +22,8 @@ from moe_edge.schedulers.cache import ExpertCache
 from moe_edge.schedulers.controller import Controller, Measured
 from moe_edge.schedulers.layout import SKIP, Ahead, Layout, PlanAhead, Step, StepPlan
 from moe_edge.schedulers.levels import HIGH, LOW, PolicyStats
+from moe_edge.schedulers.options import LOOKAHEADS
 
-LOOKAHEADS = ("off", "single", "stacked", "votes", "auto")
 MOST_DEPTH = 3
 MOST_TOKENS = 4  # of a step that is looked ahead from (native/router.h)
 ARENA_SHARE = 0.25  # of the arena that guesses may hold

@@ -77,13 +77,10 @@ class ExactLru(LevelPolicy):
         self.stats.expected_damage = 0.0
 
     def plan(self, step: Step) -> StepPlan | None:
-        n = len(step.experts)
-        self.stats.wanted_high += n
+        self.stats.wanted_high += len(step.experts)
         if self._all_high(step):
-            self.stats.uses += n
-            self.stats.high_uses += n
             return None
-        return self.serve(step, [HIGH] * n)
+        return self.serve(step, [HIGH] * len(step.experts))
 
 
 def make_policy(
