@@ -124,6 +124,7 @@ void me_model_counters(me_model * handle, me_counters * out) {
     out->disk_busy_ns = m.reader->disk_busy_ns();
     out->prefetch_busy_ns = m.reader->soon_busy_ns();
     out->look_ahead_ns = c.look_ahead_ns;
+    out->meanwhile_ns = c.meanwhile_ns;
     for (int f = 0; f < m.reader->n_files(); f++) out->direct_files += m.reader->direct(f);
 }
 
@@ -190,6 +191,8 @@ double me_model_set_noise(me_model * m, int32_t layer_pos, float relative, uint6
     m->model.noise = {layer_pos, relative, seed | 1, 0.0};
     return added;
 }
+
+void me_model_pace(me_model * m, int64_t bytes_per_second) { m->model.reader->pace(bytes_per_second); }
 
 void me_model_set_stop(me_model * m, int32_t stop) { m->model.stop = stop != 0; }
 

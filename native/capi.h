@@ -43,6 +43,7 @@ struct me_mailbox {
     int32_t * level;         //   level of each step, or ME_LEVEL_SKIP
     int32_t * victim_count;  //   how many victims step i evicts before its read
     int32_t * victims;       //   their unit ids, step after step
+    int32_t * later;                  // [1] Python -> native, 0 unless written: call again, see ME_MEANWHILE
     int32_t * prefetch_count;         // [1] Python -> native, 0 unless written: units to read when the disk has nothing
     int32_t * prefetch_units;         //   else to do; absent ones that this step does not use; [number of units]
     int32_t * prefetch_victim_count;  //   what each evicts before its read, none of this step's,
@@ -52,7 +53,10 @@ struct me_mailbox {
     float * ahead_scores;             //   ME_MAX_AHEAD times the largest n_expert; and their router probabilities
 };
 
-// Called once for each MoE layer and micro-batch, on the thread that runs llama_decode.
+// Called once for each MoE layer and micro-batch, on the thread that runs llama_decode. When the answer set `later`,
+// once more with n_experts = ME_MEANWHILE before the step ends: while it waits for its reads, or at once when it waits for
+// none. That is the time to learn and to fetch ahead; only prefetch_* is taken from that answer.
+#define ME_MEANWHILE (-1)
 typedef int32_t (*me_schedule_fn)(void * user, int32_t layer_pos, int32_t n_tokens, int32_t n_experts);
 
 struct me_model_desc {
@@ -88,6 +92,7 @@ struct me_counters {  // since the model was opened
     int64_t prefetched, prefetch_useful, prefetch_late, prefetch_wasted, prefetch_cancelled, prefetch_failed;
     int64_t prefetch_bytes, wasted_bytes;             // read ahead (part of bytes_read); of those, evicted unused
     int64_t disk_busy_ns, prefetch_busy_ns, look_ahead_ns;  // any read under way; a speculative one; asking the routers
+    int64_t meanwhile_ns;                             // scheduling while the step waited for reads; not in schedule_ns
 };
 
 struct me_abi_info {
@@ -137,6 +142,8 @@ ME_API void me_model_set_renormalise(me_model * model, int32_t on);
 // Add Gaussian noise to the MoE output of one layer, `relative` times the root mean square of each token's row; for
 // calibration. layer_pos -1: none. Returns the squared noise added since the last call.
 ME_API double me_model_set_noise(me_model * model, int32_t layer_pos, float relative, uint64_t seed);
+// Pace expert reads as a disk of this speed would that serves one read after the other; 0: not at all.
+ME_API void me_model_pace(me_model * model, int64_t bytes_per_second);
 ME_API void me_model_set_stop(me_model * model, int32_t stop);
 ME_API int64_t me_model_scratch_bytes(me_model * model, int64_t n_ubatch, int32_t n_used, int32_t n_threads);
 

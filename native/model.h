@@ -67,7 +67,7 @@ struct Counters {
     // prefetched units: read ahead; then each is once useful (a step used it; late: not whole when that step began), wasted
     // or cancelled (evicted unused, whole or not). failed: reads of units that no step needed.
     std::atomic<int64_t> prefetched{0}, prefetch_useful{0}, prefetch_late{0}, prefetch_wasted{0}, prefetch_cancelled{0}, prefetch_failed{0};
-    std::atomic<int64_t> wasted_bytes{0}, look_ahead_ns{0};
+    std::atomic<int64_t> wasted_bytes{0}, look_ahead_ns{0}, meanwhile_ns{0};
 };
 
 struct Noise {  // see me_model_set_noise

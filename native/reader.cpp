@@ -88,6 +88,11 @@ std::vector<int64_t> Reader::cancel(int64_t first_tag, int64_t end_tag) {
     return tags;
 }
 
+void Reader::pace(int64_t bytes_per_second) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    pace_ = bytes_per_second;
+}
+
 int64_t Reader::disk_busy_ns() {
     using namespace std::chrono;
     std::lock_guard<std::mutex> lock(mutex_);
@@ -106,9 +111,14 @@ void Reader::work() {
         const auto t0 = steady_clock::now();
         if (running_++ == 0) running_since_ = t0;
         soon_running_ += job.soon;
+        if (pace_ > 0) {
+            paced_until_ = std::max(paced_until_, t0) + nanoseconds(static_cast<int64_t>(1e9 * static_cast<double>(job.length) / static_cast<double>(pace_)));
+        }
+        const auto until = paced_until_;
         lock.unlock();
         int64_t got = 0;
         const std::string error = read(job, got);
+        std::this_thread::sleep_until(until);  // long past when nothing paces
         const int64_t ns = duration_cast<nanoseconds>(steady_clock::now() - t0).count();
         busy_ns_ += ns;
         if (job.soon) {

@@ -43,6 +43,8 @@ public:
     // or forget them, calling nobody: their tags.
     void promote(int64_t first_tag, int64_t end_tag);
     std::vector<int64_t> cancel(int64_t first_tag, int64_t end_tag);
+    // Take as long as a disk of this speed would that serves one read after the other; 0: as fast as it goes.
+    void pace(int64_t bytes_per_second);
 
     int n_files() const { return static_cast<int>(files_.size()); }
     const std::string & path(int file) const { return files_[static_cast<size_t>(file)].path; }
@@ -73,7 +75,8 @@ private:
     std::condition_variable wake_;
     std::deque<ReadJob> queue_, soon_;
     int running_ = 0, soon_running_ = 0;
-    std::chrono::steady_clock::time_point running_since_;
+    std::chrono::steady_clock::time_point running_since_, paced_until_;
+    int64_t pace_ = 0;
     int64_t disk_busy_ns_ = 0;
     bool stop_ = false;
     std::vector<std::thread> threads_;

@@ -82,6 +82,32 @@ void StepRunner::take_weights(const ggml_tensor * w) {
     }
 }
 
+// n: the experts that are asked about, or ME_MEANWHILE. ns: the counter that the time goes to.
+bool StepRunner::call_scheduler(int n, std::atomic<int64_t> & ns, bool & resident) {
+    Model & m = *step_.model;
+    m.mail.prefetch_count[0] = 0;
+    const int64_t t0 = now_ns(), looked = m.counters.look_ahead_ns;
+    m.step = &view_;
+    m.step_layer = step_.layer_pos;
+    const int32_t status = m.schedule(m.schedule_user, step_.layer_pos, static_cast<int32_t>(step_.n_tokens), n);
+    m.step = nullptr;
+    ns += now_ns() - t0 - (m.counters.look_ahead_ns - looked);
+    resident = status == ME_SCHEDULE_RESIDENT;
+    if (status == ME_SCHEDULE_OK || resident) return true;
+    return fail(status == ME_SCHEDULE_STOP ? "stopped" : "the scheduler failed");
+}
+
+// What the scheduler has to do besides the step: learn, and fetch ahead.
+bool StepRunner::meanwhile() {
+    if (!later_) return true;
+    later_ = false;
+    Counters & c = step_.model->counters;
+    bool resident = false;
+    std::string error;
+    if (!call_scheduler(ME_MEANWHILE, waits_ ? c.meanwhile_ns : c.schedule_ns, resident)) return false;
+    return (take_prefetches(error) && dispatch_loads(error)) || fail(error);
+}
+
 bool StepRunner::ask_scheduler() {
     Model & m = *step_.model;
     const int n = static_cast<int>(by_expert_.size());
@@ -99,25 +125,21 @@ bool StepRunner::ask_scheduler() {
         m.mail.weights[i] = sum;
         m.mail.squares[i] = squares;
     }
-    m.mail.prefetch_count[0] = 0;
     m.mail.order[0] = -1;  // an answer that was never written must not pass for one
     const Layer & layer = m.layers[static_cast<size_t>(step_.layer_pos)];
-    const me_step_view view{step_.ids.data(), step_.weights.data(), attention_.take(step_.n_tokens), ffn.input(), static_cast<int32_t>(step_.n_tokens),
+    view_ = {step_.ids.data(), step_.weights.data(), attention_.take(step_.n_tokens), ffn.input(), static_cast<int32_t>(step_.n_tokens),
                             static_cast<int32_t>(step_.n_used), static_cast<int32_t>(layer.n_embd), weights_node_ != nullptr};
-    const int64_t t0 = now_ns(), looked = m.counters.look_ahead_ns;
-    m.step = &view;
-    m.step_layer = step_.layer_pos;
-    const int32_t status = m.schedule(m.schedule_user, step_.layer_pos, static_cast<int32_t>(step_.n_tokens), n);
-    m.step = nullptr;
-    m.counters.schedule_ns += now_ns() - t0 - (m.counters.look_ahead_ns - looked);
-    if (status == ME_SCHEDULE_RESIDENT) {
+    bool resident_step = false;
+    m.mail.later[0] = 0;
+    if (!call_scheduler(n, m.counters.schedule_ns, resident_step)) return false;
+    later_ = m.mail.later[0] != 0;
+    waits_ = false;
+    if (resident_step) {
         for (int i = 0; i < n; i++) {
             m.mail.order[i] = i;
             m.mail.level[i] = 0;
             m.mail.victim_count[i] = 0;
         }
-    } else if (status != ME_SCHEDULE_OK) {
-        return fail(status == ME_SCHEDULE_STOP ? "stopped" : "the scheduler failed");
     }
 
     step_.groups.clear();
@@ -149,11 +171,13 @@ bool StepRunner::ask_scheduler() {
         Unit & unit = m.unit(g.unit);
         const bool resident = unit.slot >= 0;
         if (resident) {
+            waits_ |= unit.ready != unit.all_bits();
             if (unit.prefetched || unit.ready != unit.all_bits()) m.need(g.unit);
         } else {
             Load load{static_cast<int>(step_.groups.size()) - 1, {}};
             for (int v = 0; v < n_victims; v++) load.victims.push_back(m.mail.victims[victim + v]);
             loads_.push_back(std::move(load));
+            waits_ = true;
         }
         if (resident && n_victims > 0) {
             return fail("the scheduler's plan evicts experts for one that is already in memory");
@@ -167,8 +191,7 @@ bool StepRunner::ask_scheduler() {
     // What was fetched ahead for this layer and is not asked for now is not worth the disk's time.
     const Layer & layer_now = m.layers[static_cast<size_t>(step_.layer_pos)];
     if (m.counters.prefetched > 0) m.cancel(layer_now.first_unit, layer_now.first_unit + layer_now.n_expert * m.n_levels);
-    std::string error;
-    return take_prefetches(error) || fail(error);
+    return true;
 }
 
 // The plan's prefetches; they may not touch what this step uses.
@@ -179,17 +202,18 @@ bool StepRunner::take_prefetches(std::string & error) {
         error = "the scheduler's plan prefetches " + std::to_string(n) + " of " + std::to_string(m.n_units()) + " units";
         return false;
     }
+    auto used = [&](int u) { return std::any_of(step_.groups.begin(), step_.groups.end(), [u](const Group & g) { return g.unit == u; }); };
     int victim = 0;
     for (int i = 0; i < n; i++) {
         Prefetch p{m.mail.prefetch_units[i], {}};
         const int n_victims = m.mail.prefetch_victim_count[i];
-        if (p.unit < 0 || p.unit >= m.n_units() || busy_[static_cast<size_t>(p.unit)] || n_victims < 0 || victim + n_victims > m.n_units()) {
+        if (p.unit < 0 || p.unit >= m.n_units() || used(p.unit) || n_victims < 0 || victim + n_victims > m.n_units()) {
             error = "the scheduler's plan prefetches an expert that does not exist or that the present step uses";
             return false;
         }
         for (int v = 0; v < n_victims; v++) {
             const int gone = m.mail.prefetch_victims[victim + v];
-            if (gone < 0 || gone >= m.n_units() || busy_[static_cast<size_t>(gone)]) {
+            if (gone < 0 || gone >= m.n_units() || used(gone)) {
                 error = "the scheduler's plan evicts an expert of the present step for one that is not needed yet";
                 return false;
             }
@@ -260,7 +284,8 @@ bool StepRunner::begin(const Stub & stub, const ggml_tensor * product, const ggm
     if (!ask_scheduler()) return false;
     pending_ = true;
     std::string error;
-    return dispatch_loads(error) || fail(error);
+    if (!dispatch_loads(error)) return fail(error);
+    return waits_ || meanwhile();
 }
 
 // Compute what has arrived. Small groups share a graph; a large one has its own.
@@ -311,7 +336,11 @@ bool StepRunner::compute_together() {
         if (asked_to_stop()) return fail("stopped");
         bool progress = false;
         if (!compute_ready(progress)) return false;
-        if (std::all_of(step_.groups.begin(), step_.groups.end(), [](const Group & g) { return g.state == Group::DONE; })) return true;
+        if (std::all_of(step_.groups.begin(), step_.groups.end(), [](const Group & g) { return g.state == Group::DONE; })) return meanwhile();
+        if (!progress && later_) {
+            if (!meanwhile()) return false;
+            continue;
+        }
         if (!progress && !m.wait_arrival(seen, 1)) return fail("the scheduler's plan waits for an expert that nothing will bring");
     }
 }
@@ -456,7 +485,7 @@ bool StepRunner::finish(const Stub & stub, const ggml_tensor * down, const Weigh
     const bool alone = step_.rows.size() >= 32 * n_threads && step_.groups.size() >= 2 * n_threads;
     std::string error;
     if (alone) {
-        if (!compute_by_workers()) return false;
+        if (!meanwhile() || !compute_by_workers()) return false;
     } else {
         if (!compute_together()) return false;
         if (!ffn.run_sum(step_, error)) return fail(error);

@@ -1,6 +1,7 @@
 // Runs one MoE layer of one micro-batch: asks the scheduler once, starts the reads in its order, and computes each
 // expert as it arrives. A victim that this step still needs is evicted only after it has been computed.
 #pragma once
+#include <atomic>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -37,6 +38,8 @@ private:
     bool drop_skipped();
     void disturb();
     bool ask_scheduler();
+    bool call_scheduler(int n, std::atomic<int64_t> & ns, bool & resident);
+    bool meanwhile();
     bool take_prefetches(std::string & error);
     bool dispatch_loads(std::string & error);
     bool dispatch_prefetches(std::string & error);
@@ -50,6 +53,9 @@ private:
 
     AttentionWatch attention_;
     Step step_;
+    me_step_view view_{};      // of the present step
+    bool later_ = false;       // the scheduler wants to be called again before the step ends
+    bool waits_ = false;       // some read of this step had not ended when it began
     bool pending_ = false;
     const ggml_tensor * first_node_ = nullptr;  // seen again: the step before was abandoned, this is a new one
     const ggml_tensor * weights_node_ = nullptr;  // whose values step_.weights holds

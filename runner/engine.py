@@ -67,6 +67,7 @@ class EngineOptions:
 
     n_ubatch 0, flash_attn None: chosen from the model and the context by attention_defaults(), never from the budget,
     because both change how sums are rounded.
+    disk_bytes_per_second: pace the expert reads as a disk of this speed would; None: as fast as it is.
     charge_program: count what the process held before loading, above PROGRAM_ALLOWANCE_BYTES, against the budget. The
     command line does; a program that embeds the engine knows better what else it holds. map_dense: map the skeleton
     instead of reading it into anonymous memory; for the converter's proof, which decodes one token only.
@@ -82,6 +83,7 @@ class EngineOptions:
     seed: int | None = None
     logits_all: bool = False
     flash_attn: bool | None = None
+    disk_bytes_per_second: int | None = None
     charge_program: bool = False
     map_dense: bool = False
 
@@ -288,6 +290,7 @@ class Engine:
             return self.llama
         self.set_policy(self.options.policy)
         self.native.set_arena(self.plan.arena_bytes)
+        self.native.pace(self.options.disk_bytes_per_second or 0)
         self.llama, _ = self._new_llama(no_alloc=False)
         self.llama._moe_edge = self  # whoever keeps the Llama keeps the engine its experts come from
         if self.native.bound_tensors == 0:
@@ -327,7 +330,7 @@ class Engine:
     def _use(self, policy: Policy) -> None:
         policy.reset(self.native.resident_units())
         self._policy = policy
-        self.native.schedule = policy.plan
+        self.native.schedule, self.native.meanwhile = policy.plan, policy.meanwhile
         self.native.wants_routing = policy.wants_routing
         if isinstance(policy, LookAheadPolicy):
             width = min(2 * self.model.n_expert_used, min(self.layout.n_experts))
@@ -341,7 +344,7 @@ class Engine:
     def _measure(self) -> Measured:
         """The sums that the look-ahead controller decides by."""
         c = self.native.counters()
-        overhead = c.schedule_seconds + c.look_ahead_seconds
+        overhead = c.schedule_seconds + c.meanwhile_seconds + c.look_ahead_seconds
         return Measured(time.perf_counter(), c.stall_seconds, overhead, c.disk_busy_seconds, c.bytes_read)
 
     def counters(self) -> Counters:

@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 from moe_edge.convert.store import ExpertModel
 from moe_edge.models.errors import EngineError, MissingFile, WrongLibrary
-from moe_edge.schedulers.layout import Ahead, Routing, Step, StepPlan
+from moe_edge.schedulers.layout import Ahead, Prefetch, Routing, Step, StepPlan
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -38,6 +38,7 @@ WORKING_VERSION = "llama-cpp-python 0.3.36"
 ERROR_BYTES = 1024
 PROJECTION_CODES = {"up": 0, "gate": 1, "down": 2, "gate_up": 3}
 MAX_AHEAD = 8
+MEANWHILE = -1  # in place of a number of experts: see native/capi.h
 SCHEDULE_OK, SCHEDULE_STOP, SCHEDULE_ERROR, SCHEDULE_RESIDENT = 0, 1, 2, 3
 
 
@@ -71,9 +72,10 @@ class Mailbox(Structure):
     _fields_ = [
         (name, POINTER(kind)) for name, kind in (
             ("experts", c_int32), ("counts", c_int32), ("weights", c_float), ("squares", c_float), ("order", c_int32),
-            ("level", c_int32), ("victim_count", c_int32), ("victims", c_int32), ("prefetch_count", c_int32),
-            ("prefetch_units", c_int32), ("prefetch_victim_count", c_int32), ("prefetch_victims", c_int32),
-            ("ahead_counts", c_int32), ("ahead_experts", c_int32), ("ahead_scores", c_float),
+            ("level", c_int32), ("victim_count", c_int32), ("victims", c_int32), ("later", c_int32),
+            ("prefetch_count", c_int32), ("prefetch_units", c_int32), ("prefetch_victim_count", c_int32),
+            ("prefetch_victims", c_int32), ("ahead_counts", c_int32), ("ahead_experts", c_int32),
+            ("ahead_scores", c_float),
         )
     ]  # fmt: skip
 
@@ -116,7 +118,7 @@ _COUNTERS = (
     "steps tokens uses hits low_uses skipped_uses loads evictions reads bytes_read graphs stall_ns compute_ns "
     "schedule_ns step_ns read_busy_ns committed_bytes peak_committed_bytes direct_files prefetched prefetch_useful "
     "prefetch_late prefetch_wasted prefetch_cancelled prefetch_failed prefetch_bytes wasted_bytes disk_busy_ns "
-    "prefetch_busy_ns look_ahead_ns"
+    "prefetch_busy_ns look_ahead_ns meanwhile_ns"
 ).split()
 
 
@@ -165,6 +167,7 @@ class Counters:
     disk_busy_seconds: float = 0.0
     prefetch_busy_seconds: float = 0.0
     look_ahead_seconds: float = 0.0
+    meanwhile_seconds: float = 0.0
 
     def since(self, earlier: Counters) -> Counters:
         """The difference; the committed bytes and the number of direct files stay absolute."""
@@ -252,6 +255,7 @@ def _declare(lib: Any) -> None:
         "me_model_take_error": (c_int32, [model, text]),
         "me_model_resident": (None, [model, POINTER(c_uint8)]),
         "me_model_unit_bytes": (None, [model, POINTER(c_int64)]),
+        "me_model_pace": (None, [model, c_int64]),
         "me_model_set_stop": (None, [model, c_int32]),
         "me_model_step": (c_int32, [model, POINTER(StepView)]),
         "me_model_set_lookahead": (c_int32, [model, c_int32, c_int32, c_int32, text]),
@@ -317,6 +321,7 @@ class Mail:
         self.level = (c_int32 * max_experts)()
         self.victim_count = (c_int32 * max_experts)()
         self.victims = (c_int32 * max(n_units, 1))()
+        self.later = (c_int32 * 1)()
         self.prefetch_count = (c_int32 * 1)()
         self.prefetch_units = (c_int32 * max(n_units, 1))()
         self.prefetch_victim_count = (c_int32 * max(n_units, 1))()
@@ -331,14 +336,16 @@ class Mail:
 
 
 Schedule = Callable[[Step], StepPlan | None]
+Meanwhile = Callable[[Step], Sequence[Prefetch]]
 
 
 class NativeModel:
     """Owns one native model: its unit table, arena, readers and counters.
 
-    `schedule`, a policy's plan(), is called on the thread that decodes. What it raises is kept in `schedule_error` and
-    fails the decode. wants_routing: give steps of several tokens their Routing. observe: called with each step's input
-    and routing before it is scheduled; for calibration and traces.
+    `schedule`, a policy's plan(), is called on the thread that decodes; `meanwhile`, its meanwhile(), after those steps
+    that set `later`. What they raise is kept in `schedule_error` and fails the decode. wants_routing: give steps of
+    several tokens their Routing. observe: called with each step's input and routing before it is scheduled; for
+    calibration and traces.
     """
 
     def __init__(self, model: ExpertModel, *, n_io_threads: int = 4, direct_io: bool = True) -> None:
@@ -348,6 +355,8 @@ class NativeModel:
         self.mail = Mail(max(layer.n_expert for layer in model.layers), self.n_units)
         self.schedule_error: BaseException | None = None
         self.schedule: Schedule | None = None
+        self.meanwhile: Meanwhile | None = None
+        self._step = Step(0, (), ())
         self.wants_routing = False
         self._ahead_width = 0
         self.observe: Callable[[int, Routing, FloatArray], None] | None = None
@@ -367,6 +376,10 @@ class NativeModel:
             return SCHEDULE_STOP
         mail = self.mail
         try:
+            if n == MEANWHILE:
+                if self.meanwhile is not None:
+                    self._mail_prefetch(self.meanwhile(self._step))
+                return SCHEDULE_OK
             assert self.schedule is not None, "no policy yet"
             step = Step(layer, mail.experts[:n], mail.counts[:n], mail.weights[:n], mail.squares[:n], n_tokens)
             if self._ahead_width:
@@ -376,6 +389,9 @@ class NativeModel:
             if self.observe is not None:
                 self.observe(layer, *self._routing())
             plan = self.schedule(step)
+            if step.later:
+                self._step = step
+                mail.later[0] = 1
             if plan is None:
                 return SCHEDULE_RESIDENT
             at = 0
@@ -386,8 +402,6 @@ class NativeModel:
                     at += 1
             mail.order[:n] = list(plan.order)
             mail.level[:n] = list(plan.levels)
-            if plan.prefetch:
-                self._mail_prefetch(plan.prefetch)
             return SCHEDULE_OK
         except BaseException as e:  # a callback cannot raise through C: kept, and raised after the decode
             self.schedule_error = e
@@ -402,7 +416,7 @@ class NativeModel:
         routing = Routing(array(v.experts, shape), array(v.weights, shape), attention)
         return routing, array(v.input, (v.n_tokens, v.n_embd))
 
-    def _mail_prefetch(self, prefetch: Sequence[tuple[int, Sequence[int]]]) -> None:
+    def _mail_prefetch(self, prefetch: Sequence[Prefetch]) -> None:
         mail, at = self.mail, 0
         mail.prefetch_count[0] = len(prefetch)
         for i, (unit, gone) in enumerate(prefetch):
@@ -496,6 +510,10 @@ class NativeModel:
         sizes = (c_int64 * self.n_units)()
         self._lib.me_model_unit_bytes(self._handle, sizes)
         return tuple(sizes)
+
+    def pace(self, bytes_per_second: int) -> None:
+        """Let expert reads take as long as on a disk of this speed, which serves one after the other; 0: no limit."""
+        self._lib.me_model_pace(self._handle, bytes_per_second)
 
     def set_stop(self, stop: bool) -> None:
         """Ask a running decode to stop at the next expert; safe from a signal handler or another thread."""

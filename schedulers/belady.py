@@ -20,7 +20,7 @@ from heapq import heapify, heappop, heappush
 
 import numpy as np
 from moe_edge.models.errors import BudgetTooSmall
-from moe_edge.schedulers.layout import Layout, Step, StepPlan
+from moe_edge.schedulers.layout import Layout, Prefetch, Step, StepPlan
 from moe_edge.schedulers.simulate import Costs, SimResult, simulate
 from moe_edge.schedulers.trace import Ints, Trace
 
@@ -65,6 +65,9 @@ class Belady:
         self._used_bytes = sum(self._layout.unit_bytes[unit] for unit in self._rank_of)
         self._heap = list(self._rank_of.values())
         heapify(self._heap)
+
+    def meanwhile(self, step: Step) -> tuple[Prefetch, ...]:
+        return ()
 
     def plan(self, step: Step) -> StepPlan | None:
         n_levels, first, n = self._layout.n_levels, self._layout.first_unit[step.layer], len(step.experts)

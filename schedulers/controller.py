@@ -3,9 +3,10 @@
 Pure: counts and seconds in, (depth, width) of a layer and a byte allowance out. Fed once a token.
 
 On or off: short windows of tokens with and without look-ahead alternate; what a window costs is its stall and the time
-spent on predicting and planning. On only when that is clearly lower; tried again after a pause that doubles each
-time it is not. Not even tried when there is no stall worth saving, or when the disk has no time to spare: then fetching
-ahead moves reads about and saves none.
+spent on predicting and planning, for each byte that a token needed and that was not in memory, or was only because it
+had been fetched ahead: tokens miss more or less, and what a miss costs varies far less. On only when that is clearly
+lower; tried again after a pause that doubles each time it is not. Not even tried when there is no stall worth saving,
+or when the disk has no time to spare: then fetching ahead moves reads about and saves none.
 
 How much: what the disk could read in the time it is idle. How far and how wide: hill-climbing of (width, depth), one
 coordinate of one group of layers at a time, on miss bytes + a * wasted bytes, a being how busy the disk is.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import variance
+from typing import NamedTuple
 
 GROUPS = 3  # shallow, middle, deep
 WINDOW_TOKENS = 8
@@ -33,13 +35,16 @@ LEAST_SPARE = 0.08  # share of a token's time in which the disk is idle
 
 @dataclass(frozen=True)
 class Measured:
-    """Sums since some start. seconds: of the clock. overhead_seconds: predicting and planning."""
+    """Sums since some start. seconds: of the clock. overhead_seconds: predicting and planning. wanted_bytes: of the
+    experts used that were read when needed or had been fetched ahead; 0 throughout: not known.
+    """
 
     seconds: float
     stall_seconds: float
     overhead_seconds: float
     disk_busy_seconds: float
     bytes_read: int
+    wanted_bytes: int = 0
 
 
 @dataclass
@@ -60,6 +65,13 @@ class Setting:
     width: int
 
 
+class Cost(NamedTuple):
+    """Of one token: stall and overhead, and the bytes it wanted."""
+
+    seconds: float
+    wanted_bytes: int
+
+
 class Controller:
     """n_used: experts of a token and layer. unit_bytes: of one expert, about. most_depth: layers that may be asked."""
 
@@ -76,8 +88,8 @@ class Controller:
         self._hold = HOLD_TOKENS  # tokens until the next trial when off
         self._token_seconds = self._busy_share = self._bytes_per_second = self._stall_share = 0.0
         self._plan: list[bool] = []  # windows of the present trial still to come
-        self._window: list[float] = []
-        self._costs: dict[bool, list[float]] = {True: [], False: []}
+        self._window: list[Cost] = []
+        self._costs: dict[bool, list[Cost]] = {True: [], False: []}
         self._left = 2 * WINDOW_TOKENS  # tokens until the next decision; the first ones warm the cache
         self._decided = False
         self._climb_left = CLIMB_TOKENS
@@ -104,7 +116,8 @@ class Controller:
             return
         self.tokens += 1
         self._observe(last, now)
-        cost = now.stall_seconds - last.stall_seconds + now.overhead_seconds - last.overhead_seconds
+        seconds = now.stall_seconds - last.stall_seconds + now.overhead_seconds - last.overhead_seconds
+        cost = Cost(seconds, now.wanted_bytes - last.wanted_bytes)
         self._left -= 1
         if self._plan or self._costs[True] or self._costs[False]:
             self._in_trial(cost)
@@ -151,7 +164,7 @@ class Controller:
         self._old, self._climb_before = None, None
         self.on = self._plan[0]
 
-    def _in_trial(self, cost: float) -> None:
+    def _in_trial(self, cost: Cost) -> None:
         self._window.append(cost)
         if len(self._window) < WINDOW_TOKENS:
             return
@@ -221,16 +234,28 @@ class Controller:
         return old
 
 
-def _compare(without: list[float], with_it: list[float]) -> tuple[float, float, float]:
-    """(mean cost without look-ahead, what look-ahead saves of it, standard error of that)."""
-    means = [_trimmed_mean(costs) for costs in (without, with_it)]
-    error = sum(variance(costs) / len(costs) for costs in (without, with_it)) ** 0.5
-    return means[0], means[0] - means[1], error
+def _compare(without: list[Cost], with_it: list[Cost]) -> tuple[float, float, float]:
+    """(mean cost without look-ahead, what look-ahead saves of it, standard error of that), in seconds a token.
+
+    A ratio estimate: seconds are proportional to the bytes wanted, and what differs from that is the error.
+    """
+    known = sum(c.wanted_bytes for c in (*without, *with_it)) > 0
+    sizes = [[c.wanted_bytes if known else 1 for c in costs] for costs in (without, with_it)]
+    mean_size = sum(map(sum, sizes)) / (len(without) + len(with_it))
+    means, error = [], 0.0
+    for costs, size in zip((without, with_it), sizes, strict=True):
+        rate = _trimmed_rate([c.seconds for c in costs], size)
+        means.append(rate * mean_size)
+        error += variance([c.seconds - rate * n for c, n in zip(costs, size, strict=True)]) / len(costs)
+    return means[0], means[0] - means[1], error**0.5
 
 
-def _trimmed_mean(costs: list[float]) -> float:
-    """Without the highest and the lowest eighth: one page fault or background write must not decide."""
-    ordered = sorted(costs)
-    cut = len(ordered) // 8
-    kept = ordered[cut : len(ordered) - cut]
-    return sum(kept) / len(kept)
+def _trimmed_rate(seconds: list[float], sizes: list[int]) -> float:
+    """Seconds for each size, without the eighth that exceeds it most and the eighth that stays most below: one page
+    fault or background write must not decide.
+    """
+    rate = sum(seconds) / max(1, sum(sizes))
+    pairs = sorted(zip(seconds, sizes, strict=True), key=lambda pair: pair[0] - rate * pair[1])
+    cut = len(pairs) // 8
+    kept = pairs[cut : len(pairs) - cut]
+    return sum(s for s, _ in kept) / max(1, sum(n for _, n in kept))

@@ -31,6 +31,8 @@ class EvictionRule(Protocol):
     """What the cache asks. Shared checks of every rule: tests/test_eviction.py."""
 
     by_recency: bool  # whether the victim is always the oldest of Units, so that nobody has to ask
+    learns: bool  # whether learn() does anything
+    first_layer_weight: float  # see ExpertCache.favour_first_layer
 
     def reset(self, resident: Iterable[int]) -> None:
         """Start again; of equal units the one named first goes first."""
@@ -50,6 +52,9 @@ class EvictionRule(Protocol):
     def release(self) -> None:
         """`kept` is another set from now on."""
 
+    def learn(self) -> None:
+        """The reads of a step that missed have started: time for what can wait."""
+
     def order(self, units: Units) -> list[int]:
         """Units in memory, the one to evict first coming first."""
 
@@ -60,7 +65,7 @@ class EvictionRule(Protocol):
 class Lru:
     """The unit used longest ago."""
 
-    by_recency = True
+    by_recency, learns, first_layer_weight = True, False, 1.0
 
     def reset(self, resident: Iterable[int]) -> None:
         pass
@@ -78,6 +83,9 @@ class Lru:
         return next((unit for unit in units if unit not in kept), None)
 
     def release(self) -> None:
+        pass
+
+    def learn(self) -> None:
         pass
 
     def order(self, units: Units) -> list[int]:
@@ -141,7 +149,7 @@ class Ranked:
     token and falls with the score. A rule gives both, _restart and _note.
     """
 
-    by_recency = False
+    by_recency, learns, first_layer_weight = False, False, 1.0
     score: array[float]  # of each expert
 
     def __init__(self, layout: Layout, offset: list[list[float]]) -> None:
@@ -217,6 +225,9 @@ class Ranked:
                 unit = heappop(self._heaps[layer])[2]
                 self._entry[unit] = 0
                 return unit
+
+    def learn(self) -> None:
+        pass
 
     @property
     def _at(self) -> int:

@@ -96,7 +96,7 @@ class Step:
     each. weights: sum of the gate weights of those tokens; for one token its gate weights. squares: sum of their
     squares. routing: token by token, for micro-batches of more than one token and policies that want it.
     ask_ahead: what the routers of at most so many later layers predict, nearest first; None when look-ahead is off.
-    Asking costs; valid until the plan is given.
+    Asking costs; valid until the step ends. later: set by a policy that wants its meanwhile() called for this step.
     """
 
     layer: int
@@ -107,6 +107,17 @@ class Step:
     n_tokens: int = 1
     routing: Routing | None = None
     ask_ahead: AskAhead | None = None
+    later: bool = False
+
+
+class Prefetch(NamedTuple):
+    """A unit to read when the disk has nothing else to do; absent, and not one that the present step uses.
+
+    victims: units to evict for it, none of this step's. One that is still being fetched is cancelled.
+    """
+
+    unit: int
+    victims: Sequence[int]
 
 
 class StepPlan(NamedTuple):
@@ -115,33 +126,8 @@ class StepPlan(NamedTuple):
     order: permutation of the asked experts' positions, the order to fetch in. levels: precision level of each step, or
     SKIP. victims: for each step, the units to evict before its read starts. A victim may be an expert of an earlier
     step; the engine evicts it once it has been computed.
-    prefetch: see PlanAhead.
     """
 
     order: Sequence[int]
     levels: Sequence[int]
     victims: Sequence[Sequence[int]]
-
-    @property
-    def prefetch(self) -> Sequence[tuple[int, Sequence[int]]]:
-        return ()
-
-
-class PlanAhead(StepPlan):
-    """A StepPlan that also fetches ahead.
-
-    prefetch: (unit, victims) to read when the disk has nothing else to do, once this step's own reads have started.
-    Units that are absent and that this step does not use; a victim is none of this step's. A victim that is still being
-    fetched is cancelled.
-    """
-
-    _prefetch: Sequence[tuple[int, Sequence[int]]]
-
-    def __new__(cls, plan: StepPlan, prefetch: Sequence[tuple[int, Sequence[int]]]) -> PlanAhead:
-        made = super().__new__(cls, *plan)
-        made._prefetch = prefetch
-        return made
-
-    @property
-    def prefetch(self) -> Sequence[tuple[int, Sequence[int]]]:
-        return self._prefetch

@@ -39,11 +39,13 @@ class Learned:
     token each W[f] takes a step towards what it should have been (least mean squares, normalised by the number of f).
     Steps of several tokens teach nothing and are followed by the frequency alone.
     A layer is worked out when a victim is needed after its step, so a step without a miss costs two lists and an
-    addition for each expert; tokens between are not learned from.
+    addition for each expert; tokens between are not learned from. To predict cannot wait; to learn can, until the
+    reads have started (learn()).
     Source: ours. On the trained model 2 to 4 % fewer reads than next-use from a cold start (docs/LOG.md, 2026-11-22).
+    first_layer_weight: by how much to overrate the chances of the first layer's experts, see cache.py.
     """
 
-    by_recency = False
+    by_recency, learns = False, True
     SHARE, RATE = 0.7, 0.05
 
     def __init__(self, layout: Layout, arena_bytes: int, usage: Usage | None = None) -> None:
@@ -53,6 +55,7 @@ class Learned:
         self._offset = distances(layout.n_layers)
         self._uses = DecayedUses(layout, learned_half_life(arena_bytes / layout.total_bytes), usage)
         self._uses.rescaled = self._look_at_scores
+        self.first_layer_weight = 1.0
         self.reset(())
 
     def reset(self, resident: Iterable[int]) -> None:
@@ -65,6 +68,7 @@ class Learned:
         self._last: list[npt.NDArray[np.int64] | None] = [None] * n_layers  # experts that the prediction is from
         self._waiting: list[Step | None] = [None] * n_layers  # steps that are to be worked out
         self._layers_waiting: list[int] = []
+        self._lessons: dict[int, tuple[npt.NDArray[np.int64], Floats, npt.NDArray[np.int64]]] = {}
         # of each unit: the chance of a use by the next token; and 0 in memory, else infinite
         self._chance: list[Floats] = [self._of_units(self._frequency(layer)) for layer in range(n_layers)]
         self._absent: list[Floats] = [np.full(n * self._n_levels, np.inf) for n in self._n_experts]
@@ -101,7 +105,7 @@ class Learned:
 
     def choose(self, units: Units, kept: Container[int]) -> int | None:
         for layer in self._layers_waiting:
-            self._work_out(layer)
+            self._predict(layer)
         self._layers_waiting.clear()
         worst = self._worst
         if worst is None:
@@ -168,28 +172,43 @@ class Learned:
     def _of_units(self, of_experts: Floats) -> Floats:
         return of_experts if self._n_levels == 1 else of_experts.repeat(self._n_levels)
 
-    def _work_out(self, layer: int) -> None:
-        """Learn from the layer's last step, and predict the next one."""
+    def learn(self) -> None:
+        for layer in self._lessons:
+            self._learn(layer)
+        self._lessons.clear()
+
+    def _learn(self, layer: int) -> None:
+        """The experts that were used, against what had been predicted from those before them."""
+        last, predicted, experts = self._lessons[layer]
+        rate = self.RATE / len(last)
+        error = predicted * -rate
+        error[experts] += rate
+        weights = self._weights[layer]
+        rows = weights.take(last, 0)
+        rows += error
+        weights[last] = rows
+
+    def _predict(self, layer: int) -> None:
+        """The layer's next token, from its last step."""
         step, self._waiting[layer] = self._waiting[layer], None
         assert step is not None
-        weights, last = self._weights[layer], self._last[layer]
-        frequency = self._frequency(layer)
+        frequency, last = self._frequency(layer), self._last[layer]
+        if layer in self._lessons:  # nobody had time for it
+            self._learn(layer)
+            del self._lessons[layer]
         if step.n_tokens == 1:
             experts = np.array(step.experts)
             if last is not None:
-                rate = self.RATE / len(last)
-                error = self._predicted[layer] * -rate
-                error[experts] += rate
-                rows = weights.take(last, 0)
-                rows += error
-                weights[last] = rows
-            predicted = self.SHARE * frequency
-            predicted += np.add.reduce(weights.take(experts, 0))
+                self._lessons[layer] = last, self._predicted[layer], experts
+            predicted = np.add.reduce(self._weights[layer].take(experts, 0))
+            predicted += self.SHARE * frequency
             self._last[layer], self._predicted[layer] = experts, predicted
             chance = np.maximum(predicted, 0)
             chance += frequency
             chance *= 0.5
         else:
             self._last[layer], chance = None, frequency
+        if layer == 0 and self.first_layer_weight != 1:
+            chance = chance * self.first_layer_weight
         self._chance[layer] = self._of_units(chance)
         self._set_least(layer, float(np.minimum.reduce(self._chance[layer] + self._absent[layer])))

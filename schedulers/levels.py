@@ -11,7 +11,7 @@ from dataclasses import astuple, dataclass, replace
 
 from moe_edge.schedulers.cache import ExpertCache
 from moe_edge.schedulers.calibration import Calibration
-from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
+from moe_edge.schedulers.layout import SKIP, Layout, Prefetch, Step, StepPlan
 from moe_edge.schedulers.usage import Usage
 
 HIGH, LOW = 0, 1
@@ -93,6 +93,11 @@ class LevelPolicy:
         """Forget the cache state and start from these units. The counts go on."""
         self.cache.reset(resident)
 
+    def meanwhile(self, step: Step) -> Sequence[Prefetch]:
+        """Let the eviction rule learn. Nothing is fetched ahead."""
+        self.cache.learn()
+        return ()
+
     def wishes(self, step: Step) -> Sequence[int]:
         """The level this policy would ask for, for each expert; changes nothing. For steps that are only predicted."""
         return [HIGH] * len(step.experts)
@@ -154,6 +159,7 @@ class LevelPolicy:
                 replaced.append(other)
             victims.append(replaced + cache.add(unit + wishes[i]))
         victims += [()] * len(skips)
+        step.later = cache.learns
         return StepPlan(hits + misses + skips, levels, victims)
 
     def _count(self, step: Step, order: Sequence[int], levels: Sequence[int]) -> None:

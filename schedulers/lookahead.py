@@ -15,18 +15,20 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple, Protocol, TypeVar
 
 from moe_edge.models.errors import UnknownName
 from moe_edge.schedulers.cache import ExpertCache
 from moe_edge.schedulers.controller import Controller, Measured
-from moe_edge.schedulers.layout import SKIP, Ahead, Layout, PlanAhead, Step, StepPlan
-from moe_edge.schedulers.levels import HIGH, LOW, PolicyStats
+from moe_edge.schedulers.layout import SKIP, Ahead, Layout, Prefetch, Step, StepPlan
+from moe_edge.schedulers.levels import LOW, PolicyStats
 from moe_edge.schedulers.options import LOOKAHEADS
 
 MOST_DEPTH = 3
 MOST_TOKENS = 4  # of a step that is looked ahead from (native/router.h)
 ARENA_SHARE = 0.25  # of the arena that guesses may hold
+FIRST_LAYER_WEIGHT = 2.0
 
 
 class Predicted(NamedTuple):
@@ -153,6 +155,8 @@ class Inner(Protocol):
 
     def plan(self, step: Step) -> StepPlan | None: ...
 
+    def meanwhile(self, step: Step) -> Sequence[Prefetch]: ...
+
     def wishes(self, step: Step) -> Sequence[int]: ...
 
     def reset(self, resident: Iterable[int]) -> None: ...
@@ -178,8 +182,10 @@ class LookAheadPolicy:
         self._guesses: dict[int, int] = {}  # unit fetched ahead and not used yet -> its layer
         self._protected: set[int] = set()
         self._stale: list[int] = []  # guesses whose layer has passed, the oldest first
-        self._protecting = False
+        self._looking = False  # in the present step
+        self._wanted_bytes = 0  # see controller.Measured
         self._last_layer = -1
+        inner.cache.favour_first_layer(FIRST_LAYER_WEIGHT)
 
     wants_ahead = True  # steps should carry ask_ahead
 
@@ -228,7 +234,7 @@ class LookAheadPolicy:
         self.inner.reset(resident)
         self._guesses.clear()
         self._stale.clear()
-        self._protecting = False
+        self._protected = set()
 
     # ---- each step
 
@@ -237,33 +243,36 @@ class LookAheadPolicy:
         if self._auto and few and step.layer <= self._last_layer:
             self._token_done(step)
         self._last_layer = step.layer
-        if not few or step.ask_ahead is None or (self._auto and not (self.controller and self.controller.on)):
-            return self._without(step)
+        self._looking = few and step.ask_ahead is not None and (not self._auto or self._on)
+        if self._guesses:
+            self._settle(step)
+        if not self._looking and self._protected:
+            self._protect(set())
+        before = self.inner.cache.added_bytes
+        plan = self.inner.plan(step)
+        if plan is not None and self.inner.cache.added_bytes > before:
+            self._missed(step.layer, self.inner.cache.added_bytes - before)
+        step.later = step.later or self._looking
+        return plan
+
+    def meanwhile(self, step: Step) -> Sequence[Prefetch]:
+        self.inner.meanwhile(step)
+        if not self._looking or step.ask_ahead is None:
+            return ()
         n_used, depth, width = max(1, len(step.experts) // step.n_tokens), self.depth, len(step.experts)
         if self._auto and self.controller:
             setting = self.controller.setting(step.layer)
             depth, width = setting.depth, setting.width
-        if self._guesses:
-            self._settle(step)
         ahead = step.ask_ahead(depth)
-        predicted = self._rule.predict(step.layer, ahead, width, n_used, self._served)
-        wanted = self._wanted(predicted)
-        self._protect(step, ahead, n_used)
-        self._note_misses(step)
-        plan = self.inner.plan(step)
-        prefetch = self._prefetch(step, wanted, n_used)
-        if not prefetch:
-            return plan
-        n = len(step.experts)
-        return PlanAhead(plan or StepPlan(range(n), (HIGH,) * n, ((),) * n), prefetch)
+        wanted = self._wanted(self._rule.predict(step.layer, ahead, width, n_used, self._served))
+        kept = self._predicted(step, ahead, n_used)
+        prefetch = self._prefetch(step, wanted, kept, n_used) if wanted else []
+        self._protect(kept.union(self._guesses))
+        return prefetch
 
-    def _without(self, step: Step) -> StepPlan | None:
-        if self._guesses:
-            self._settle(step)
-        if self._protecting:
-            self.inner.cache.protect(())
-            self._protecting = False
-        return self.inner.plan(step)
+    @property
+    def _on(self) -> bool:
+        return self.controller is not None and self.controller.on
 
     def _served(self, layer: int, expert: int) -> bool:
         n_levels = self._layout.n_levels
@@ -274,32 +283,34 @@ class LookAheadPolicy:
         """Guesses for this layer: used now, or stale."""
         first, n_levels, sizes = self._layout.first_unit[step.layer], self._layout.n_levels, self._layout.unit_bytes
         used = {first + e * n_levels + level for e in step.experts for level in range(n_levels)}
+        wrong = []
         for unit in [u for u, layer in self._guesses.items() if layer == step.layer]:
             del self._guesses[unit]
             kept = unit in self.inner.cache
             if unit in used:
                 self._count(step.layer, useful=sizes[unit] if kept else 0)
-            else:
-                self._count(step.layer, wasted=sizes[unit])
-                if kept:
-                    self._stale.append(unit)
+                continue
+            self._count(step.layer, wasted=sizes[unit])
+            if kept:
+                self._stale.append(unit)
+                wrong.append(unit)
+        if wrong:
+            self._protect(self._protected.difference(wrong))
 
     def _count(self, layer: int, useful: int = 0, wasted: int = 0) -> None:
+        self._wanted_bytes += useful
         if self.controller:
             ledger = self.controller.ledgers[self.controller.group(layer)]
             ledger.useful += useful
             ledger.wasted += wasted
 
-    def _note_misses(self, step: Step) -> None:
-        if not self.controller:
-            return
-        first, n_levels = self._layout.first_unit[step.layer], self._layout.n_levels
-        units = (first + e * n_levels for e in step.experts)
-        missed = sum(self._layout.unit_bytes[u] for u in units if u not in self.inner.cache)
-        self.controller.ledgers[self.controller.group(step.layer)].missed += missed
+    def _missed(self, layer: int, nbytes: int) -> None:
+        self._wanted_bytes += nbytes
+        if self.controller:
+            self.controller.ledgers[self.controller.group(layer)].missed += nbytes
 
-    def _protect(self, step: Step, ahead: Sequence[Ahead], n_used: int) -> None:
-        """Keep what is in memory and predicted, or on its way: evicted only when nothing but the step's own is left."""
+    def _predicted(self, step: Step, ahead: Sequence[Ahead], n_used: int) -> set[int]:
+        """Units of the experts that are predicted or on their way."""
         n_levels = self._layout.n_levels
         units = set(self._guesses)
         for a in ahead:
@@ -308,9 +319,12 @@ class LookAheadPolicy:
                 units.update([first + e for e in a.experts[:n_used]])
             else:
                 units.update(first + e * n_levels + level for e in a.experts[:n_used] for level in range(n_levels))
+        return units
+
+    def _protect(self, units: set[int]) -> None:
+        """Evict these only when nothing but the step's own is left."""
         self._protected = units
         self.inner.cache.protect(units)
-        self._protecting = True
 
     def _wanted(self, predicted: list[Predicted]) -> list[tuple[int, list[int]]]:
         """(unit, other levels of that expert in memory) of the predicted experts that the cache does not serve."""
@@ -341,22 +355,20 @@ class LookAheadPolicy:
         )
 
     def _prefetch(
-        self, step: Step, wanted: list[tuple[int, list[int]]], n_used: int
-    ) -> list[tuple[int, Sequence[int]]]:
+        self, step: Step, wanted: list[tuple[int, list[int]]], predicted: set[int], n_used: int
+    ) -> list[Prefetch]:
         """Take wanted units into the cache as far as the allowance and what may be evicted go."""
-        if not wanted:
-            return []
         cache, sizes = self.inner.cache, self._layout.unit_bytes
         allowance = self._allowance(sizes[wanted[0][0]], n_used)
         if sizes[wanted[0][0]] > allowance:
             return []
         first, n_levels = self._layout.first_unit[step.layer], self._layout.n_levels
         own = {first + e * n_levels + level for e in step.experts for level in range(n_levels)}
-        kept = self._protected | own  # not to be evicted for a guess, nor is another guess
+        kept = predicted | own  # not to be evicted for a guess, nor is another guess
         kept_bytes = sum(sizes[u] for u in kept if u in cache)
         replaced = {u for _, others in wanted for u in others}
         cache.protect(kept.union(unit for unit, _ in wanted) - replaced)
-        prefetch: list[tuple[int, Sequence[int]]] = []
+        prefetch: list[Prefetch] = []
         for unit, others in wanted:
             size = sizes[unit]
             if size > allowance or kept_bytes + size > cache.arena_bytes:
@@ -372,7 +384,7 @@ class LookAheadPolicy:
                     cache.remove(stale)
                     victims.append(stale)
             victims += cache.add(unit)
-            prefetch.append((unit, victims))
+            prefetch.append(Prefetch(unit, victims))
             self._guesses[unit] = self._layer_of(unit)
             allowance -= size
             kept_bytes += size
@@ -400,7 +412,7 @@ class LookAheadPolicy:
             mean = sum(self._layout.unit_bytes) / n_units
             n_used = max(1, len(step.experts) // step.n_tokens)
             self.controller = Controller(self._layout.n_layers, n_used, mean, most_depth=self.depth)
-        self.controller.token(self.measure())
+        self.controller.token(replace(self.measure(), wanted_bytes=self._wanted_bytes))
 
 
 def with_lookahead(policy: AnyPolicy, layout: Layout, name: str) -> AnyPolicy | LookAheadPolicy:

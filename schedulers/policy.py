@@ -5,14 +5,14 @@ Called once for each MoE layer and micro-batch. Pure Python: no I/O, no ctypes; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from moe_edge.schedulers.calibration import Calibration
 from moe_edge.schedulers.damage import DamagePolicy
 from moe_edge.schedulers.dymoe import DyMoE
 from moe_edge.schedulers.hobbit import Hobbit
-from moe_edge.schedulers.layout import Layout, Step, StepPlan
+from moe_edge.schedulers.layout import Layout, Prefetch, Step, StepPlan
 from moe_edge.schedulers.levels import HIGH, LevelPolicy, PolicyStats
 from moe_edge.schedulers.lookahead import with_lookahead
 from moe_edge.schedulers.options import PolicyOptions
@@ -53,6 +53,13 @@ class Policy(Protocol):
 
         None: all are in memory at level 0; compute them. It saves the answer's way through ctypes, which is most of
         what a step without a miss costs (docs/LOG.md).
+        """
+        ...
+
+    def meanwhile(self, step: Step) -> Sequence[Prefetch]:
+        """After a step whose plan() set `later`, once its reads have started: what can wait till then is done now.
+
+        The time is the disk's: what it costs is seldom waited for. Returns what to fetch ahead, in this order.
         """
         ...
 

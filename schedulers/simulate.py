@@ -24,7 +24,7 @@ from typing import Protocol
 from moe_edge.models.errors import EngineError
 from moe_edge.schedulers.calibration import Calibration
 from moe_edge.schedulers.controller import Measured
-from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
+from moe_edge.schedulers.layout import SKIP, Layout, Prefetch, Step, StepPlan
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policy import make_policy
 from moe_edge.schedulers.trace import Array, Trace
@@ -37,6 +37,8 @@ class Planner(Protocol):
     """What of a Policy the simulation needs."""
 
     def plan(self, step: Step) -> StepPlan | None: ...
+
+    def meanwhile(self, step: Step) -> Sequence[Prefetch]: ...
 
     def reset(self, resident: Iterable[int]) -> None: ...
 
@@ -126,7 +128,8 @@ def simulate(
     for batch, step in trace.steps(**wants):
         if compute is not None:
             use_seconds = compute[batch][step.layer] / len(step.experts)
-        execute(step, plan(step), use_seconds)
+        planned = plan(step)
+        execute(step, planned, use_seconds, planner.meanwhile(step) if step.later else ())
         arena.clock += other_seconds if other is None else other[batch][step.layer]
         steps += 1
     return SimResult(
@@ -191,8 +194,13 @@ class SimArena:
         self.prefetch_cancelled = 0
         self.uses = self.hits = self.loads = self.evictions = self.bytes_read = self.low_uses = self.skipped_uses = 0
 
-    def execute(self, step: Step, plan: StepPlan | None, use_seconds: float) -> None:
-        """Run one step by its plan. Raises EngineError, in step.cpp's words, for a plan that cannot be executed."""
+    def execute(
+        self, step: Step, plan: StepPlan | None, use_seconds: float, prefetch: Sequence[Prefetch] = ()
+    ) -> None:
+        """Run one step by its plan, and fetch ahead.
+
+        Raises EngineError, in step.cpp's words, for a plan that cannot be executed.
+        """
         n = len(step.experts)
         order, levels, victims = plan or (range(n), (0,) * n, ((),) * n)
         if len(order) != n or sorted(order) != list(range(n)):
@@ -204,7 +212,6 @@ class SimArena:
             hits.sort(key=lambda u: self.ready_at[u])
         for unit in hits:
             self._compute(self.ready_at[unit], use_seconds)
-        prefetch = plan.prefetch if plan else ()
         if not loads:
             self._prefetch(prefetch, began)
             return
@@ -264,7 +271,7 @@ class SimArena:
                 self._soon.popleft()
                 self.ready_at[unit] = self.disk_free_at
 
-    def _prefetch(self, prefetch: Sequence[tuple[int, Sequence[int]]], now: float) -> None:
+    def _prefetch(self, prefetch: Sequence[Prefetch], now: float) -> None:
         if not prefetch:
             return
         self._read_soon(now)

@@ -33,7 +33,11 @@ def serve(cache: ExpertCache, layout: Layout, asked: Step, level: int = 0) -> li
 
 def run(cache: ExpertCache, *tokens: Sequence[int], layout: Layout = ONE) -> list[int]:
     """One layer, a token each; all victims."""
-    return [v for experts in tokens for _, victims in serve(cache, layout, step(0, experts)) for v in victims]
+    victims = []
+    for experts in tokens:
+        victims += [v for _, gone in serve(cache, layout, step(0, experts)) for v in gone]
+        cache.learn()
+    return victims
 
 
 def some_layout(rng: random.Random) -> Layout:

@@ -18,9 +18,9 @@ from moe_edge.models.errors import EngineError, UnknownName
 from moe_edge.runner.engine import Engine, EngineOptions
 from moe_edge.runner.native import Counters
 from moe_edge.runner.trace import record_trace
-from moe_edge.schedulers.layout import Ahead, ExpertKey, Layout, PlanAhead, Step, StepPlan
+from moe_edge.schedulers.layout import Ahead, ExpertKey, Layout, Prefetch, Step, StepPlan
 from moe_edge.schedulers.lookahead import LookAheadPolicy, Predicted, make_rule, with_lookahead
-from moe_edge.schedulers.policy import ExactLru
+from moe_edge.schedulers.policy import ExactLru, Policy
 from moe_edge.schedulers.simulate import SimArena, simulate
 from random_models import Shape, write_random_model
 from reference import logits_of_context, stock_logits
@@ -51,9 +51,14 @@ class RandomPrefetch:
 
     def plan(self, step: Step) -> StepPlan | None:
         plan = self._inner.plan(step)
-        n, cache, layout = len(step.experts), self._inner.cache, self._inner._layout
+        step.later = True
+        return plan
+
+    def meanwhile(self, step: Step) -> list[Prefetch]:
+        self._inner.meanwhile(step)
+        cache, layout = self._inner.cache, self._inner._layout
         of_step = {layout.first_unit[step.layer] + e for e in step.experts}
-        prefetch: list[tuple[int, list[int]]] = []
+        prefetch: list[Prefetch] = []
         taken = set(of_step)
         for _ in range(self._rng.choice((0, 0, 1, 2, 5))):
             absent = [u for u in range(self._n_units) if u not in cache and u not in taken]
@@ -69,13 +74,10 @@ class RandomPrefetch:
                 cache.remove(victim := free.pop())
                 victims.append(victim)
             assert cache.add(unit) == []
-            prefetch.append((unit, victims))
+            prefetch.append(Prefetch(unit, victims))
             taken.update((unit, *victims))
-        if not prefetch:
-            return plan
         self.asked += len(prefetch)
-        plan = plan or StepPlan(range(n), [0] * n, [()] * n)
-        return PlanAhead(plan, prefetch)
+        return prefetch
 
 
 def check_prefetch_counts(c: Counters, resident: int) -> None:
@@ -98,7 +100,7 @@ def test_whatever_is_prefetched_the_bits_are_the_same(random_model: Callable[[st
         policy = engine.policy
         assert isinstance(policy, ExactLru)
         chance = RandomPrefetch(policy, engine.native.n_units, seed)
-        engine.native.schedule = chance.plan
+        engine.native.schedule, engine.native.meanwhile = chance.plan, chance.meanwhile
         got = logits(engine, n_ubatch)
         assert chance.asked > 0 or n_ubatch > 1
         assert sorted(policy.resident) == engine.native.resident_units()
@@ -110,15 +112,16 @@ def test_whatever_is_prefetched_the_bits_are_the_same(random_model: Callable[[st
     assert np.array_equal(got, stock_logits(path, TOKENS, n_ubatch, threads, n_ctx=128))
 
 
-def with_prefetch(engine: Engine, prefetch: object) -> Callable[[Step], StepPlan | None]:
-    """The engine's policy, with the same prefetch on every step."""
+def prefetching(engine: Engine, prefetch: Callable[[Step], object]) -> None:
+    """Let the engine's policy fetch ahead, whatever the step."""
 
     def plan(step: Step) -> StepPlan | None:
-        n = len(step.experts)
-        plan = engine.policy.plan(step) or StepPlan(range(n), [0] * n, [()] * n)
-        return PlanAhead(plan, prefetch)  # type: ignore[arg-type]
+        plan = engine.policy.plan(step)
+        step.later = True
+        return plan
 
-    return plan
+    engine.native.schedule = plan
+    engine.native.meanwhile = lambda step: [Prefetch(*each) for each in prefetch(step)]  # type: ignore[attr-defined]
 
 
 def own(engine: Engine, step: Step) -> int:
@@ -141,10 +144,10 @@ def test_a_wrong_prefetch_is_refused_and_the_engine_goes_on(
 ) -> None:
     path = random_model("olmoe")
     with small(path, "middle" if "already" in says else "floor") as engine:
-        engine.native.schedule = lambda step: with_prefetch(engine, prefetch(engine, step))(step)
+        prefetching(engine, lambda step: prefetch(engine, step))
         with pytest.raises(EngineError, match=says):
             logits(engine, 1)
-        engine.native.schedule = engine.policy.plan
+        engine._use(engine.policy)
         assert np.array_equal(logits(engine, 1), stock_logits(path, TOKENS, 1, 1, n_ctx=128))
 
 
@@ -162,18 +165,19 @@ def test_a_failed_read_ahead_fails_no_step_that_does_not_need_it_and_is_counted(
         done = False
 
         def plan(step: Step) -> StepPlan | None:
-            nonlocal done
             if done and engine.counters().prefetch_failed == 0:  # the reader has nothing else to do meanwhile
                 time.sleep(0.2)
             plan = engine.policy.plan(step)
-            if step.layer == 0 and not done:
-                done = True
-                assert unit not in engine.policy.cache and engine.policy.cache.add(unit) == []  # type: ignore[attr-defined]
-                n = len(step.experts)
-                plan = PlanAhead(plan or StepPlan(range(n), [0] * n, [()] * n), [(unit, [])])
+            step.later = step.layer == 0 and not done
             return plan
 
-        engine.native.schedule = plan
+        def meanwhile(step: Step) -> list[Prefetch]:
+            nonlocal done
+            done = True
+            assert unit not in engine.policy.cache and engine.policy.cache.add(unit) == []  # type: ignore[attr-defined]
+            return [Prefetch(unit, [])]
+
+        engine.native.schedule, engine.native.meanwhile = plan, meanwhile
         with pytest.raises(EngineError, match="cut short"):
             for at in range(len(TOKENS)):
                 with engine.decoding():
@@ -184,7 +188,7 @@ def test_a_failed_read_ahead_fails_no_step_that_does_not_need_it_and_is_counted(
             w.seek(last.offset)
             f.seek(last.offset)
             f.write(w.read())
-        engine.native.schedule = engine.policy.plan
+        engine._use(engine.policy)
         assert np.array_equal(logits(engine, 1), want)
 
 
@@ -304,22 +308,27 @@ def step_that_sees(layer: int, experts: list[int], *best: tuple[int, ...]) -> St
     return Step(layer, experts, [1] * len(experts), ask_ahead=lambda depth: said[:depth])
 
 
+def both(policy: Policy, step: Step) -> tuple[StepPlan | None, list[Prefetch]]:
+    """The plan, and what is fetched ahead."""
+    plan = policy.plan(step)
+    return plan, list(policy.meanwhile(step)) if step.later else []
+
+
 def test_a_guess_displaces_neither_the_step_nor_what_is_predicted() -> None:
     policy = with_lookahead(ExactLru(LAYOUT, 50), LAYOUT, "single")
     policy.reset([6, 20, 21, 0])  # layer 1's expert 0 is the oldest, and predicted
-    plan = policy.plan(step_that_sees(0, [0, 1], (0, 3)))
+    plan, prefetch = both(policy, step_that_sees(0, [0, 1], (0, 3)))
     assert plan == ([0, 1], [0, 0], [(), []])
-    assert plan is not None and list(plan.prefetch) == [(9, [20])]  # layer 1's expert 3 for the oldest of the others
+    assert prefetch == [(9, [20])]  # layer 1's expert 3 for the oldest of the others
     assert policy.plan(step_that_sees(1, [0, 3], ())) is None
 
 
 def test_a_wrong_guess_makes_room_for_the_next_one() -> None:
     policy = with_lookahead(ExactLru(LAYOUT, 60), LAYOUT, "single")
     policy.reset([20, 21, 22, 0])
-    plan = policy.plan(step_that_sees(0, [0, 1], (3,)))
-    assert plan is not None and list(plan.prefetch) == [(9, [])]
-    plan = policy.plan(step_that_sees(1, [4, 5], (2,)))  # 9 was wrong
-    assert plan is not None and plan.victims == [[20], [21]] and list(plan.prefetch) == [(14, [9])]
+    assert both(policy, step_that_sees(0, [0, 1], (3,)))[1] == [(9, [])]
+    plan, prefetch = both(policy, step_that_sees(1, [4, 5], (2,)))  # 9 was wrong
+    assert plan is not None and plan.victims == [[20], [21]] and prefetch == [(14, [9])]
 
 
 def test_a_predicted_low_wish_fetches_the_low_copy_and_a_high_one_replaces_it() -> None:
@@ -331,8 +340,8 @@ def test_a_predicted_low_wish_fetches_the_low_copy_and_a_high_one_replaces_it() 
 
     policy = with_lookahead(Wishful(layout, 60), layout, "single")
     policy.reset([8 + 1])  # layer 1, expert 0, low
-    plan = policy.plan(step_that_sees(0, [0, 1], (0, 2)))
-    assert plan is not None and list(plan.prefetch) == [(8, [9]), (8 + 4 + 1, [])]  # weights 2/3 and 1/3
+    prefetch = both(policy, step_that_sees(0, [0, 1], (0, 2)))[1]
+    assert prefetch == [(8, [9]), (8 + 4 + 1, [])]  # weights 2/3 and 1/3
 
 
 @pytest.mark.parametrize("name", ["single", "stacked", "votes", "auto"])
@@ -353,11 +362,11 @@ def test_no_plan_evicts_what_is_absent_predicted_or_needed_nor_exceeds_the_arena
                 experts = sorted(rng.sample(range(n_experts), n_used))
                 wide = min(n_experts, 2 * n_used)
                 best = [tuple(rng.sample(range(n_experts), wide)) for _ in range(n_layers - 1 - layer)]
-                plan = policy.plan(step_that_sees(layer, experts, *best))
+                plan, prefetch = both(policy, step_that_sees(layer, experts, *best))
                 own = {layout.unit(ExpertKey(layer, e)) for e in experts}
-                for unit, gone in plan.prefetch if plan else ():
+                for unit, gone in prefetch:
                     assert unit not in own and not own & set(gone)
-                arena.execute(Step(layer, experts, [1] * n_used), plan, 0.1)
+                arena.execute(Step(layer, experts, [1] * n_used), plan, 0.1, prefetch)
                 assert set(policy.resident) == set(arena.ready_at) and arena.used_bytes == policy.used_bytes
         assert arena.prefetch_useful + arena.prefetch_wasted + arena.prefetch_cancelled <= arena.prefetched
 
