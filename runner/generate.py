@@ -126,6 +126,7 @@ class Generation:
             "ram_budget_bytes": engine.plan.budget_bytes,
             "arena_bytes": engine.plan.arena_bytes,
             "peak_rss_bytes": peak_rss_bytes(),
+            "warm_start": asdict(engine.preloaded) if engine.preloaded is not None else None,
             "policy": engine.policy.name,
             "policy_options": asdict(engine.options.policy),
         }
