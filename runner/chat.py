@@ -183,6 +183,7 @@ class Chat:
             return False
         if name == "/clear":
             self.conversation.clear()
+            self.engine.new_conversation()
             self.say("(forgotten)")
         elif name == "/stats":
             self.say(self.stats())

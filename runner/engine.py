@@ -420,6 +420,15 @@ class Engine:
             return Stopped("stopped")
         return EngineError(said or f"llama.cpp could not decode: {cause}")
 
+    def new_conversation(self) -> None:
+        """Begin a text that has nothing to do with the last one: empties the KV cache and tells the policy.
+
+        The experts in memory stay.
+        """
+        self.llama.reset()
+        self.llama._ctx.kv_cache_clear()
+        self.policy.new_conversation()
+
     def stop(self) -> None:
         """Ask a running decode to stop; it raises Stopped from within `decoding`."""
         self.native.set_stop(True)

@@ -157,6 +157,8 @@ class Inner(Protocol):
 
     def reset(self, resident: Iterable[int]) -> None: ...
 
+    def new_conversation(self) -> None: ...
+
 
 AnyPolicy = TypeVar("AnyPolicy", bound=Inner)
 
@@ -229,6 +231,9 @@ class LookAheadPolicy:
         self._guesses.clear()
         self._stale.clear()
         self._protecting = False
+
+    def new_conversation(self) -> None:
+        self.inner.new_conversation()
 
     # ---- each step
 

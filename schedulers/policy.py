@@ -61,6 +61,10 @@ class Policy(Protocol):
         """Forget the cache state and start from these units, as after a failed read."""
         ...
 
+    def new_conversation(self) -> None:
+        """A text begins that has nothing to do with the last one; what is in memory stays."""
+        ...
+
 
 class ExactLru(LevelPolicy):
     """Full precision; evicts the expert used longest ago, or by the rule of use_cache().
