@@ -57,7 +57,8 @@ def copy_pair(pair: Path, to: Path) -> tuple[Path, Path]:
 JSON_KEYS = {
     "text", "prompt_tokens", "generated_tokens", "load_s", "ttft_s", "prefill_tok_s", "decode_tok_s", "expert_uses",
     "expert_hit_rate", "expert_bytes_read", "expert_bytes_per_token", "stall_s", "low_precision_uses", "skipped_uses",
-    "ram_budget_bytes", "peak_rss_bytes", "policy",
+    "ram_budget_bytes", "peak_rss_bytes", "policy", "warm_start", "lookahead", "prefetched", "prefetch_useful",
+    "prefetch_late", "prefetch_wasted", "prefetch_cancelled", "prefetch_failed", "prefetch_bytes", "wasted_bytes",
 }  # fmt: skip
 
 
@@ -89,6 +90,19 @@ def test_the_split_of_the_budget_is_printed_before_the_reply() -> None:
     done = run("generate", "-p", "The", "-n", 3, "--ram", "40MiB")
     assert re.search(r"memory 40\.0 MiB: dense .* KV cache .* compute .* experts ", done.stderr)
     assert re.search(r"\[3 tokens, .* tok/s, first token .* expert hits, .*/token read\]", done.stderr)
+
+
+def test_look_ahead_adds_a_line_with_its_counts() -> None:
+    plain = run("generate", "-p", "The", "-n", 30, "--temp", 0, "--ram", "38MiB")
+    assert len(plain.stderr.splitlines()) == 2 and "look-ahead" not in plain.stderr
+    done = run("generate", "-p", "The", "-n", 30, "--temp", 0, "--ram", "38MiB", "--lookahead", "single")
+    assert done.stdout == plain.stdout
+    last = done.stderr.splitlines()[-1]
+    assert re.fullmatch(
+        r"\[look-ahead single: [1-9]\d* experts prefetched, \d+ useful \(\d+ late\), \d+ wasted, \d+ cancelled, "
+        r"0 failed; \d+\.\d MiB prefetched, \d+\.\d MiB wasted\]",
+        last,
+    ), last
 
 
 def test_budget_is_an_alias_and_the_environment_a_default() -> None:
