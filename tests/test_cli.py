@@ -105,6 +105,24 @@ def test_look_ahead_adds_a_line_with_its_counts() -> None:
     ), last
 
 
+@pytest.mark.parametrize("name", ["generate", "chat", "plan"])
+def test_below_one_tokens_working_set_a_warning_names_the_number(name: str) -> None:
+    good = json.loads(run("show", "--json").stdout)["ram_comfortable_bytes"]
+    more = {"generate": ["-p", "The", "-n", 2], "chat": ["-n", 2], "plan": ["--disk", "1GB/s"]}[name]
+
+    def said(ram: int) -> str:
+        done = run(name, "--ram", ram, *more, stdin="The\n")
+        assert done.returncode == 0, done.stderr
+        return " ".join((done.stdout + done.stderr).split())
+
+    number = f"{-(-good // 2**20)}MiB"
+    assert re.search(
+        "warning: this is below one token's working set: most experts will be read again for every token; "
+        rf"--ram {number} or more lets experts be reused", said(good - 2**20)
+    )  # fmt: skip
+    assert "working set" not in said(-(-good // 2**20) * 2**20)
+
+
 def test_budget_is_an_alias_and_the_environment_a_default() -> None:
     a = json.loads(run("generate", "-p", "x", "-n", 1, "--budget", "41MiB", "--json").stdout)
     assert a["ram_budget_bytes"] == 41 << 20
