@@ -76,6 +76,14 @@ int32_t me_model_set_arena(me_model * m, int64_t arena_bytes, char * error) {
     }
 }
 
+int32_t me_model_preload(me_model * handle, const int32_t * units, int32_t n, char * error) {
+    Model & m = handle->model;
+    std::lock_guard<std::mutex> lock(m.step_mutex);
+    if (m.preload(std::vector<int>(units, units + n))) return ME_OK;
+    say(error, m.take_error().c_str());
+    return ME_FAILED;
+}
+
 void me_model_close(me_model * m) {
     disarm(&m->model);
     unbind(&m->model);
@@ -125,6 +133,7 @@ void me_model_counters(me_model * handle, me_counters * out) {
     out->prefetch_busy_ns = m.reader->soon_busy_ns();
     out->look_ahead_ns = c.look_ahead_ns;
     out->meanwhile_ns = c.meanwhile_ns;
+    out->preloaded = c.preloaded;
     for (int f = 0; f < m.reader->n_files(); f++) out->direct_files += m.reader->direct(f);
 }
 

@@ -93,6 +93,7 @@ struct me_counters {  // since the model was opened
     int64_t prefetch_bytes, wasted_bytes;             // read ahead (part of bytes_read); of those, evicted unused
     int64_t disk_busy_ns, prefetch_busy_ns, look_ahead_ns;  // any read under way; a speculative one; asking the routers
     int64_t meanwhile_ns;                             // scheduling while the step waited for reads; not in schedule_ns
+    int64_t preloaded;         // units read by me_model_preload
 };
 
 struct me_abi_info {
@@ -116,6 +117,9 @@ ME_API me_model * me_model_open(const struct me_model_desc * desc, char * error)
 // Reserve the arena; once, before the first decode. Units are loaded only after it.
 ME_API int32_t me_model_set_arena(me_model * model, int64_t arena_bytes, char * error);
 ME_API void me_model_close(me_model * model);
+// Read absent units into the arena, in this order, and wait for them; not within a step. Nobody uses them yet: they count
+// as preloaded, not as loads. On failure those that were read stay; the sentence names file and tensor.
+ME_API int32_t me_model_preload(me_model * model, const int32_t * units, int32_t n, char * error);
 // Between arm and disarm, expert stubs that llama.cpp shows for the first time are bound to this model.
 ME_API int32_t me_model_arm(me_model * model, char * error);
 ME_API void me_model_disarm(me_model * model);

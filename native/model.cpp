@@ -120,15 +120,40 @@ void Model::submit(int unit_id, int p, bool soon) {
     reader->submit(job);
 }
 
-bool Model::load(int unit_id) {
+bool Model::start(int unit_id) {
     if (!place(unit_id)) return false;
     Unit & u = unit(unit_id);
     std::lock_guard<std::mutex> lock(mutex_);
     u.needed = true;
     u.prefetched = u.cancelled = false;
     for (int p = 0; p < u.n_pieces; p++) submit(unit_id, p, false);
+    return true;
+}
+
+bool Model::load(int unit_id) {
+    if (!start(unit_id)) return false;
     counters.loads++;
     return true;
+}
+
+bool Model::preload(const std::vector<int> & unit_ids) {
+    for (int id : unit_ids) {
+        if (id < 0 || id >= n_units() || unit(id).slot >= 0) {
+            set_error("unit " + std::to_string(id) + " of " + std::to_string(n_units()) + " cannot be preloaded: it does not exist or is in memory");
+        } else if (!start(id)) {
+            set_error("preloading exceeds the memory of the expert arena");
+        } else {
+            counters.preloaded++;
+        }
+        if (failed()) break;
+    }
+    {
+        std::unique_lock<std::mutex> lock(mutex_);
+        arrived_.wait(lock, [&] { return in_flight_ == 0; });
+    }
+    if (!failed()) return true;
+    drain();
+    return false;
 }
 
 bool Model::prefetch(const std::vector<int> & unit_ids) {

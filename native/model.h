@@ -67,7 +67,7 @@ struct Counters {
     // prefetched units: read ahead; then each is once useful (a step used it; late: not whole when that step began), wasted
     // or cancelled (evicted unused, whole or not). failed: reads of units that no step needed.
     std::atomic<int64_t> prefetched{0}, prefetch_useful{0}, prefetch_late{0}, prefetch_wasted{0}, prefetch_cancelled{0}, prefetch_failed{0};
-    std::atomic<int64_t> wasted_bytes{0}, look_ahead_ns{0}, meanwhile_ns{0};
+    std::atomic<int64_t> wasted_bytes{0}, look_ahead_ns{0}, meanwhile_ns{0}, preloaded{0};
 };
 
 struct Noise {  // see me_model_set_noise
@@ -93,7 +93,9 @@ public:
 
     // Start reading an absent unit; false when the arena has no room for it under the budget.
     bool load(int unit_id);
-    // The same for units that no step needs yet, in this order, gate and up before down.
+    // Read absent units in this order and wait for them, outside a step; false, with an error, when one cannot be read.
+    bool preload(const std::vector<int> & unit_ids);
+    // As load() for units that no step needs yet, in this order, gate and up before down.
     bool prefetch(const std::vector<int> & unit_ids);
     // A step needs a unit that has a slot: what is queued of it comes first, what was lost is read again.
     void need(int unit_id);
@@ -137,6 +139,7 @@ private:
     std::string piece_name(int unit_id, int piece) const;  // "FILE: tensor '...' of expert E"
     void on_read(const ReadJob & job, const std::string & error);
     bool place(int unit_id);  // gives it a slot
+    bool start(int unit_id);  // and reads it there
     void submit(int unit_id, int piece, bool soon);  // under mutex_
     void cancel_queued(int first_unit, int end_unit);  // under mutex_
     void settle(Unit & u);  // count a prefetched unit that is evicted; under mutex_

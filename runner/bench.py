@@ -71,7 +71,7 @@ def run_job(job: BenchJob) -> list[dict[str, Any]]:
     results = []
     with Engine(job.model, options) as engine:
         for prompt in PROMPTS[: job.n_prompts]:
-            engine.llama.reset()
+            engine.new_conversation()
             done = generate(engine, prompt, job.n_tokens, Sampling(temp=0), ignore_end=True)
             results.append(done.to_json(engine))
     return results

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from moe_edge.models.errors import MoeEdgeError, Stopped, UsageError
 from moe_edge.runner.engine import Engine
-from moe_edge.runner.generate import Generation, Sampling, generate, tokenize
+from moe_edge.runner.generate import Generation, LookAheadState, Sampling, generate, tokenize
 
 HELP = """\
 /help          this list
@@ -183,6 +183,7 @@ class Chat:
             return False
         if name == "/clear":
             self.conversation.clear()
+            self.engine.new_conversation()
             self.say("(forgotten)")
         elif name == "/stats":
             self.say(self.stats())
@@ -201,6 +202,9 @@ class Chat:
             f"{total.bytes_read / 2**20:.0f} MiB read, {total.stall_seconds:.1f} s waited for the disk, "
             f"policy {self.engine.policy.name}, {total.low_uses} low-precision uses, {total.skipped_uses} skipped"
         )
+        ahead = LookAheadState.of(self.engine.policy)
+        if ahead is not None:
+            lines.append(f"session: {ahead.text(total)}")
         lines += self.engine.plan.lines()
         return "\n".join(lines)
 

@@ -96,6 +96,8 @@ def model_options(f: F) -> F:
                          help="Read experts of the next layers early: single, stacked, votes, auto."),
             click.option("--max-kld", type=float,
                          help="The fastest measured setting with at most this KLD (nats a token)."),
+            click.option("--warm-start/--no-warm-start", "warm_start", default=False, show_default=True,
+                         help="Load the experts that earlier runs used most, and keep the usage of this one."),
             click.option("--verify", is_flag=True, help="Check every tensor of the store against its checksum first."),
         ]
     ):  # fmt: skip
@@ -137,7 +139,7 @@ def _engine_options(o: dict[str, Any]) -> Any:
 
     return EngineOptions(
         ram_bytes=o["ram"], n_ctx=o["n_ctx"], n_ubatch=o["n_ubatch"], n_threads=o["n_threads"], policy=_policy(o),
-        seed=o.get("seed"), flash_attn=o["flash_attn"], charge_program=True,
+        seed=o.get("seed"), flash_attn=o["flash_attn"], charge_program=True, warm_start=o["warm_start"],
     )  # fmt: skip
 
 
@@ -145,9 +147,12 @@ def _engine(model: str | None, o: dict[str, Any]) -> Any:
     from moe_edge.models.embedded import tiny_model_path
     from moe_edge.runner.engine import Engine
 
-    engine = Engine(model or tiny_model_path(), _engine_options(o), verify=o["verify"])
-    for line in engine.lines():
+    def tell(line: str) -> None:
         click.echo(line, err=True)
+
+    engine = Engine(model or tiny_model_path(), _engine_options(o), verify=o["verify"], tell=tell)
+    for line in engine.lines():
+        tell(line)
     return engine
 
 

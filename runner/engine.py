@@ -13,7 +13,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from moe_edge.convert.store import ExpertModel, open_model
 from moe_edge.models.errors import EngineError, MoeEdgeError, Stopped
 from moe_edge.runner.memory import auto_budget_bytes, current_rss_bytes
 from moe_edge.runner.native import Counters, NativeModel, ThreadPool
+from moe_edge.runner.warm import Preloaded, WarmStart, usage_path
 from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES, FixedSizes, MemoryPlan, plan_memory
 from moe_edge.schedulers.controller import Measured
 from moe_edge.schedulers.layout import Layout
@@ -71,6 +72,7 @@ class EngineOptions:
     charge_program: count what the process held before loading, above PROGRAM_ALLOWANCE_BYTES, against the budget. The
     command line does; a program that embeds the engine knows better what else it holds. map_dense: map the skeleton
     instead of reading it into anonymous memory; for the converter's proof, which decodes one token only.
+    warm_start: read the experts that earlier runs used most before the first token, and keep the usage of this one.
     """
 
     ram_bytes: int | None = None
@@ -86,6 +88,7 @@ class EngineOptions:
     disk_bytes_per_second: int | None = None
     charge_program: bool = False
     map_dense: bool = False
+    warm_start: bool = False
 
     def threads(self) -> int:
         if self.n_threads > 0:
@@ -167,11 +170,21 @@ def log_megabytes(log: str, what: str) -> int:
 class Engine:
     """One model, loaded and ready to decode. Close it, or use it in `with`.
 
-    `llama` is llama-cpp-python's own object. Raises BudgetTooSmall and whatever opening the files raises.
+    `llama` is llama-cpp-python's own object. tell: called with what a warm start did. Raises BudgetTooSmall and
+    whatever opening the files raises.
     """
 
-    def __init__(self, path: str | Path, options: EngineOptions | None = None, *, verify: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        options: EngineOptions | None = None,
+        *,
+        verify: bool = False,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.options = options or EngineOptions()
+        self._tell = tell
+        self._warm: WarmStart | None = None
         self.started = time.monotonic()
         self.model: ExpertModel = open_model(Path(path), verify=verify)
         self._skeleton = read_gguf(self.model.skeleton)
@@ -285,9 +298,11 @@ class Engine:
         return plan_memory(ram, fixed, self.layout, self.model.n_expert_used)
 
     def load(self) -> Any:
-        """Load the skeleton into memory and make the arena; returns the Llama."""
+        """Load the skeleton into memory and make the arena, full after a warm start; returns the Llama."""
         if self.llama is not None:
             return self.llama
+        if self.options.warm_start:
+            self._warm = WarmStart(usage_path(self.model.store_id), self.layout)
         self.set_policy(self.options.policy)
         self.native.set_arena(self.plan.arena_bytes)
         self.native.pace(self.options.disk_bytes_per_second or 0)
@@ -297,8 +312,15 @@ class Engine:
             raise EngineError(f"{self.model.skeleton}: llama.cpp offered no expert tensor of it to the engine")
         if ThreadPool.is_needed() and self.options.threads() > 1:
             self._pool = ThreadPool(self.llama._ctx.ctx, self.options.threads())
+        if self._warm is not None:
+            self._tell(self._warm.preload(self.native, self.policy, self.plan.arena_bytes))
         self.load_seconds = time.monotonic() - self.started
         return self.llama
+
+    @property
+    def preloaded(self) -> Preloaded | None:
+        """What a warm start read; None without one."""
+        return self._warm.preloaded if self._warm is not None else None
 
     def check_policy(self, options: PolicyOptions) -> None:
         """Raise what set_policy would raise."""
@@ -309,7 +331,8 @@ class Engine:
 
         Raises UnknownName, and UsageError for knobs that do not go together or need a calibration the model lacks.
         """
-        policy = make_policy(options, self.layout, self.plan.arena_bytes, self.model.calibration)
+        usage = self._warm.usage if self._warm is not None else None
+        policy = make_policy(options, self.layout, self.plan.arena_bytes, self.model.calibration, usage)
         self._use(policy)
         self.native.set_renormalise(options.renormalise)
         return policy
@@ -400,6 +423,15 @@ class Engine:
             return Stopped("stopped")
         return EngineError(said or f"llama.cpp could not decode: {cause}")
 
+    def new_conversation(self) -> None:
+        """Begin a text that has nothing to do with the last one: empties the KV cache and tells the policy.
+
+        The experts in memory stay.
+        """
+        self.llama.reset()
+        self.llama._ctx.kv_cache_clear()
+        self.policy.new_conversation()
+
     def stop(self) -> None:
         """Ask a running decode to stop; it raises Stopped from within `decoding`."""
         self.native.set_stop(True)
@@ -412,6 +444,9 @@ class Engine:
             self._pool.close()
             self._pool = None
         self.native.close()
+        warm, self._warm = self._warm, None
+        if warm is not None and (said := warm.save()) is not None:
+            self._tell(said)
 
     def __enter__(self) -> Engine:
         try:

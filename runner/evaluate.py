@@ -389,8 +389,9 @@ def evaluate(
     n_ctx: tokens of a chunk, which is the context; options.n_ctx and logits_all are not looked at. n_chunks: at most so
     many. one_by_one: every token is a step of its own, so that policy, speed and bytes per token are those of decode.
     Micro-batches are chosen such that their logits stay below 64 MiB (96 tokens at a vocabulary of 151,936) unless
-    options.n_ubatch says otherwise; the reference gets the same micro-batches and the same attention.
-    verify: as of Engine. tell: called with a line of progress after each chunk.
+    options.n_ubatch says otherwise; the reference gets the same micro-batches and the same attention, but
+    no warm start, so that the pass under test does not start from the usage of its own text.
+    verify: as of Engine. tell: called with a line of progress after each chunk, and as by Engine.
     Raises UsageError for a text shorter than a chunk, a bad n_ctx or n_chunks, models that differ in vocabulary;
     MissingFile; DiskFull when the temporary folder cannot hold the reference's logits; whatever the engine raises.
     """
@@ -405,18 +406,18 @@ def evaluate(
         run = _Run(data, n_ctx, n_chunks, one_by_one, n_vocab, kept, tell)
         tokens_of_other: list[int] = []
         if other is not None:
-            theirs = replace(o, policy=PolicyOptions(), ram_bytes=None)
+            theirs = replace(o, policy=PolicyOptions(), ram_bytes=None, warm_start=False)
             with Engine(other, theirs, verify=verify) as engine:
                 tokens_of_other = run.tokenize(engine)
                 run.keep_reference(engine)
         elif compare:  # on an engine of its own: what it leaves in memory would serve the pass under test
-            with Engine(model, replace(o, policy=PolicyOptions()), verify=verify) as engine:
+            with Engine(model, replace(o, policy=PolicyOptions(), warm_start=False), verify=verify) as engine:
                 engine.check_policy(o.policy)
                 run.tokenize(engine)
                 run.keep_reference(engine)
         if compare:  # what the reference's run left in this process is not the tested model's
             o = replace(o, charge_program=False)
-        with Engine(model, o, verify=verify) as engine:
+        with Engine(model, o, verify=verify, tell=tell) as engine:
             if run.tokenize(engine) != tokens_of_other and other is not None:
                 raise UsageError(f"{model} and {other} make different tokens of {text}; their vocabularies differ")
             return run.score(engine, str(model), str(reference) if compare else None)

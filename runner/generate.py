@@ -17,6 +17,8 @@ from moe_edge.runner.memory import peak_rss_bytes
 from moe_edge.runner.native import Counters
 from moe_edge.schedulers.budget import format_bytes
 from moe_edge.schedulers.levels import PolicyStats
+from moe_edge.schedulers.lookahead import LookAheadPolicy
+from moe_edge.schedulers.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,53 @@ class Sampling:
     seed: int | None = None
 
 
+@dataclass(frozen=True)
+class LookAheadState:
+    """How look-ahead stands. The last three are those of the controller of `auto`, None for the other rules.
+
+    pays: what its last trial found, and so whether it is on between trials. settings: (depth, width) of each group of
+    layers, shallow first: how many layers ahead, and how many experts of each.
+    """
+
+    name: str
+    pays: bool | None = None
+    trials: int | None = None
+    settings: tuple[tuple[int, int], ...] | None = None
+
+    @staticmethod
+    def of(policy: Policy) -> LookAheadState | None:
+        """None when look-ahead is off, or the model has one MoE layer."""
+        if not isinstance(policy, LookAheadPolicy):
+            return None
+        if policy.lookahead != "auto":
+            return LookAheadState(policy.lookahead)
+        c = policy.controller  # made after the first token
+        settings = tuple((s.depth, s.width) for s in c.settings) if c else ()
+        return LookAheadState("auto", c is not None and c.pays, c.trials if c else 0, settings)
+
+    def text(self, c: Counters) -> str:
+        """One line: what it is set to, and what became of the experts it read."""
+        controller = ""
+        if self.pays is not None:
+            settings = " ".join(f"{depth}x{width}" for depth, width in self.settings or ())
+            of_groups = f", depth x width {settings}" if self.pays else ""
+            trials = f"{self.trials} trial{'' if self.trials == 1 else 's'}"
+            controller = f" ({'on' if self.pays else 'off'} after {trials}{of_groups})"
+        return (
+            f"look-ahead {self.name}{controller}: {c.prefetched} experts prefetched, {c.prefetch_useful} useful "
+            f"({c.prefetch_late} late), {c.prefetch_wasted} wasted, {c.prefetch_cancelled} cancelled, "
+            f"{c.prefetch_failed} failed; {format_bytes(c.prefetch_bytes)} prefetched, "
+            f"{format_bytes(c.wasted_bytes)} wasted"
+        )
+
+
 @dataclass
 class Generation:
     """What one generation did. Times in seconds; `counters` are this generation's share.
 
     prompt_tokens: tokens of the prompt; reused_tokens of them were in the KV cache already and not evaluated.
+    lookahead: at the end; of the experts prefetched, some may have been asked for by an earlier generation, and some
+    may be settled by a later one.
     """
 
     text: str = ""
@@ -49,6 +93,7 @@ class Generation:
     prefill_counters: Counters = field(default_factory=Counters)
     policy_stats: PolicyStats = field(default_factory=PolicyStats)
     damage_scale: float = 1.0
+    lookahead: LookAheadState | None = None
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -93,11 +138,12 @@ class Generation:
         return f", {100 * c.low_uses / total:.0f} % low, {100 * c.skipped_uses / total:.0f} % skipped ({expected})"
 
     def line(self) -> str:
-        """The last line of a reply."""
+        """The last line of a reply; another one behind it when there is look-ahead."""
+        ahead = "" if self.lookahead is None else f"\n[{self.lookahead.text(self.counters)}]"
         return (
             f"[{self.generated_tokens} tokens, {self.decode_tokens_per_second:.1f} tok/s, "
             f"first token {self.ttft_seconds:.2f} s, {100 * self.hit_rate:.0f} % expert hits, "
-            f"{format_bytes(int(self.bytes_per_token))}/token read{self.lossy_text()}]"
+            f"{format_bytes(int(self.bytes_per_token))}/token read{self.lossy_text()}]{ahead}"
         )
 
     def to_json(self, engine: Engine) -> dict[str, Any]:
@@ -122,10 +168,20 @@ class Generation:
             "schedule_s": c.schedule_seconds,
             "low_precision_uses": c.low_uses,
             "skipped_uses": c.skipped_uses,
+            "prefetched": c.prefetched,
+            "prefetch_useful": c.prefetch_useful,
+            "prefetch_late": c.prefetch_late,
+            "prefetch_wasted": c.prefetch_wasted,
+            "prefetch_cancelled": c.prefetch_cancelled,
+            "prefetch_failed": c.prefetch_failed,
+            "prefetch_bytes": c.prefetch_bytes,
+            "wasted_bytes": c.wasted_bytes,
+            "lookahead": asdict(self.lookahead) if self.lookahead is not None else None,
             "expected_kld_per_token": self.expected_kld,
             "ram_budget_bytes": engine.plan.budget_bytes,
             "arena_bytes": engine.plan.arena_bytes,
             "peak_rss_bytes": peak_rss_bytes(),
+            "warm_start": asdict(engine.preloaded) if engine.preloaded is not None else None,
             "policy": engine.policy.name,
             "policy_options": asdict(engine.options.policy),
         }
@@ -193,6 +249,7 @@ def generate(
     out.text = writer.finish()
     out.counters = engine.counters().since(before)
     out.policy_stats = engine.policy.stats.since(stats_before)
+    out.lookahead = LookAheadState.of(engine.policy)
     if engine.model.calibration is not None:
         out.damage_scale = engine.model.calibration.damage_scale
     return out

@@ -118,7 +118,7 @@ _COUNTERS = (
     "steps tokens uses hits low_uses skipped_uses loads evictions reads bytes_read graphs stall_ns compute_ns "
     "schedule_ns step_ns read_busy_ns committed_bytes peak_committed_bytes direct_files prefetched prefetch_useful "
     "prefetch_late prefetch_wasted prefetch_cancelled prefetch_failed prefetch_bytes wasted_bytes disk_busy_ns "
-    "prefetch_busy_ns look_ahead_ns meanwhile_ns"
+    "prefetch_busy_ns look_ahead_ns meanwhile_ns preloaded"
 ).split()
 
 
@@ -135,6 +135,7 @@ class Counters:
     """Counts since the model was opened; times in seconds. See native/capi.h for what a step, use and hit are.
 
     loads: read by the step that needed them, so hits + loads = uses; prefetched: read ahead, hits when they are used.
+    preloaded: read before the first step.
     """
 
     steps: int = 0
@@ -168,6 +169,7 @@ class Counters:
     prefetch_busy_seconds: float = 0.0
     look_ahead_seconds: float = 0.0
     meanwhile_seconds: float = 0.0
+    preloaded: int = 0
 
     def since(self, earlier: Counters) -> Counters:
         """The difference; the committed bytes and the number of direct files stay absolute."""
@@ -246,6 +248,7 @@ def _declare(lib: Any) -> None:
         "me_threadpool_free": (None, [c_void_p]),
         "me_model_open": (model, [POINTER(ModelDesc), text]),
         "me_model_set_arena": (c_int32, [model, c_int64, text]),
+        "me_model_preload": (c_int32, [model, POINTER(c_int32), c_int32, text]),
         "me_model_close": (None, [model]),
         "me_model_arm": (c_int32, [model, text]),
         "me_model_disarm": (None, [model]),
@@ -474,6 +477,15 @@ class NativeModel:
         error = ctypes.create_string_buffer(ERROR_BYTES)
         if self._lib.me_model_set_arena(self._handle, arena_bytes, error) != 0:
             raise EngineError(error.value.decode())
+
+    def preload(self, units: Sequence[int]) -> None:
+        """Read absent units in this order and wait for them; not within a step.
+
+        Raises EngineError, naming file and tensor, when one cannot be read or does not fit; those that were read stay.
+        """
+        error = ctypes.create_string_buffer(ERROR_BYTES)
+        if self._lib.me_model_preload(self._handle, (c_int32 * len(units))(*units), len(units), error) != 0:
+            raise EngineError(error.value.decode(errors="replace"))
 
     def arm(self) -> None:
         """Bind the expert stubs that llama.cpp shows from now on to this model, until disarm()."""

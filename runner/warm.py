@@ -1,24 +1,104 @@
-"""`--warm-start`: the usage of a model's experts, kept between runs in the folder of the cached skeletons.
+"""`--warm-start`: the usage of a model's experts, kept between runs in the folder of the cached skeletons, and what is
+read at load by it.
 
 The file is a compressed .npz named after the store, nothing pickled: `version`, `n_experts` int32 [L], `tokens`
 float64, `counts` float64 [sum of n_experts]. Losing it costs a few reads, so a file that cannot be read or written is
-no error: one sentence says so, and the run goes on without.
+no error: one sentence says so, and the run goes on without. Deleting it forgets; of two runs at a time the one that
+ends last is kept.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import time
 import zipfile
 import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from moe_edge.convert.skeleton import cache_folder
+from moe_edge.runner.native import Counters
+from moe_edge.schedulers.budget import MIB, format_bytes
 from moe_edge.schedulers.layout import Layout
-from moe_edge.schedulers.usage import Usage
+from moe_edge.schedulers.usage import Usage, preload_order
 
 USAGE_VERSION = 1
+BATCH_BYTES = 64 * MIB  # of one call to the library; Ctrl-C is heard between two
+
+
+class Preloader(Protocol):
+    """What of NativeModel is needed here."""
+
+    def preload(self, units: Sequence[int]) -> None: ...
+
+    def counters(self) -> Counters: ...
+
+
+class Resettable(Protocol):
+    """What of a policy is needed here."""
+
+    def reset(self, resident: Iterable[int]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Preloaded:
+    """What was read at load, before the first token."""
+
+    n_experts: int
+    bytes_read: int
+    seconds: float
+
+
+class WarmStart:
+    """The usage of earlier runs, in which this run is to be counted, for one engine.
+
+    Give `usage` to make_policy(), which counts in it; then preload(), and save() when the run is over.
+    """
+
+    def __init__(self, path: Path, layout: Layout) -> None:
+        self.path, self._layout = path, layout
+        self.usage, self._said = load_usage(path, layout)
+        self.preloaded = Preloaded(0, 0, 0.0)
+
+    def preload(self, native: Preloader, policy: Resettable, arena_bytes: int) -> str:
+        """Read the most used experts that fit the empty arena; a line that says so. Raises EngineError."""
+        if self._said is not None:
+            return f"warm start: {self._said}"
+        if self.usage.tokens <= 0:
+            return f"warm start: no usage of earlier runs yet; it will be kept in {self.path}"
+        started, before = time.monotonic(), native.counters()
+        units = preload_order(self.usage, self._layout, arena_bytes)
+        for batch in _batches(units, self._layout):
+            native.preload(batch)
+        policy.reset(reversed(units))
+        bytes_read = native.counters().since(before).bytes_read
+        p = self.preloaded = Preloaded(len(units), bytes_read, time.monotonic() - started)
+        return (
+            f"warm start: {p.n_experts} experts, {format_bytes(p.bytes_read)} read in {p.seconds:.2f} s, "
+            f"by the usage of earlier runs in {self.path}"
+        )
+
+    def save(self) -> str | None:
+        """Keep the usage, unless this run used nothing; a sentence when that fails."""
+        return save_usage(self.path, self.usage) if self.usage.tokens_now > 0 else None
+
+
+def _batches(units: Sequence[int], layout: Layout) -> Iterator[list[int]]:
+    """The units in their order, up to BATCH_BYTES at a time, one at least."""
+    batch: list[int] = []
+    size = 0
+    for unit in units:
+        if batch and size + layout.unit_bytes[unit] > BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(unit)
+        size += layout.unit_bytes[unit]
+    if batch:
+        yield batch
 
 
 def usage_path(store_id: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -37,7 +117,9 @@ def load_usage(path: Path, layout: Layout) -> tuple[Usage, str | None]:
     except FileNotFoundError:
         return empty, None
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        return empty, f"{path}: the usage of earlier runs cannot be read ({error or 'cut short'}); starting without"
+        # numpy's own words are about pickles, which is no help here
+        why = error.strerror if isinstance(error, OSError) and error.strerror else "damaged, or not a usage file"
+        return empty, f"{path}: the usage of earlier runs cannot be read ({why}); starting without"
     if version != USAGE_VERSION:
         return empty, f"{path}: the usage is of version {version}, not {USAGE_VERSION}; starting without"
     fits = n_experts == layout.n_experts and counts.shape == (sum(n_experts),)

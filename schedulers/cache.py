@@ -20,7 +20,8 @@ RULES = ("auto", "learned", "next-use", "decayed", "lru", "lru-admit", "hobbit")
 def make_rule(name: str, layout: Layout, arena_bytes: int, usage: Usage | None = None) -> EvictionRule:
     """The rule of this name; auto: learned, next-use for models of so many experts that its table would be large.
 
-    usage: what earlier runs used, to start from. Raises UnknownName.
+    usage: what earlier runs used, where the scores of learned, next-use and decayed start; the other rules, which rank
+    by recency or by the conversation, take no notice. Raises UnknownName.
     """
     if name == "auto":
         name = "learned" if table_bytes(layout) <= LARGEST_TABLE_BYTES else "next-use"

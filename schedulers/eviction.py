@@ -4,9 +4,9 @@ Here are lru, lru-admit (what was loaded though it is used less often than what 
 decayed frequency), next-use (the unit whose next use is expected last) and hobbit (HOBBIT's weighted score). The
 default is in learned.py.
 
-Below one token's working set LRU never hits; the frequency rules keep what is used most and do. Nothing made for that
-case alone did better: pinning by counts, random and most-recent-first read 3 to 20 % more (docs/LOG.md, 2026-11-22), so
-there is no second rule to switch to.
+A layer's experts below one token's working set LRU never hits, and up to it seldom (tests/test_counts.py); the
+frequency rules keep what is used most and do. Nothing made for that case alone did better: pinning by counts, random
+and most-recent-first read 3 to 20 % more (docs/LOG.md, 2026-11-22), so there is no second rule to switch to.
 """
 
 from __future__ import annotations

@@ -98,6 +98,11 @@ class LevelPolicy:
         self.cache.learn()
         return ()
 
+    def new_conversation(self) -> None:
+        """A text begins that has nothing to do with the last one: an eviction rule that counts by conversation, hobbit,
+        starts again; what is in memory, the counts and the usage of a warm start go on."""
+        self.cache.new_conversation()
+
     def wishes(self, step: Step) -> Sequence[int]:
         """The level this policy would ask for, for each expert; changes nothing. For steps that are only predicted."""
         return [HIGH] * len(step.experts)

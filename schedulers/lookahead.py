@@ -161,6 +161,8 @@ class Inner(Protocol):
 
     def reset(self, resident: Iterable[int]) -> None: ...
 
+    def new_conversation(self) -> None: ...
+
 
 AnyPolicy = TypeVar("AnyPolicy", bound=Inner)
 
@@ -235,6 +237,9 @@ class LookAheadPolicy:
         self._guesses.clear()
         self._stale.clear()
         self._protected = set()
+
+    def new_conversation(self) -> None:
+        self.inner.new_conversation()
 
     # ---- each step
 

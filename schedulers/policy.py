@@ -17,6 +17,7 @@ from moe_edge.schedulers.levels import HIGH, LevelPolicy, PolicyStats
 from moe_edge.schedulers.lookahead import with_lookahead
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.settings import check_options, resolve_options
+from moe_edge.schedulers.usage import Usage
 
 
 class Policy(Protocol):
@@ -67,6 +68,10 @@ class Policy(Protocol):
         """Forget the cache state and start from these units, as after a failed read."""
         ...
 
+    def new_conversation(self) -> None:
+        """A text begins that has nothing to do with the last one; what is in memory stays."""
+        ...
+
 
 class ExactLru(LevelPolicy):
     """Full precision; evicts the expert used longest ago, or by the rule of use_cache().
@@ -91,13 +96,20 @@ class ExactLru(LevelPolicy):
 
 
 def make_policy(
-    options: PolicyOptions, layout: Layout, arena_bytes: int, calibration: Calibration | None = None
+    options: PolicyOptions,
+    layout: Layout,
+    arena_bytes: int,
+    calibration: Calibration | None = None,
+    usage: Usage | None = None,
 ) -> Policy:
-    """The policy that `options` ask for. Raises UnknownName, and UsageError for knobs that do not go together."""
+    """The policy that `options` ask for. Raises UnknownName, and UsageError for knobs that do not go together.
+
+    usage: what earlier runs used, where eviction rules that count start (cache.make_rule); this run is counted in it.
+    """
     options = resolve_options(options, calibration)
     check_options(options, layout, calibration)
     policy = _make_inner(options, layout, arena_bytes, calibration)
-    policy.use_cache(options.cache)
+    policy.use_cache(options.cache, usage, usage)
     return with_lookahead(policy, layout, options.lookahead)
 
 

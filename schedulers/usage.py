@@ -41,6 +41,11 @@ class Usage:
             now[first + expert] += count
 
     @property
+    def tokens_now(self) -> int:
+        """Tokens counted in this run."""
+        return self._tokens_now
+
+    @property
     def tokens(self) -> float:
         """Tokens counted, those of earlier runs decayed by what came since."""
         return self._tokens_before * self._faded + self._tokens_now

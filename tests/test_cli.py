@@ -57,7 +57,8 @@ def copy_pair(pair: Path, to: Path) -> tuple[Path, Path]:
 JSON_KEYS = {
     "text", "prompt_tokens", "generated_tokens", "load_s", "ttft_s", "prefill_tok_s", "decode_tok_s", "expert_uses",
     "expert_hit_rate", "expert_bytes_read", "expert_bytes_per_token", "stall_s", "low_precision_uses", "skipped_uses",
-    "ram_budget_bytes", "peak_rss_bytes", "policy",
+    "ram_budget_bytes", "peak_rss_bytes", "policy", "warm_start", "lookahead", "prefetched", "prefetch_useful",
+    "prefetch_late", "prefetch_wasted", "prefetch_cancelled", "prefetch_failed", "prefetch_bytes", "wasted_bytes",
 }  # fmt: skip
 
 
@@ -89,6 +90,37 @@ def test_the_split_of_the_budget_is_printed_before_the_reply() -> None:
     done = run("generate", "-p", "The", "-n", 3, "--ram", "40MiB")
     assert re.search(r"memory 40\.0 MiB: dense .* KV cache .* compute .* experts ", done.stderr)
     assert re.search(r"\[3 tokens, .* tok/s, first token .* expert hits, .*/token read\]", done.stderr)
+
+
+def test_look_ahead_adds_a_line_with_its_counts() -> None:
+    plain = run("generate", "-p", "The", "-n", 30, "--temp", 0, "--ram", "38MiB")
+    assert len(plain.stderr.splitlines()) == 2 and "look-ahead" not in plain.stderr
+    done = run("generate", "-p", "The", "-n", 30, "--temp", 0, "--ram", "38MiB", "--lookahead", "single")
+    assert done.stdout == plain.stdout
+    last = done.stderr.splitlines()[-1]
+    assert re.fullmatch(
+        r"\[look-ahead single: [1-9]\d* experts prefetched, \d+ useful \(\d+ late\), \d+ wasted, \d+ cancelled, "
+        r"0 failed; \d+\.\d MiB prefetched, \d+\.\d MiB wasted\]",
+        last,
+    ), last
+
+
+@pytest.mark.parametrize("name", ["generate", "chat", "plan"])
+def test_below_one_tokens_working_set_a_warning_names_the_number(name: str) -> None:
+    good = json.loads(run("show", "--json").stdout)["ram_comfortable_bytes"]
+    more = {"generate": ["-p", "The", "-n", 2], "chat": ["-n", 2], "plan": ["--disk", "1GB/s"]}[name]
+
+    def said(ram: int) -> str:
+        done = run(name, "--ram", ram, *more, stdin="The\n")
+        assert done.returncode == 0, done.stderr
+        return " ".join((done.stdout + done.stderr).split())
+
+    number = f"{-(-good // 2**20)}MiB"
+    assert re.search(
+        "warning: this is below one token's working set: most experts will be read again for every token; "
+        rf"--ram {number} or more lets experts be reused", said(good - 2**20)
+    )  # fmt: skip
+    assert "working set" not in said(-(-good // 2**20) * 2**20)
 
 
 def test_budget_is_an_alias_and_the_environment_a_default() -> None:

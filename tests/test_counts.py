@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import open_engine
 from moe_edge.models.embedded import tiny_model_path
-from moe_edge.runner.engine import Engine
+from moe_edge.runner.engine import Engine, EngineOptions
 from moe_edge.runner.native import Counters
+from moe_edge.runner.show import NO_LIMIT
 from moe_edge.schedulers.layout import Step, StepPlan
+from moe_edge.schedulers.options import PolicyOptions
 
 N_LAYERS, TOP_K, PIECES = 4, 4, 3
 TEXT = "In the beginning God created the heaven and the earth. And the earth was without form, and void; and darkness"
@@ -53,6 +56,22 @@ def test_what_forty_tokens_cost(budget: str) -> None:
     assert c.bytes_read <= c.loads * max(unit_bytes)
     # one graph when nothing is missing; one more for each arrival at most twice: its hidden rows, its down product
     assert c.steps <= c.graphs <= c.steps + 2 * c.loads
+
+
+@pytest.mark.parametrize("rule", ["lru", "auto"])
+def test_with_a_layer_less_than_the_working_set_lru_hits_nothing_and_the_default_does(rule: str) -> None:
+    """Up to a layer less, what a layer's last step used last may be hit: the other layers fit. One expert more, as the
+    working set is reckoned with the largest of each layer."""
+    options = EngineOptions(n_ctx=256, n_ubatch=1, n_threads=2, policy=PolicyOptions(cache=rule))
+    whole = Engine(tiny_model_path(), replace(options, ram_bytes=NO_LIMIT))
+    good, layer_bytes = whole.plan.comfortable_bytes, (TOP_K + 1) * max(whole.layout.unit_bytes)
+    whole.close()
+    hits = []
+    for ram_bytes in (good - layer_bytes, good):
+        with Engine(tiny_model_path(), replace(options, ram_bytes=ram_bytes)) as engine:
+            assert len(engine.plan.lines()) == (2 if ram_bytes < good else 1)
+            hits.append(decode_one_by_one(engine, 40)[0].hits)
+    assert (hits[0] == 0) == (rule == "lru") and hits[1] > 0
 
 
 def test_a_long_prefill_reads_each_touched_expert_once_for_each_micro_batch() -> None:
