@@ -397,12 +397,22 @@ def parse_disk_speed(text: str) -> int:
 @click.argument("trace_file", type=click.Path(path_type=Path))
 @click.option("--ram", "--budget", "ram", help="Budgets, like 1GiB,2GiB. Default: five between floor and resident.")
 @click.option("--policy", default="all", show_default=True, help="Policies, like exact,hobbit; all.")
+@click.option("--cache",
+              help="Cache rules, like lru,learned; all. Default: auto; with --policy all, every rule for exact.")
+@click.option("--lookahead", default="off", show_default=True,
+              help="Look-aheads, like off,stacked; all. Needs their scores in the trace, and says how good these are.")
 @click.option("--disk", default="3GB/s", show_default=True, help="What the disk delivers.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the table as PNG.")
 @click.option("--json", "as_json", is_flag=True)
 @reports_errors
-def simulate(trace_file: Path, ram: str | None, policy: str, disk: str, plot: Path | None, as_json: bool) -> None:
-    """Hits, bytes, stall and speed of every policy on a trace, with Belady's bound; no model is needed."""
+def simulate(
+    trace_file: Path, ram: str | None, policy: str, cache: str | None, lookahead: str, disk: str, plot: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Hits, bytes, stall and speed of every policy and cache rule on a trace, with Belady's bound; no model is needed.
+
+    reads/belady: bytes read, as a multiple of the fewest possible at that budget.
+    """
     from moe_edge.runner.simulate import (
         budget_of_ram,
         even_budgets,
@@ -418,7 +428,10 @@ def simulate(trace_file: Path, ram: str | None, policy: str, disk: str, plot: Pa
         need_matplotlib()
     recorded = load_trace(trace_file)
     budgets = [budget_of_ram(recorded, parse_bytes(each)) for each in ram.split(",")] if ram else even_budgets(recorded)
-    result = run_simulations(recorded, budgets, policies_named(policy), Costs(parse_disk_speed(disk)))
+    chosen = policies_named(policy, caches=cache, lookaheads=lookahead)
+    result = run_simulations(
+        recorded, budgets, chosen, Costs(parse_disk_speed(disk)), tell=lambda line: click.echo(line, err=True)
+    )
     if plot is not None:
         plot_simulation(result, plot)
     click.echo(json.dumps(result.to_json()) if as_json else result.text())
