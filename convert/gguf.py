@@ -1,7 +1,8 @@
 """Open, list and check GGUF files; no arithmetic on weights, no writing.
 
 Only the header is read. Every length in it is distrusted: nothing is allocated or followed before it was
-compared with the size of the file. `read_gguf` is for one file, `open_gguf` also for a split model.
+compared with the size of the file. `read_gguf` is for one file, `open_gguf` also for a split model; `read_header` and
+`open_headers` are the same for files that may end after their headers, as while they are fetched.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,16 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     Raises MissingFile, BadMagic, CutFile when the header or a tensor does not fit the file, BadFile when the
     header contradicts itself.
     """
-    path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            return _HeaderReader(path, file.fileno()).read()
-    except OSError as error:
-        raise unreadable(path, error) from error
+    return _read(Path(path), with_data=True)
+
+
+def read_header(path: str | os.PathLike[str]) -> GGUFFile:
+    """read_gguf() of a file that may end anywhere after its header: whether a tensor's bytes are there is not asked.
+
+    `file_bytes` is the size as it is. For planning only: entries may name bytes that cannot be read.
+    Raises what read_gguf raises, CutFile only when the header is cut.
+    """
+    return _read(Path(path), with_data=False)
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GGUFModel:
@@ -93,7 +98,27 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFModel:
     Raises MissingFile naming the parts that are not there, BadFile when parts do not belong together, and what
     read_gguf raises.
     """
-    first = read_gguf(path)
+    return _open(path, read_gguf)
+
+
+def open_headers(path: str | os.PathLike[str]) -> GGUFModel:
+    """open_gguf() of files read as read_header() does: of a split model the header of every part is needed.
+
+    Raises what open_gguf raises, CutFile only when a header is cut.
+    """
+    return _open(path, read_header)
+
+
+def _read(path: Path, *, with_data: bool) -> GGUFFile:
+    try:
+        with open(path, "rb") as file:
+            return _HeaderReader(path, file.fileno(), with_data=with_data).read()
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def _open(path: str | os.PathLike[str], read: Callable[[str | os.PathLike[str]], GGUFFile]) -> GGUFModel:
+    first = read(path)
     match = _SPLIT_NAME.fullmatch(first.path.name)
     count = first.kv.get("split.count", 0)
     if not count or count == 1:
@@ -108,7 +133,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFModel:
     missing = [each.name for each in paths if not each.exists()]
     if missing:
         raise MissingFile(f"{first.path}: {len(missing)} of {count} parts missing beside it: {', '.join(missing)}")
-    return _join_parts(tuple(first if each == first.path else read_gguf(each) for each in paths))
+    return _join_parts(tuple(first if each == first.path else read(each) for each in paths))
 
 
 def unreadable(path: Path, error: OSError) -> MissingFile:
@@ -135,11 +160,15 @@ def _join_parts(parts: tuple[GGUFFile, ...]) -> GGUFModel:
 
 
 class _HeaderReader:
-    """Reads a header from the front, growing its buffer only when an item needs more bytes."""
+    """Reads a header from the front, growing its buffer only when an item needs more bytes.
 
-    def __init__(self, path: Path, fd: int) -> None:
+    with_data: whether the file must hold the bytes of every tensor too.
+    """
+
+    def __init__(self, path: Path, fd: int, *, with_data: bool) -> None:
         self.path = path
         self.fd = fd
+        self.with_data = with_data
         self.file_bytes = os.fstat(fd).st_size
         self.buffer = os.pread(fd, FIRST_READ, 0)
         self.at = 0
@@ -225,7 +254,7 @@ class _HeaderReader:
             if offset % alignment:
                 raise BadFile(f"{self.path}: tensor '{name}' is at offset {offset}, not a multiple of {alignment}")
             start = data_offset + offset
-            if start + nbytes > self.file_bytes:
+            if self.with_data and start + nbytes > self.file_bytes:
                 raise cut_tensor(self.path, name, start, nbytes, self.file_bytes)
             if name in tensors:
                 raise BadFile(f"{self.path}: tensor '{name}' appears twice")

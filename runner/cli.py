@@ -361,19 +361,36 @@ def bench(
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The trace to write, .npz.")
 @click.option("-n", "--max-tokens", "n_tokens", type=click.IntRange(min=1), help="At most so many tokens of the text.")
 @click.option("--prefill", is_flag=True, help="In micro-batches, as a prompt is read. Default: one by one.")
+@click.option("--lookahead-depth", type=click.IntRange(0, 8),
+              help="Keep what the routers of so many later layers predict; 0: nothing. Default: 3, 0 with --prefill.")
 @model_options
 @reports_errors
 def trace(
-    model: str | None, text: Path, output: Path, n_tokens: int | None, prefill: bool, **o: Any
-) -> None:
-    """Write which experts MODEL routes each token of a text to, for `simulate` and `plan`."""
-    from moe_edge.runner.evaluate import read_text
-    from moe_edge.runner.trace import record_trace, save_trace
+    model: str | None, text: Path, output: Path, n_tokens: int | None, prefill: bool, lookahead_depth: int | None,
+    **o: Any,
+) -> None:  # fmt: skip
+    """Write which experts MODEL routes each token of a text to, for `simulate` and `plan`.
 
+    With gate weights, and with the scores that the routers of the next layers give ahead, for `simulate --lookahead`.
+    The policy runs while the trace is recorded, without look-ahead of its own.
+    """
+    from moe_edge.runner.evaluate import read_text
+    from moe_edge.runner.trace import prediction_width, record_trace, save_trace
+
+    if prefill and lookahead_depth:
+        raise UsageError("look-ahead is recorded one token at a time; leave out --prefill, or --lookahead-depth")
+    depth = lookahead_depth if lookahead_depth is not None else 0 if prefill else 3
+    o["lookahead"] = "off"
     with _engine(model, o) as engine:
-        recorded = record_trace(engine, read_text(text), n_tokens, one_by_one=not prefill)
+        recorded = record_trace(
+            engine, read_text(text), n_tokens, one_by_one=not prefill, policy=engine.options.policy,
+            look_ahead=(depth, prediction_width(engine)) if depth else None,
+        )  # fmt: skip
     save_trace(output, recorded)
-    click.echo(f"{output}: {recorded.n_tokens} tokens, {recorded.n_steps} layer steps, {output.stat().st_size} bytes")
+    ahead = f", look-ahead of {depth} layers" if depth else ""
+    click.echo(
+        f"{output}: {recorded.n_tokens} tokens, {recorded.n_steps} layer steps{ahead}, {output.stat().st_size} bytes"
+    )
 
 
 def parse_disk_speed(text: str) -> int:
@@ -385,12 +402,22 @@ def parse_disk_speed(text: str) -> int:
 @click.argument("trace_file", type=click.Path(path_type=Path))
 @click.option("--ram", "--budget", "ram", help="Budgets, like 1GiB,2GiB. Default: five between floor and resident.")
 @click.option("--policy", default="all", show_default=True, help="Policies, like exact,hobbit; all.")
+@click.option("--cache",
+              help="Cache rules, like lru,learned; all. Default: auto; with --policy all, every rule for exact.")
+@click.option("--lookahead", default="off", show_default=True,
+              help="Look-aheads, like off,stacked; all. Needs their scores in the trace, and says how good these are.")
 @click.option("--disk", default="3GB/s", show_default=True, help="What the disk delivers.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the table as PNG.")
 @click.option("--json", "as_json", is_flag=True)
 @reports_errors
-def simulate(trace_file: Path, ram: str | None, policy: str, disk: str, plot: Path | None, as_json: bool) -> None:
-    """Hits, bytes, stall and speed of every policy on a trace, with Belady's bound; no model is needed."""
+def simulate(
+    trace_file: Path, ram: str | None, policy: str, cache: str | None, lookahead: str, disk: str, plot: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Hits, bytes, stall and speed of every policy and cache rule on a trace, with Belady's bound; no model is needed.
+
+    reads/belady: bytes read, as a multiple of the fewest possible at that budget.
+    """
     from moe_edge.runner.simulate import (
         budget_of_ram,
         even_budgets,
@@ -406,7 +433,10 @@ def simulate(trace_file: Path, ram: str | None, policy: str, disk: str, plot: Pa
         need_matplotlib()
     recorded = load_trace(trace_file)
     budgets = [budget_of_ram(recorded, parse_bytes(each)) for each in ram.split(",")] if ram else even_budgets(recorded)
-    result = run_simulations(recorded, budgets, policies_named(policy), Costs(parse_disk_speed(disk)))
+    chosen = policies_named(policy, caches=cache, lookaheads=lookahead)
+    result = run_simulations(
+        recorded, budgets, chosen, Costs(parse_disk_speed(disk)), tell=lambda line: click.echo(line, err=True)
+    )
     if plot is not None:
         plot_simulation(result, plot)
     click.echo(json.dumps(result.to_json()) if as_json else result.text())

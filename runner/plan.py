@@ -11,16 +11,16 @@ import os
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_edge.convert.gguf import _SPLIT_NAME, GGUFFile, GGUFModel, _HeaderReader, _join_parts, read_gguf, unreadable
+from moe_edge.convert.gguf import GGUFFile, GGUFModel, open_headers, read_gguf, read_header
 from moe_edge.convert.skeleton import IN_PLACE, file_identities, in_place_id, own_kvs, skeleton_kvs, stub_specs
 from moe_edge.convert.source import KIND, find_model, gguf_source
 from moe_edge.convert.store import STORE_KIND, store_path
 from moe_edge.convert.write import GGUFOutput, TensorSpec
-from moe_edge.models.errors import BudgetTooSmall, CutFile, MissingFile, UsageError
+from moe_edge.models.errors import BudgetTooSmall, MissingFile, UsageError
 from moe_edge.runner.doctor import Facts, Tell, doctor, machine_speeds, n_cores, with_overrides
 from moe_edge.runner.memory import auto_budget, usable_bytes
 from moe_edge.runner.probe import BLOCK_BYTES, Unmeasured
@@ -256,7 +256,7 @@ def headers_only(path: Path) -> Iterator[tuple[Path, list[Path]]]:
     A converted model that is complete stands for itself. Otherwise the stand-in lives as long as the `with`.
     Raises what open_model raises, but for weights that are missing.
     """
-    model = _open_headers(path)
+    model = open_headers(path)
     kind = model.kv.get(KIND)
     if kind == STORE_KIND:
         raise UsageError(f"{path}: is an expert store; give its skeleton")
@@ -273,7 +273,7 @@ def headers_only(path: Path) -> Iterator[tuple[Path, list[Path]]]:
             raise MissingFile(f"{store}: the expert store of {path.name} is missing; plan needs its header at least")
         target = Path(name) / path.name
         _write_sparse(target, model.parts[0].header, _end_of(model.parts[0]))
-        header = _read_header(store)
+        header = read_header(store)
         _write_sparse(store_path(target), header.header, _end_of(header))
         yield target, [store]
 
@@ -303,31 +303,6 @@ def _write_sparse(path: Path, header: bytes, nbytes: int) -> None:
 
 def _end_of(part: GGUFFile) -> int:
     return max((t.offset + t.nbytes for t in part.tensors.values()), default=part.data_offset)
-
-
-def _open_headers(path: Path) -> GGUFModel:
-    """open_gguf() for files that may end after their headers."""
-    first = _read_header(path)
-    match = _SPLIT_NAME.fullmatch(first.path.name)
-    count = first.kv.get("split.count", 0)
-    if match is None or not count or count == 1:
-        return GGUFModel((first,), first.kv, first.tensors)
-    names = [f"{match[1]}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
-    return _join_parts(tuple(_read_header(path.with_name(name)) for name in names))
-
-
-def _read_header(path: Path) -> GGUFFile:
-    """read_gguf() that does not ask whether the tensors are in the file, only the header."""
-    try:
-        with open(path, "rb") as file:
-            reader = _HeaderReader(path, file.fileno())
-            size, reader.file_bytes = reader.file_bytes, 1 << 62
-            header = reader.read()
-    except OSError as e:
-        raise unreadable(path, e) from e
-    if size < header.data_offset:
-        raise CutFile(f"{path}: its header needs {header.data_offset} bytes but the file ends at {size}")
-    return replace(header, file_bytes=size)
 
 
 # ---- text --------------------------------------------------------------------------------------------------

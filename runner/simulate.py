@@ -1,4 +1,4 @@
-"""`moe-edge simulate`: policies and budgets tried on a recorded trace, beside Belady's bound; table, JSON and picture.
+"""`moe-edge simulate`: policies, cache rules and budgets tried on a trace, beside Belady's bound; table, JSON, picture.
 
 No model, no disk: schedulers/simulate.py says what is exact (the counts) and what is estimated (the times).
 """
@@ -8,19 +8,23 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
 from moe_edge.models.errors import BudgetTooSmall, UnknownName, UsageError
 from moe_edge.schedulers.belady import has_one_size, simulate_belady
 from moe_edge.schedulers.budget import MIB, arena_floor_bytes, format_arg, format_bytes, plan_memory
+from moe_edge.schedulers.cache import RULES, named_rule
 from moe_edge.schedulers.calibration import Calibration
-from moe_edge.schedulers.options import POLICY_NAMES, PolicyOptions
+from moe_edge.schedulers.options import LOOKAHEADS, POLICY_NAMES, PolicyOptions
 from moe_edge.schedulers.policy import make_policy
+from moe_edge.schedulers.prediction import Quality, missed_uses, prediction_quality
 from moe_edge.schedulers.simulate import Costs, SimResult, simulate_policy
 from moe_edge.schedulers.trace import Trace
 
 BELADY = "belady"
+SLACK = 0.15  # what the default cache rule may read above the best one without a note
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,20 @@ class SimBudget:
 
 @dataclass(frozen=True)
 class SimRow:
-    """One policy at one budget. policy: the name, then the options that are not the default ones.
+    """One policy with one cache rule and one look-ahead, at one budget.
 
+    policy: the name, then the options that are not the default ones. cache: the eviction rule, `auto` by the name it
+    stands for, None for belady; is_default: whether auto stands for it. best: with this policy and look-ahead at this
+    budget some cache rule reads more bytes and none reads fewer.
     arena_share: of all experts at the high level. bytes_per_token: read from disk. low_share, skipped_share: of the
-    expert uses, skipped ones included. reads_to_belady: loads over those of the row `belady` at this budget.
+    expert uses, skipped ones included. reads_to_belady: bytes read over those of the row `belady` at this budget.
+    prefetched and the four after it: units, as in SimResult.
     """
 
     policy: str
+    cache: str | None
+    lookahead: str
+    is_default: bool
     ram_bytes: int | None
     arena_bytes: int
     arena_share: float
@@ -52,13 +63,45 @@ class SimRow:
     stall_ms_per_token: float
     tok_s: float
     reads_to_belady: float | None
+    prefetched: int = 0
+    prefetch_useful: int = 0
+    prefetch_late: int = 0
+    prefetch_wasted: int = 0
+    prefetch_cancelled: int = 0
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How good the trace's look-ahead is. Each row's miss_recall has one value for each of arena_bytes: over the misses
+    of the exact policy with this cache rule, without look-ahead."""
+
+    cache: str
+    arena_bytes: tuple[int, ...]
+    rows: tuple[Quality, ...]
+
+    def lines(self) -> list[str]:
+        head = ["layers ahead", "width", "recall", "precision"]
+        head += [f"of misses, {format_bytes(n)}" for n in self.arena_bytes]
+        table = [
+            (str(row.distance), str(row.width), f"{row.recall:.1%}", f"{row.precision:.1%}",
+             *("-" if share is None else f"{share:.1%}" for share in row.miss_recall))
+            for row in self.rows
+        ]  # fmt: skip
+        return [
+            "look-ahead: recall, how many of the experts used were predicted; precision, how many predicted were used;",
+            f"of misses: recall over what the exact policy and {self.cache} miss with so many bytes of experts",
+            "",
+            *_table([tuple(head), *table]),
+        ]
 
 
 @dataclass(frozen=True)
 class Simulation:
     """All rows, budget by budget, and what was left out, one sentence each. tokens: of the trace.
 
-    belady_exact: experts have one size; else the rows `belady` are a heuristic (schedulers/belady.py).
+    belady_exact: experts have one size; else the rows `belady` are a heuristic (schedulers/belady.py). notes: where
+    the default cache rule reads SLACK more than the best. prediction: None without a row that looks ahead.
     """
 
     model: str
@@ -68,6 +111,8 @@ class Simulation:
     belady_exact: bool
     rows: tuple[SimRow, ...]
     left_out: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    prediction: Prediction | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -80,35 +125,62 @@ class Simulation:
             "counts are exact, times estimated",
             "",
         ]
-        table = [_HEAD, *(_cells(row) for row in self.rows)]
-        widths = [max(len(cells[i]) for cells in table) for i in range(len(_HEAD))]
-        for cells in table:
-            first, *others = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
-            lines.append("  ".join([cells[0].ljust(widths[0]), *others]).rstrip() if first else "")
+        head, *table = _table([_HEAD, *(_cells(row, self.tokens) for row in self.rows)])
+        lines.append(head)
+        for _, of_budget in groupby(zip(self.rows, table, strict=True), lambda pair: _budget_of(pair[0])):
+            lines += [*(line for _, line in of_budget), ""]
+        lines += self.notes
         if not self.belady_exact:
-            lines += ["", "experts differ in size: the belady rows are a heuristic, not a bound"]
-        return "\n".join([*lines, *(f"left out: {sentence}" for sentence in self.left_out)])
+            lines.append("experts differ in size: the belady rows are a heuristic, not a bound")
+        lines += [f"left out: {sentence}" for sentence in self.left_out]
+        if self.prediction:
+            lines += [*([""] if lines[-1] else []), *self.prediction.lines()]
+        return "\n".join(lines).rstrip()
 
 
 _HEAD = (
-    "policy", "--ram", "experts", "share", "hits", "low", "skipped", "MB/token", "stall ms", "tok/s", "reads/belady",
+    "policy", "cache", "look-ahead", "--ram", "experts", "share", "hits", "low", "skipped", "ahead/token", "useful",
+    "MB/token", "stall ms", "tok/s", "reads/belady", "",
 )  # fmt: skip
 
 
-def _cells(row: SimRow) -> tuple[str, ...]:
+def _cells(row: SimRow, tokens: int) -> tuple[str, ...]:
     return (
         row.policy,
+        "-" if row.cache is None else f"{row.cache} (auto)" if row.is_default else row.cache,
+        "-" if row.lookahead == "off" else row.lookahead,
         "-" if row.ram_bytes is None else format_bytes(row.ram_bytes),
         format_bytes(row.arena_bytes),
         f"{row.arena_share:.1%}",
         f"{row.hit_rate:.1%}",
-        f"{row.low_share:.1%}",
-        f"{row.skipped_share:.1%}",
+        f"{row.low_share:.1%}" if row.low_share else "-",
+        f"{row.skipped_share:.1%}" if row.skipped_share else "-",
+        f"{row.prefetched / tokens:.2f}" if row.prefetched else "-",
+        f"{row.prefetch_useful / row.prefetched:.1%}" if row.prefetched else "-",
         f"{row.bytes_per_token / 1e6:.2f}",
         f"{row.stall_ms_per_token:.2f}",
         f"{row.tok_s:.2f}",
         "-" if row.reads_to_belady is None else f"{row.reads_to_belady:.3f}",
+        "best" if row.best else "",
     )
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of equal columns, words to the left and numbers to the right; a column that says nothing is left out."""
+    columns = [column for column in zip(*rows, strict=True) if any(cell not in ("-", "") for cell in column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    left = [not any(cell[:1].isdigit() for cell in column[1:]) for column in columns]
+    return [
+        "  ".join(
+            cell.ljust(width) if to_left else cell.rjust(width)
+            for cell, width, to_left in zip(cells, widths, left, strict=True)
+        ).rstrip()
+        for cells in zip(*columns, strict=True)
+    ]
+
+
+def _budget_of(row: SimRow) -> tuple[int, int | None]:
+    return row.arena_bytes, row.ram_bytes
 
 
 def run_simulations(
@@ -124,8 +196,10 @@ def run_simulations(
     """Every policy at every budget, from an empty arena, with Belady's bound first at each.
 
     A policy that this model or its calibration cannot serve is left out, and `left_out` says why; so is one at a budget
-    that is below what it needs. tell: called with a line of progress before each run.
-    Raises BudgetTooSmall for an arena below the floor, UsageError when nothing is left to run.
+    that is below what it needs. One that is there twice, once as `auto`, is run once. With a policy that looks ahead
+    comes the quality of the trace's predictions. tell: called with a line of progress before each run.
+    Raises BudgetTooSmall for an arena below the floor, UsageError when nothing is left to run and for look-ahead on a
+    trace without scores.
     """
     costs = costs or Costs()
     floor = arena_floor_bytes(trace.layout())
@@ -138,21 +212,32 @@ def run_simulations(
     usable, left_out = _usable(trace, policies, calibration)
     if not budgets or not (usable or belady):
         raise UsageError("nothing to simulate: " + ("; ".join(left_out) or "no budget or no policy was given"))
-    rows: list[SimRow] = []
+    looks_ahead = any(options.lookahead != "off" for options in usable)
+    if looks_ahead and trace.ahead_experts is None:
+        raise UsageError(f"the trace of {trace.model} has no look-ahead scores; record it again, one token at a time: "
+                         "moe-edge trace MODEL --text FILE -o t.npz --lookahead-depth 3")  # fmt: skip
+    default, rows = named_rule("auto", trace.layout()), list[SimRow]()
     for budget in budgets:
         best = None
         if belady:
             tell(f"{BELADY}, experts {format_bytes(budget.arena_bytes)}")
             best = simulate_belady(trace, budget.arena_bytes, costs)
-            rows.append(_row(trace, BELADY, budget, best, best))
+            rows.append(_row(trace, PolicyOptions(BELADY), budget, best, best))
+        of_budget: list[SimRow] = []
         for options in usable:
-            tell(f"{policy_label(options)}, experts {format_bytes(budget.arena_bytes)}")
+            tell(f"{_full_label(options)}, experts {format_bytes(budget.arena_bytes)}")
             try:
                 result = simulate_policy(trace, options, budget.arena_bytes, costs, calibration)
             except BudgetTooSmall as e:
                 left_out.append(f"{policy_label(options)} at experts {format_bytes(budget.arena_bytes)}: {e}")
                 continue
-            rows.append(_row(trace, policy_label(options), budget, result, best))
+            row = _row(trace, options, budget, result, best)
+            of_budget.append(replace(row, is_default=row.cache == default))
+        rows += _mark_best(of_budget)
+    prediction = None
+    if looks_ahead:
+        tell("how good the predictions are")
+        prediction = _predict(trace, usable[0].cache, budgets)
     return Simulation(
         model=trace.model,
         tokens=trace.n_tokens,
@@ -160,13 +245,16 @@ def run_simulations(
         costs=costs,
         belady_exact=has_one_size(trace),
         rows=tuple(rows),
-        left_out=tuple(left_out),
+        left_out=tuple(dict.fromkeys(left_out)),
+        notes=tuple(_far_from_best(rows)),
+        prediction=prediction,
     )
 
 
 def _usable(
     trace: Trace, policies: Sequence[PolicyOptions], calibration: Calibration | None
 ) -> tuple[list[PolicyOptions], list[str]]:
+    """What can be run, cache rules by their own names; and why the others cannot."""
     layout = trace.layout()
     usable, left_out = [], []
     for options in policies:
@@ -177,14 +265,18 @@ def _usable(
         except UsageError as e:
             left_out.append(f"{policy_label(options)}: {e}")
         else:
-            usable.append(options)
-    return usable, left_out
+            usable.append(replace(options, cache=named_rule(options.cache, layout)))
+    return list(dict.fromkeys(usable)), list(dict.fromkeys(left_out))
 
 
-def _row(trace: Trace, name: str, budget: SimBudget, result: SimResult, best: SimResult | None) -> SimRow:
+def _row(trace: Trace, options: PolicyOptions, budget: SimBudget, result: SimResult, best: SimResult | None) -> SimRow:
     asked = result.uses + result.skipped_uses or 1
+    is_belady = options.name == BELADY
     return SimRow(
-        policy=name,
+        policy=BELADY if is_belady else policy_label(options),
+        cache=None if is_belady else options.cache,
+        lookahead=options.lookahead,
+        is_default=False,
         ram_bytes=budget.ram_bytes,
         arena_bytes=budget.arena_bytes,
         arena_share=budget.arena_bytes / trace.layout().total_bytes,
@@ -196,33 +288,100 @@ def _row(trace: Trace, name: str, budget: SimBudget, result: SimResult, best: Si
         bytes_per_token=result.bytes_per_token,
         stall_ms_per_token=1e3 * result.stall_seconds / result.tokens,
         tok_s=result.tok_s,
-        reads_to_belady=result.loads / best.loads if best and best.loads else None,
+        reads_to_belady=result.bytes_read / best.bytes_read if best and best.bytes_read else None,
+        prefetched=result.prefetched,
+        prefetch_useful=result.prefetch_useful,
+        prefetch_late=result.prefetch_late,
+        prefetch_wasted=result.prefetch_wasted,
+        prefetch_cancelled=result.prefetch_cancelled,
     )
 
 
+def _rivals(rows: Sequence[SimRow]) -> list[list[SimRow]]:
+    """Rows that differ in their cache rule alone, belady's left out."""
+    groups: dict[tuple[object, ...], list[SimRow]] = {}
+    for row in rows:
+        if row.cache is not None:
+            groups.setdefault((_budget_of(row), row.policy, row.lookahead), []).append(row)
+    return list(groups.values())
+
+
+def _mark_best(rows: Sequence[SimRow]) -> list[SimRow]:
+    """The rows of one budget, of each group the one that reads least marked: the first of equals, none if all are."""
+
+    def read(row: SimRow) -> float:
+        return row.bytes_per_token
+
+    best = {id(min(group, key=read)) for group in _rivals(rows) if min(map(read, group)) < max(map(read, group))}
+    return [replace(row, best=id(row) in best) for row in rows]
+
+
+def _far_from_best(rows: Sequence[SimRow]) -> list[str]:
+    """A sentence for each group whose default rule reads SLACK more than its best one."""
+    notes = []
+    for group in _rivals(rows):
+        default = next((row for row in group if row.is_default), None)
+        best = next((row for row in group if row.best), None)
+        if default and best and default.bytes_per_token > (1 + SLACK) * best.bytes_per_token:
+            more = default.bytes_per_token / best.bytes_per_token - 1 if best.bytes_per_token else float("inf")
+            ahead = "" if default.lookahead == "off" else f" with look-ahead {default.lookahead}"
+            notes.append(
+                f"{default.policy}{ahead}, experts {format_bytes(default.arena_bytes)}: "
+                f"the default cache rule, {default.cache}, reads {more:.0%} more than {best.cache}"
+            )
+    return notes
+
+
+def _predict(trace: Trace, cache: str, budgets: Sequence[SimBudget]) -> Prediction:
+    misses = [missed_uses(trace, cache, budget.arena_bytes) for budget in budgets]
+    return Prediction(cache, tuple(b.arena_bytes for b in budgets), tuple(prediction_quality(trace, misses)))
+
+
 def policy_label(options: PolicyOptions) -> str:
-    """`dymoe`, or `dymoe retention=0.75` where options differ from the default ones."""
+    """`dymoe`, or `dymoe retention=0.75` where options differ from the default ones; cache and look-ahead apart."""
     default = PolicyOptions(options.name)
     changed = [
         f"{field.name}={getattr(options, field.name)}"
         for field in fields(options)
-        if getattr(options, field.name) != getattr(default, field.name)
+        if field.name not in ("cache", "lookahead") and getattr(options, field.name) != getattr(default, field.name)
     ]
     return " ".join([options.name, *changed])
 
 
-def policies_named(names: str, options: PolicyOptions | None = None) -> list[PolicyOptions]:
-    """'exact,dymoe' -> their options; 'all': every known policy with its default options.
+def _full_label(options: PolicyOptions) -> str:
+    return ", ".join([policy_label(options), options.cache, *([options.lookahead] * (options.lookahead != "off"))])
 
-    options: knobs for the named ones; its own name is not looked at. Raises UnknownName.
+
+def policies_named(
+    policies: str, options: PolicyOptions | None = None, *, caches: str | None = None, lookaheads: str = "off"
+) -> list[PolicyOptions]:
+    """'exact,dymoe' -> their options, each with each of the cache rules and look-aheads, which are named alike.
+
+    'all': every known one; policies then have their default options. caches None: auto, but with policies 'all' every
+    rule for exact. options: knobs for the named policies; its own name, cache and look-ahead are not looked at.
+    Raises UnknownName.
     """
+    names = _named(policies, POLICY_NAMES, "policy")
+    knobs = PolicyOptions() if policies.strip() == "all" else options or PolicyOptions()
+    by_default = {name: RULES if policies.strip() == "all" and name == "exact" else ("auto",) for name in names}
+    return [
+        replace(knobs, name=name, cache=cache, lookahead=lookahead)
+        for name in names
+        for cache, lookahead in product(
+            by_default[name] if caches is None else _named(caches, RULES, "cache rule"),
+            _named(lookaheads, LOOKAHEADS, "look-ahead"),
+        )
+    ]
+
+
+def _named(names: str, known: Sequence[str], what: str) -> list[str]:
     if names.strip() == "all":
-        return [PolicyOptions(name) for name in POLICY_NAMES]
+        return list(known)
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     for name in chosen:
-        if name not in POLICY_NAMES:
-            raise UnknownName(f"unknown policy '{name}'; known: all, {', '.join(POLICY_NAMES)}")
-    return [replace(options or PolicyOptions(), name=name) for name in chosen]
+        if name not in known:
+            raise UnknownName(f"unknown {what} '{name}'; known: all, {', '.join(known)}")
+    return chosen
 
 
 def budget_of_ram(trace: Trace, ram_bytes: int) -> SimBudget:
@@ -256,8 +415,13 @@ def need_matplotlib() -> Any:
         raise UsageError("--plot needs matplotlib; install it: pip install 'moe-edge[bench]'") from e
 
 
+def curve_label(row: SimRow) -> str:
+    """`belady`, `exact, learned`, `exact, learned, stacked`."""
+    return ", ".join([row.policy, *([row.cache] if row.cache else []), *([row.lookahead] * (row.lookahead != "off"))])
+
+
 def plot_simulation(simulation: Simulation, path: str | Path) -> None:
-    """A PNG: hit rate, bytes a token and tokens a second against the arena, a line for each policy.
+    """A PNG: hit rate, bytes a token and tokens a second against the arena, a line for each curve_label().
 
     Raises UsageError without matplotlib.
     """
@@ -269,14 +433,15 @@ def plot_simulation(simulation: Simulation, path: str | Path) -> None:
         ("tokens/s (estimated)", lambda row: row.tok_s),
     )
     figure, all_axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4))
-    names = dict.fromkeys(row.policy for row in simulation.rows)
+    curves: dict[str, list[SimRow]] = {}
+    for row in sorted(simulation.rows, key=lambda row: row.arena_bytes):
+        curves.setdefault(curve_label(row), []).append(row)
     for axes, (label, value) in zip(all_axes, panels, strict=True):
-        for name in names:
-            rows = sorted((row for row in simulation.rows if row.policy == name), key=lambda row: row.arena_bytes)
-            at, style = [row.arena_bytes / MIB for row in rows], "--" if name == BELADY else "-"
-            axes.plot(at, [value(row) for row in rows], style, marker="o", label=name)
+        for name, rows in curves.items():
+            how: dict[str, Any] = {"color": "black", "linestyle": "--"} if name == BELADY else {}
+            axes.plot([row.arena_bytes / MIB for row in rows], list(map(value, rows)), marker=".", label=name, **how)
         axes.set(xlabel="expert arena, MiB", ylabel=label, ylim=(0, None))
-    all_axes[0].legend()
+    all_axes[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
     figure.suptitle(f"{simulation.model}, {simulation.tokens} tokens")
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)

@@ -102,6 +102,11 @@ def record_trace(
         engine.set_policy(engine.options.policy)
 
 
+def prediction_width(engine: Engine) -> int:
+    """Experts of a layer that look-ahead considers at most: twice top-k, as far as there are so many."""
+    return min(2 * engine.model.n_expert_used, min(engine.layout.n_experts))
+
+
 def _routers(engine: Engine, depth: int, width: int) -> Predict:
     def predict(_layer: int, x: FloatArray) -> tuple[Array, Array]:
         experts = np.full((len(x), depth, width), NO_EXPERT, np.int16)

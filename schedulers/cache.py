@@ -17,14 +17,20 @@ from moe_edge.schedulers.usage import Usage
 RULES = ("auto", "learned", "next-use", "decayed", "lru", "lru-admit", "hobbit")
 
 
+def named_rule(name: str, layout: Layout) -> str:
+    """The name itself; for auto the rule it stands for: learned, next-use where learned's table would be large."""
+    if name != "auto":
+        return name
+    return "learned" if table_bytes(layout) <= LARGEST_TABLE_BYTES else "next-use"
+
+
 def make_rule(name: str, layout: Layout, arena_bytes: int, usage: Usage | None = None) -> EvictionRule:
-    """The rule of this name; auto: learned, next-use for models of so many experts that its table would be large.
+    """The rule of this name.
 
     usage: what earlier runs used, where the scores of learned, next-use and decayed start; the other rules, which rank
     by recency or by the conversation, take no notice. Raises UnknownName.
     """
-    if name == "auto":
-        name = "learned" if table_bytes(layout) <= LARGEST_TABLE_BYTES else "next-use"
+    name = named_rule(name, layout)
     if name == "learned":
         return Learned(layout, arena_bytes, usage)
     if name == "next-use":

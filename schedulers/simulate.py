@@ -9,8 +9,9 @@ for its bytes divided by disk_bytes_per_second. A step's experts are known when 
 each load as it arrives; a load whose victim the step still needs waits until that has been computed; the step ends with
 its last expert. Waiting with nothing to compute is stall. After a step come other_seconds, then the next step.
 What is fetched ahead goes to a second queue, served a piece (a third of a unit) at a time while no load is queued; a
-unit that a step needs before it is whole comes before the step's loads. Not modelled: several reads at once that share
-the disk, an expert's first projections computed while the last arrives, prefill's threads each on an expert of its own.
+unit that a step needs before it is whole comes before the step's loads. Of a unit that is cancelled, or still queued at
+the end, only the pieces that were begun count as read. Not modelled: several reads at once that share the disk, an
+expert's first projections computed while the last arrives, prefill's threads each on an expert of its own.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class Costs:
 class SimResult:
     """Counts as the engine has them: uses = hits + loads, skipped ones apart. seconds = computing + stall_seconds.
 
-    prefetched and the four after it: as in native/capi.h; all but the first depend on when reads are done.
+    prefetched and the four after it: as in native/capi.h; all but the first depend on when reads are done, and so do
+    the bytes read of what is fetched ahead.
     """
 
     arena_bytes: int
@@ -248,9 +250,8 @@ class SimArena:
             self._cancelled.add(unit)
 
     def _finish(self, unit: int, now: float) -> None:
-        for _ in range(self._left.pop(unit)):
-            self._disk(now, unit, 1 / PIECES)
-        self.ready_at[unit] = self.disk_free_at
+        while unit in self._left:
+            self._read_piece(unit, now)
 
     def _disk(self, asked_at: float, unit: int, share: float) -> None:
         start = max(self.disk_free_at, asked_at)
@@ -264,12 +265,20 @@ class SimArena:
         """Serve the second queue as far as the disk gets before `until`."""
         while self._soon and max(self.disk_free_at, self._asked_at) < until:
             unit = self._soon[0]
-            self._disk(self._asked_at, unit, 1 / PIECES)
-            self._left[unit] -= 1
-            if self._left[unit] == 0:
-                del self._left[unit]
+            self._read_piece(unit, self._asked_at)
+            if unit not in self._left:
                 self._soon.popleft()
-                self.ready_at[unit] = self.disk_free_at
+
+    def _read_piece(self, unit: int, asked_at: float) -> None:
+        """The next piece of a unit that is not whole."""
+        self._disk(asked_at, unit, 1 / PIECES)
+        left, n = self._left[unit], self._read_bytes[unit]
+        self.bytes_read += n * left // PIECES - n * (left - 1) // PIECES
+        if left > 1:
+            self._left[unit] = left - 1
+        else:
+            del self._left[unit]
+            self.ready_at[unit] = self.disk_free_at
 
     def _prefetch(self, prefetch: Sequence[Prefetch], now: float) -> None:
         if not prefetch:
@@ -325,6 +334,7 @@ class SimArena:
     def _read(self, unit: int, asked_at: float) -> float:
         """Queue a read at the disk; when it will be done."""
         self._take(unit)
+        self.bytes_read += self._read_bytes[unit]
         self.loads += 1
         if self._soon:
             self._read_soon(asked_at)
@@ -336,7 +346,6 @@ class SimArena:
         self.used_bytes += self._unit_bytes[unit]
         if self.used_bytes > self.arena_bytes:
             raise EngineError("the scheduler's plan exceeds the memory of the expert arena")
-        self.bytes_read += self._read_bytes[unit]
 
     def _evict(self, unit: int) -> None:
         if unit not in self.ready_at:

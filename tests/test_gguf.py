@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 from moe_edge.convert.ggml_types import TYPES, find_type, tensor_bytes
-from moe_edge.convert.gguf import open_gguf, read_gguf
+from moe_edge.convert.gguf import open_gguf, open_headers, read_gguf, read_header
 from moe_edge.convert.write import GGUFOutput, TensorSpec, encode_kv, kv_string, kv_strings, kv_u32
 from moe_edge.models.errors import BadFile, BadMagic, CutFile, MissingFile, MoeEdgeError, UnknownName
 
@@ -142,6 +142,10 @@ def test_malformed_header_is_refused(tmp_path: Path, data: bytes, error: type[Mo
         read_gguf(path)
     assert type(caught.value) is error
     assert says in str(caught.value) and "bad.gguf" in str(caught.value)
+    if "needs bytes" not in says:  # of a tensor
+        with pytest.raises(error) as of_header:
+            read_header(path)
+        assert str(of_header.value) == str(caught.value)
 
 
 def test_file_cut_at_any_byte_is_refused(tmp_path: Path) -> None:
@@ -176,6 +180,22 @@ def test_cut_file_names_the_tensor(tmp_path: Path) -> None:
         read_gguf(path)
     expected = f"needs bytes {entry.offset}-{entry.offset + 408} but the file ends at {entry.offset + 10}"
     assert f"small.gguf: tensor 'three.weight' {expected}" in str(caught.value)
+
+
+def test_header_is_read_from_a_file_cut_anywhere_after_it(tmp_path: Path) -> None:
+    path = write_small(tmp_path / "small.gguf")
+    data, whole = path.read_bytes(), read_gguf(path)
+    assert read_header(path) == whole
+    for length in range(len(data)):
+        path.write_bytes(data[:length])
+        if length < len(whole.header):
+            with pytest.raises((CutFile, BadMagic)):
+                read_header(path)
+        else:
+            cut = read_header(path)
+            assert (cut.header, cut.tensors, cut.data_offset) == (whole.header, whole.tensors, whole.data_offset)
+            assert cut.file_bytes == length
+    assert open_headers(path).tensors == whole.tensors
 
 
 def test_missing_and_unreadable_paths(tmp_path: Path) -> None:
@@ -220,6 +240,19 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
     paths[2].unlink()
     with pytest.raises(MissingFile, match=r"2 of 3 parts missing .*m-00002-of-00003.gguf, m-00003-of-00003.gguf"):
         open_gguf(paths[0])
+
+
+def test_headers_of_a_split_model_are_enough_but_all_are_needed(tmp_path: Path) -> None:
+    paths = write_split(tmp_path)
+    whole = open_gguf(paths[0])
+    for path, part in zip(paths, whole.parts, strict=True):
+        path.write_bytes(part.header)
+    assert open_headers(paths[1]).tensors == whole.tensors
+    with pytest.raises(CutFile, match="'t0' needs bytes"):
+        open_gguf(paths[0])
+    paths[2].unlink()
+    with pytest.raises(MissingFile, match=r"1 of 3 parts missing .*m-00003-of-00003.gguf"):
+        open_headers(paths[0])
 
 
 def test_parts_of_different_models_are_refused(tmp_path: Path) -> None:

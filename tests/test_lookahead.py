@@ -377,6 +377,23 @@ def test_no_plan_evicts_what_is_absent_predicted_or_needed_nor_exceeds_the_arena
         assert arena.prefetch_useful + arena.prefetch_wasted + arena.prefetch_cancelled <= arena.prefetched
 
 
+def test_a_cancelled_guess_counts_only_the_bytes_that_were_read() -> None:
+    layout = Layout((3, 3), 1, (40,) * 6)
+    arena = SimArena(layout, [31] * 6, 240, 31.0)  # a unit takes 1 s, its pieces are 11, 10 and 10 bytes
+
+    def run(layer: int, expert: int, prefetch: list[tuple[int, list[int]]], seconds: float) -> int:
+        arena.execute(Step(layer, [expert], [1]), StepPlan([0], [0], [()]), seconds, prefetch)
+        return arena.bytes_read
+
+    # 0 is there at 1 s; then 3 and 4 are fetched until 2.5 s: three pieces of 3, two begun of 4
+    assert run(0, 0, [(3, []), (4, [])], 1.5) == 31
+    assert run(1, 0, [], 0.0) == 31 + 31 + 21  # 3 is used, the rest of 4 cancelled
+    assert (arena.prefetch_useful, arena.prefetch_late) == (1, 0)
+    assert run(0, 1, [(5, [4])], 0.0) == 83 + 31 and arena.prefetch_cancelled == 1
+    assert run(1, 2, [], 0.0) == 114 + 31 and arena.prefetch_late == 1  # needed before it began: read whole
+    assert run(0, 0, [(4, [])], 0.0) == 145 and arena.clock == arena.disk_free_at  # no time left: not begun
+
+
 # ---- the rules in the engine
 
 

@@ -6,6 +6,7 @@ import functools
 import json
 import random
 import sys
+import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from moe_edge.models.errors import BudgetTooSmall, EngineError, UnknownName, Usa
 from moe_edge.runner.simulate import (
     SimBudget,
     budget_of_ram,
+    curve_label,
     even_budgets,
     plot_simulation,
     policies_named,
@@ -28,10 +30,12 @@ from moe_edge.runner.simulate import (
 from moe_edge.runner.trace import record_trace
 from moe_edge.schedulers.belady import has_one_size, simulate_belady
 from moe_edge.schedulers.budget import FixedSizes
+from moe_edge.schedulers.cache import RULES
 from moe_edge.schedulers.layout import SKIP, ExpertKey, Layout, Step, StepPlan
-from moe_edge.schedulers.options import POLICY_NAMES, PolicyOptions
+from moe_edge.schedulers.options import LOOKAHEADS, POLICY_NAMES, PolicyOptions
 from moe_edge.schedulers.simulate import Costs, Planner, SimResult, simulate, simulate_policy
 from moe_edge.schedulers.trace import Trace
+from test_prediction import ahead_trace
 from test_trace import decode_trace, prefill_trace
 
 EXACT = PolicyOptions()
@@ -76,6 +80,15 @@ def test_counts_equal_the_engines_on_the_embedded_model(
     assert (result.evictions == 0) == (budget == "resident")
     if options != EXACT:
         assert result.skipped_uses > 0
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_counts_equal_the_engines_under_every_cache_rule(rule: str) -> None:
+    options = PolicyOptions(cache=rule)
+    with open_engine(tiny_model_path(), "middle", n_ctx=48, n_ubatch=16, n_threads=1) as engine:
+        for one_by_one in (True, False):
+            trace = record_trace(engine, TEXT, 64, one_by_one=one_by_one, policy=options)
+            assert agrees_with_the_engine(trace, options).evictions > 0
 
 
 @pytest.mark.parametrize("arch", ["qwen3moe", "deepseek2", "gpt-oss"])
@@ -324,15 +337,80 @@ def test_rows_for_every_budget_and_policy_with_belady_first() -> None:
     again = json.loads(json.dumps(s.to_json()))
     assert again["rows"][1]["loads"] == 6 and again["costs"]["disk_bytes_per_second"] == 10
     lines = s.text().splitlines()
-    head = "policy --ram experts share hits low skipped MB/token stall ms tok/s reads/belady"
+    head = "policy cache --ram experts share hits MB/token stall ms tok/s reads/belady"
     assert lines[2].split() == head.split()
-    assert lines[4].split()[0] == "exact" and lines[4].split()[-1] == "1.500" and "heuristic" not in s.text()
+    assert lines[4].split()[:3] == ["exact", "learned", "(auto)"] and lines[4].split()[-1] == "1.500"
+    assert "heuristic" not in s.text() and not s.notes and s.prediction is None
+
+
+def moving_trace() -> Trace:
+    """Three experts in turn for 60 tokens, then three others, and so on: what was used often is not used again."""
+    rng = random.Random(0)
+    phases = [rng.sample(range(12), 3) for _ in range(20)]
+    return one_layer(*[[phase[i % 3]] for phase in phases for i in range(60)], n_experts=12)
+
+
+def test_every_cache_rule_has_a_row_the_best_is_marked_and_a_default_far_above_it_is_named() -> None:
+    trace = moving_trace()
+    s = run_simulations(trace, [SimBudget(30), SimBudget(120)], policies_named("exact", caches="all"))
+    first, last = s.rows[: len(s.rows) // 2], s.rows[len(s.rows) // 2 :]
+    others = [rule for rule in RULES if rule not in ("auto", "learned")]
+    assert [row.cache for row in first] == [None, "learned", *others]
+    assert [row.cache for row in first if row.is_default] == ["learned"]
+    for row in first[1:]:
+        assert row.cache is not None and (row.policy, row.lookahead) == ("exact", "off")
+        alone = simulate_policy(trace, PolicyOptions(cache=row.cache), 30)
+        assert (row.loads, row.reads_to_belady) == (alone.loads, alone.loads / first[0].loads)
+    best = next(row for row in first if row.best)
+    assert best.loads == min(row.loads for row in first[1:]) and sum(row.best for row in first) == 1
+    default = first[1]
+    assert default.loads > 1.15 * best.loads
+    more = default.loads / best.loads - 1
+    assert s.notes == (
+        f"exact, experts 0.0 MiB: the default cache rule, learned, reads {more:.0%} more than {best.cache}",
+    )
+    assert s.notes[0] in s.text().splitlines()
+    assert not any(row.best for row in last)  # all alike when everything fits
+    marked = [line.split()[1] for line in s.text().splitlines() if line.endswith(" best")]
+    assert marked == [best.cache]
+    assert json.loads(json.dumps(s.to_json()))["rows"][1]["cache"] == "learned"
+
+
+def test_a_rule_named_twice_has_one_row_and_one_below_the_best_by_little_no_note() -> None:
+    trace = one_layer([0], [1], [2], [0], [1], [2])
+    s = run_simulations(trace, [SimBudget(20)], policies_named("exact", caches="auto,lru,learned"))
+    assert [row.cache for row in s.rows] == [None, "learned", "lru"] and s.notes == ()
+    assert curve_label(s.rows[0]) == "belady" and curve_label(s.rows[1]) == "exact, learned"
+    assert curve_label(replace(s.rows[1], lookahead="votes")) == "exact, learned, votes"
+
+
+def test_a_simulation_with_look_ahead_has_its_rows_and_the_quality_of_the_predictions() -> None:
+    trace = ahead_trace()
+    s = run_simulations(
+        trace, [SimBudget(60), SimBudget(180)], policies_named("exact", lookaheads="off,single"), Costs(10, 9.0, 9.0)
+    )
+    assert [row.lookahead for row in s.rows] == ["off", "off", "single"] * 2
+    row = s.rows[-1]
+    # ahead are read 2 and 0 of layer 1, 0 and 1 of layer 2, and for the second token 1 of layer 1: all used in the end
+    assert (row.prefetched, row.prefetch_useful, row.loads, row.reads_to_belady) == (5, 5, 5, 1.0)
+    assert (s.rows[-2].prefetched, s.rows[-2].loads) == (0, 10)
+    assert s.prediction is not None and s.prediction.arena_bytes == (60, 180) and s.prediction.cache == "learned"
+    assert s.prediction.rows[0].recall == 0.5 and len(s.prediction.rows[0].miss_recall) == 2
+    lines = s.text().splitlines()
+    assert "look-ahead" in lines[2].split() and lines[-6].split()[:4] == ["1", "2", "50.0%", "50.0%"]
+    assert json.loads(json.dumps(s.to_json()))["prediction"]["rows"][1]["precision"] == 4 / 9
+
+
+def test_look_ahead_on_a_trace_without_scores_is_refused_with_the_command_that_records_them() -> None:
+    with pytest.raises(UsageError, match=r"of by-hand has no look-ahead scores.*--lookahead-depth 3"):
+        run_simulations(one_layer([0]), [SimBudget(20)], policies_named("exact", lookaheads="stacked"))
 
 
 def test_policies_the_model_cannot_serve_are_left_out_and_named() -> None:
     trace = one_layer([0, 1], [2, 3])
     s = run_simulations(trace, [SimBudget(20)], policies_named("all"), belady=False)
-    assert [r.policy for r in s.rows] == ["exact", "hobbit"] and s.rows[0].reads_to_belady is None
+    assert [r.policy for r in s.rows] == ["exact"] * (len(RULES) - 1) + ["hobbit"]
+    assert s.rows[0].reads_to_belady is None
     assert s.left_out[0].startswith("dymoe: the model has no low level; convert it with --low")
     assert [line.split(":")[0] for line in s.left_out] == ["dymoe", "damage"]
     assert "left out: dymoe" in s.text()
@@ -371,13 +449,21 @@ def test_budgets_in_equal_steps_go_from_the_floor_to_all_experts() -> None:
 
 
 def test_names_of_policies() -> None:
-    assert [o.name for o in policies_named("all")] == list(POLICY_NAMES)
+    every = policies_named("all")
+    assert [(o.name, o.cache) for o in every if o.name == "exact"] == [("exact", rule) for rule in RULES]
+    assert [(o.name, o.cache) for o in every if o.name != "exact"] == [(name, "auto") for name in POLICY_NAMES[1:]]
+    assert [(o.name, o.cache) for o in policies_named("all", caches="lru")] == [(name, "lru") for name in POLICY_NAMES]
+    assert [o.lookahead for o in policies_named("exact", lookaheads="all")] == list(LOOKAHEADS)
     assert policies_named("hobbit, exact", PolicyOptions(t1=0.5)) == [
         PolicyOptions("hobbit", t1=0.5), PolicyOptions("exact", t1=0.5),
     ]  # fmt: skip
-    assert policy_label(PolicyOptions("hobbit", t1=0.5)) == "hobbit t1=0.5"
+    assert policy_label(PolicyOptions("hobbit", t1=0.5, cache="lru", lookahead="votes")) == "hobbit t1=0.5"
     with pytest.raises(UnknownName, match="unknown policy 'lfru'; known: all, exact, dymoe, hobbit, damage"):
         policies_named("lfru")
+    with pytest.raises(UnknownName, match="unknown cache rule 'mru'; known: all, auto, learned"):
+        policies_named("exact", caches="lru,mru")
+    with pytest.raises(UnknownName, match="unknown look-ahead 'far'; known: all, off, single"):
+        policies_named("exact", lookaheads="far")
 
 
 def test_a_picture_without_matplotlib_names_the_install_command(
@@ -387,6 +473,29 @@ def test_a_picture_without_matplotlib_names_the_install_command(
     s = run_simulations(one_layer([0]), [SimBudget(20)], policies_named("exact"))
     with pytest.raises(UsageError, match=r"pip install 'moe-edge\[bench\]'"):
         plot_simulation(s, tmp_path / "p.png")
+
+
+def test_a_picture_has_a_curve_for_every_rule_in_every_panel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[str, list[float]]] = []
+
+    class Axes:
+        def plot(self, x: list[float], y: list[float], *, label: str, **_how: object) -> None:
+            assert x == sorted(x) and len(x) == len(y) == 3
+            drawn.append((label, y))
+
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lambda *_, **__: None
+
+    pyplot = types.SimpleNamespace(subplots=lambda _rows, n, **_: (Axes(), [Axes()] * n), close=lambda _: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", types.SimpleNamespace(use=lambda _: None))
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", pyplot)
+    trace = one_layer([0], [1], [2], [0], [1], [2])
+    s = run_simulations(trace, even_budgets(trace, 3), policies_named("exact", caches="lru,decayed"))
+    plot_simulation(s, tmp_path / "p.png")
+    assert [label for label, _ in drawn] == ["belady", "exact, lru", "exact, decayed"] * 3
+    assert drawn[1][1] == [100 * row.hit_rate for row in s.rows if row.cache == "lru"]
 
 
 def test_a_picture_of_every_policy(tmp_path: Path) -> None:
