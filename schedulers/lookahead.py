@@ -7,6 +7,10 @@ stacked, as far and as wide as controller.py finds to pay, and not at all where 
 votes are no more precise than the nearest layer alone and miss more, docs/LOG.md.)
 Source: PAPERS.md, sections 1 to 3.
 
+Where a model routes before attention, the next layer's experts are known as soon as the layer before it is done: the
+engine announces them (LookAheadPolicy.plan_ahead) and the rules above have nothing to say of that layer, whatever their
+name. What is fetched then is read while attention runs, and none of it in vain.
+
 The level that a predicted expert is fetched at is what the policy's own rule wishes for at the predicted weights. What
 was fetched and not used makes room for the next guess before anything else does, so wrong guesses displace little.
 """
@@ -257,6 +261,24 @@ class LookAheadPolicy:
         n = len(step.experts)
         return PlanAhead(plan or StepPlan(range(n), (HIGH,) * n, ((),) * n), prefetch)
 
+    def plan_ahead(self, step: Step) -> list[tuple[int, Sequence[int]]]:
+        """What to fetch between two steps for the next one, whose experts are known: (unit, victims).
+
+        step: as it will come, but its weights are router probabilities, those of each token 1 together. Its experts go
+        last when room is made, those of the step before as any other. Nothing where the levels depend on what is only
+        known with the step, nor while `auto` does not find look-ahead to pay: reading costs time on the processor too.
+        """
+        if (step.n_tokens > 1 and self.wants_routing) or (self._auto and not (self.controller and self.controller.on)):
+            return []
+        first, n_levels, sizes = self._layout.first_unit[step.layer], self._layout.n_levels, self._layout.unit_bytes
+        wanted = self._absent(step.layer, step.experts, self.inner.wishes(step))
+        if not wanted:
+            return []
+        own = {first + e * n_levels + level for e in step.experts for level in range(n_levels)}
+        self.inner.cache.step_done()
+        self._protecting = True
+        return self._fetch(wanted, own, sum(sizes[unit] for unit, _ in wanted))
+
     def _without(self, step: Step) -> StepPlan | None:
         if self._guesses:
             self._settle(step)
@@ -314,8 +336,8 @@ class LookAheadPolicy:
 
     def _wanted(self, predicted: list[Predicted]) -> list[tuple[int, list[int]]]:
         """(unit, other levels of that expert in memory) of the predicted experts that the cache does not serve."""
-        cache, first, n_levels = self.inner.cache, self._layout.first_unit, self._layout.n_levels
-        if n_levels == 1:
+        cache, first = self.inner.cache, self._layout.first_unit
+        if self._layout.n_levels == 1:
             units = [first[p.layer] + p.expert for p in predicted]
             return [(unit, []) for unit in units if unit not in cache]
         wanted: list[tuple[int, list[int]]] = []
@@ -325,11 +347,18 @@ class LookAheadPolicy:
             while end < len(predicted) and predicted[end].layer == layer:
                 end += 1
             some, at = predicted[at:end], end
-            for p, wish in zip(some, self._wishes(layer, some), strict=True):
-                high = first[layer] + p.expert * n_levels
-                if wish == SKIP or high in cache or (wish == LOW and high + LOW in cache):
-                    continue
-                wanted.append((high + wish, [high + LOW] if high + LOW in cache else []))
+            wanted += self._absent(layer, [p.expert for p in some], self._wishes(layer, some))
+        return wanted
+
+    def _absent(self, layer: int, experts: Sequence[int], wishes: Sequence[int]) -> list[tuple[int, list[int]]]:
+        cache, first, n_levels = self.inner.cache, self._layout.first_unit[layer], self._layout.n_levels
+        wanted: list[tuple[int, list[int]]] = []
+        for expert, wish in zip(experts, wishes, strict=True):
+            high = first + expert * n_levels
+            has_low = n_levels > 1 and high + LOW in cache
+            if wish == SKIP or high in cache or (wish == LOW and has_low):
+                continue
+            wanted.append((high + wish, [high + LOW] if has_low else []))
         return wanted
 
     def _wishes(self, layer: int, predicted: list[Predicted]) -> Sequence[int]:
@@ -346,13 +375,20 @@ class LookAheadPolicy:
         """Take wanted units into the cache as far as the allowance and what may be evicted go."""
         if not wanted:
             return []
-        cache, sizes = self.inner.cache, self._layout.unit_bytes
+        sizes = self._layout.unit_bytes
         allowance = self._allowance(sizes[wanted[0][0]], n_used)
         if sizes[wanted[0][0]] > allowance:
             return []
         first, n_levels = self._layout.first_unit[step.layer], self._layout.n_levels
         own = {first + e * n_levels + level for e in step.experts for level in range(n_levels)}
         kept = self._protected | own  # not to be evicted for a guess, nor is another guess
+        return self._fetch(wanted, kept, allowance)
+
+    def _fetch(
+        self, wanted: list[tuple[int, list[int]]], kept: set[int], allowance: float
+    ) -> list[tuple[int, Sequence[int]]]:
+        """Take wanted units into the cache in this order, within the allowance and what is not to be kept."""
+        cache, sizes = self.inner.cache, self._layout.unit_bytes
         kept_bytes = sum(sizes[u] for u in kept if u in cache)
         replaced = {u for _, others in wanted for u in others}
         cache.protect(kept.union(unit for unit, _ in wanted) - replaced)
