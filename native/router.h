@@ -43,7 +43,7 @@ int look_ahead(Model & model, int layer_pos, const float * input, int64_t n_toke
 
 // What an early router will say, by the operations and kernels that llama.cpp will take: for its input [n_embd, n_tokens]
 // the experts of each token [n_used, n_tokens], strided, and the probabilities [n_expert, n_tokens]. Both are valid until
-// the lane's next graph. False when ggml fails.
+// the lane's next graph. False when ggml fails. Not for expert groups: no model that routes early has them.
 struct Routed { const ggml_tensor * ids; const ggml_tensor * probabilities; };
 bool route(LookAhead & a, const Router & r, const ggml_tensor * input, int64_t n_used, Lane & lane, Routed & out);
 // Bytes that route() keeps for micro-batches of n_tokens.

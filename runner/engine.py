@@ -260,6 +260,7 @@ class Engine:
         probe, log = self._new_llama(no_alloc=True)
         n_vocab = int(probe.n_vocab())
         o = self.options
+        # while the routers that this has shown are known: those that are announced need some
         scratch = self.native.scratch_bytes(self.n_ubatch, self.model.n_expert_used, o.threads())
         probe.close()
         del probe

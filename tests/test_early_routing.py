@@ -56,6 +56,8 @@ def test_only_models_that_route_before_attention_announce(random_model: Callable
     with small(random_model(arch), n_ubatch=4) as engine:
         assert engine.native.early_routers == (engine.layout.n_layers - 1 if arch == "smallthinker" else 0)
         assert engine.native.known_routers == engine.layout.n_layers
+        # the plan was made with what a router needs: routers are seen before the memory is split
+        assert engine.plan.fixed.scratch_bytes == engine.native.scratch_bytes(4, engine.model.n_expert_used, 1)
         engine.native.set_lookahead(1, 2)
         watch = Watch(engine)
         logits(engine, 1, TOKENS[:4])
