@@ -43,6 +43,9 @@ static ggml_status graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
             if (!r.run_attention(node)) return GGML_STATUS_FAILED;
         } else if (model_of_sum(node)) {
             if (!r.run_node(*model_of_sum(node), node)) return GGML_STATUS_FAILED;
+        } else if (const Stub * before = early_input(node)) {
+            std::lock_guard<std::mutex> lock(before->model->step_mutex);
+            if (!r.announce(*before, node)) return GGML_STATUS_FAILED;
         }
         // the rest are views, and the activation between the products: done at the down product
     }

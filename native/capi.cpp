@@ -57,6 +57,7 @@ me_model * me_model_open(const me_model_desc * desc, char * error) {
     try {
         auto * m = new me_model(*desc);
         m->model.schedule = desc->schedule;
+        m->model.announce = desc->announce;
         m->model.schedule_user = desc->schedule_user;
         m->model.mail = desc->mail;
         return m;
@@ -185,6 +186,12 @@ int32_t me_model_ahead(me_model * m, int32_t most) {
 int32_t me_model_known_routers(me_model * m) {
     int32_t n = 0;
     for (const Layer & l : m->model.layers) n += l.router.weight != nullptr;
+    return n;
+}
+
+int32_t me_model_early_routers(me_model * m) {
+    int32_t n = 0;
+    for (const Layer & l : m->model.layers) n += l.router.early;
     return n;
 }
 

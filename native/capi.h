@@ -59,6 +59,11 @@ struct me_mailbox {
 #define ME_MEANWHILE (-1)
 typedef int32_t (*me_schedule_fn)(void * user, int32_t layer_pos, int32_t n_tokens, int32_t n_experts);
 
+// Called behind a layer of `layer_pos` - 1, while look-ahead is on, when layer `layer_pos` routes before its attention: the
+// mailbox holds the experts that it will use, `weights` being the router's probabilities, those of each token 1 together.
+// The answer is prefetches only; what the step before used may be among the victims. With ME_SCHEDULE_OK, STOP or ERROR.
+typedef me_schedule_fn me_announce_fn;
+
 struct me_model_desc {
     const char ** paths;
     const me_layer_desc * layers;
@@ -66,6 +71,7 @@ struct me_model_desc {
     int64_t n_pieces;
     int32_t n_paths, n_layers, n_levels, n_io_threads, direct_io, reserved;
     me_schedule_fn schedule;
+    me_announce_fn announce;  // or null
     void * schedule_user;
     me_mailbox mail;
 };
@@ -139,6 +145,7 @@ ME_API int32_t me_model_set_lookahead(me_model * model, int32_t depth, int32_t w
 // than 4 tokens.
 ME_API int32_t me_model_ahead(me_model * model, int32_t most);
 ME_API int32_t me_model_known_routers(me_model * model);
+ME_API int32_t me_model_early_routers(me_model * model);  // those that are announced, see me_announce_fn
 // Watch the attention each token receives, for me_step_view, in graphs built from now on; until the model is closed.
 ME_API void me_model_watch_attention(me_model * model);
 // After a skip, scale the token's other gate weights up to the old sum.

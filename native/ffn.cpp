@@ -213,7 +213,8 @@ int64_t Ffn::scratch_bytes(const Model & m, int64_t n_ubatch, int64_t n_used, in
         const int64_t lanes = (n_threads + 1) * lane;
         const int64_t hidden = small_rows(l, n_ubatch, n_used) * l.n_ff * 4;
         const int64_t rows = n_ubatch * n_used * static_cast<int64_t>(sizeof(Row) + 4);
-        most = std::max(most, x + quantized + lanes + hidden + rows);
+        const int64_t routed = l.router.early ? routed_bytes(l.n_expert, n_ubatch) : 0;
+        most = std::max(most, x + quantized + lanes + hidden + rows + routed);
     }
     // the CPU backends' own work buffers: ggml's tiled kernels take 512 KiB a thread
     return most + (int64_t{1} << 20) * n_threads + (int64_t{1} << 20);
@@ -370,10 +371,10 @@ bool Ffn::run_sum(Step & s, std::string & error) {
     return compute(*all_, graph, error);
 }
 
-bool Ffn::run_node(ggml_tensor * node, std::string & error) {
-    ggml_cgraph * graph = ggml_new_graph_custom(all_->fresh_context(), GRAPH_NODES, false);
+bool Ffn::run_node(ggml_tensor * node, Lane & lane, std::string & error) {
+    ggml_cgraph * graph = ggml_new_graph_custom(lane.fresh_context(), GRAPH_NODES, false);
     ggml_graph_add_node(graph, node);
-    return compute(*all_, graph, error);
+    return compute(lane, graph, error);
 }
 
 bool Ffn::small(Lane & lane, Step & s, const std::vector<Group *> & ready, const std::vector<Group *> & hidden, std::string & error) {

@@ -78,6 +78,8 @@ public:
     void set_threads(int n);
     int threads() const { return n_threads_; }
     Lane & all_threads() { return *all_; }
+    // For little work: one thread when tokens are few, so that no thread waits for another.
+    Lane & few_threads(int64_t n_tokens) { return n_tokens <= AHEAD_TOKENS ? *own_[0] : *all_; }
     const float * input() const { return reinterpret_cast<const float *>(x_.data()); }  // [n_tokens][n_embd], after begin()
 
     // Copy the step's input: F32 [n_embd, 1, n_tokens] with row stride nb2. It may not outlive the first product node.
@@ -94,7 +96,7 @@ public:
     // The weighted sum of a finished step, when it has one; run_workers does it by itself.
     bool run_sum(Step & s, std::string & error);
     // One of llama.cpp's own nodes, as the CPU backend would.
-    bool run_node(ggml_tensor * node, std::string & error);
+    static bool run_node(ggml_tensor * node, Lane & lane, std::string & error);
     bool run_alone(Step & s, int thread, Group & g, std::string & error);
 
     static int64_t scratch_bytes(const Model & m, int64_t n_ubatch, int64_t n_used, int n_threads);

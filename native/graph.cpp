@@ -101,9 +101,12 @@ static bool is_block_tensor(const ggml_tensor * t, const char * name, int & laye
     return t && t->op == GGML_OP_NONE && sscanf(t->name, "blk.%d.%n", &layer, &end) == 1 && end > 0 && strcmp(t->name + end, name) == 0;
 }
 
+static const Stub * residual_of(const ggml_tensor * node);
+
 void note_router(const ggml_tensor * node) {
     if (!g_any_armed) return;
-    if (node->op != GGML_OP_MUL_MAT && node->op != GGML_OP_ADD && node->op != GGML_OP_UNARY && node->op != GGML_OP_MUL_MAT_ID) return;
+    if (node->op != GGML_OP_MUL_MAT && node->op != GGML_OP_ADD && node->op != GGML_OP_UNARY && node->op != GGML_OP_MUL_MAT_ID &&
+        node->op != GGML_OP_GET_ROWS) return;
     if (node->op == GGML_OP_MUL_MAT_ID) {
         const Stub * s = find_stub(node->src[0]);
         if (!s || s->projection == DOWN) return;
@@ -111,6 +114,7 @@ void note_router(const ggml_tensor * node) {
         if (g_armed == s->model) s->model->layers[static_cast<size_t>(s->layer_pos)].router.input_norm = norm_weight(node->src[1]);
         return;
     }
+    const Stub * before = node->op == GGML_OP_MUL_MAT ? residual_of(node->src[1]) : nullptr;
     std::unique_lock<std::shared_mutex> lock(g_mutex);
     if (!g_armed) return;
     int number = 0;
@@ -124,6 +128,9 @@ void note_router(const ggml_tensor * node) {
         if (!l || node->src[0]->ne[0] != l->n_embd || node->src[0]->ne[1] != l->n_expert) return;
         r->weight = node->src[0];
         r->norm = norm_weight(node->src[1]);
+        r->early = before && before->model == g_armed && before->layer_pos + 1 == g_armed->layer_pos(number);
+    } else if (node->op == GGML_OP_GET_ROWS && node->src[0]->op == GGML_OP_MUL_MAT && is_block_tensor(node->src[0]->src[0], "ffn_gate_inp.weight", number)) {
+        if (Router * r = router()) r->some_rows = true;
     } else if (node->op == GGML_OP_ADD && node->src[1] && node->src[1]->type == GGML_TYPE_F32) {
         if (is_block_tensor(node->src[1], "ffn_gate_inp.bias", number)) {
             if (Router * r = router()) r->bias = node->src[1];
@@ -132,7 +139,7 @@ void note_router(const ggml_tensor * node) {
         }
     } else if (node->op == GGML_OP_UNARY && ggml_get_unary_op(node) == GGML_UNARY_OP_SIGMOID) {
         const ggml_tensor * logits = node->src[0];
-        if (logits && logits->op == GGML_OP_ADD) logits = logits->src[0];
+        if (logits && (logits->op == GGML_OP_ADD || logits->op == GGML_OP_GET_ROWS)) logits = logits->src[0];
         if (logits && logits->op == GGML_OP_MUL_MAT && is_block_tensor(logits->src[0], "ffn_gate_inp.weight", number)) {
             if (Router * r = router()) r->sigmoid = true;
         }
@@ -191,6 +198,24 @@ bool is_partial_sum(const ggml_tensor * node) {
     return false;
 }
 
+// The down stub of the layer whose weighted sum this node adds to something else, else null.
+static const Stub * residual_of(const ggml_tensor * node) {
+    if (!node || node->op != GGML_OP_ADD || node->type != GGML_TYPE_F32 || is_slice(node->src[1])) return nullptr;
+    for (const ggml_tensor * sum : {node->src[0], node->src[1]}) {
+        if (!is_partial_sum(sum)) continue;
+        const ggml_tensor * experts = sum->src[1]->src[0]->src[0];
+        return down_product(is_down_bias(experts) ? experts->src[0] : experts);
+    }
+    return nullptr;
+}
+
+const Stub * early_input(const ggml_tensor * node) {
+    const Stub * s = residual_of(node);
+    if (!s || !ggml_is_contiguous(node)) return nullptr;
+    const auto next = static_cast<size_t>(s->layer_pos) + 1;
+    return next < s->model->layers.size() && s->model->layers[next].router.early ? s : nullptr;
+}
+
 const ggml_tensor * find_gate_weights(ggml_cgraph * graph, int first) {
     const Stub * mine = product_of(ggml_graph_node(graph, first));
     for (int i = first; i < ggml_graph_n_nodes(graph); i++) {
@@ -241,7 +266,7 @@ bool find_weighted_sum(ggml_cgraph * graph, int down, WeightedSum & out) {
 
 bool is_ours(const ggml_tensor * node) {
     if (node->op == GGML_OP_MUL_MAT_ID) return find_stub(node->src[0]) != nullptr;
-    return is_hidden(node, 0) || is_down_bias(node) || is_weighted(node) || is_partial_sum(node);
+    return is_hidden(node, 0) || is_down_bias(node) || is_weighted(node) || is_partial_sum(node) || early_input(node);
 }
 
 static ggml_tensor * rebuild(ggml_context * ctx, const ggml_tensor * t, const ActivationInputs & in, std::string & error);

@@ -40,6 +40,9 @@ struct WeightedSum {
 bool is_weighted(const ggml_tensor * node);      // the down product times the gate weights
 bool is_partial_sum(const ggml_tensor * node);   // an addition of slices of it
 bool is_down_bias(const ggml_tensor * node);     // the down product plus the bias of each expert
+// Of a node that adds a layer's weighted sum to the residual, when the next MoE layer's router takes the result as its
+// input (Router::early): that layer's down stub. Null for all other nodes.
+const Stub * early_input(const ggml_tensor * node);
 // The gate weights F32 [1, n_used, n_tokens] of the layer whose first product is the node at `first`; null when the graph
 // does not show them behind the down product.
 const ggml_tensor * find_gate_weights(ggml_cgraph * graph, int first);

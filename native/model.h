@@ -119,7 +119,7 @@ public:
 
     std::vector<Layer> layers;
     int n_levels = 1;
-    me_schedule_fn schedule = nullptr;
+    me_schedule_fn schedule = nullptr, announce = nullptr;
     void * schedule_user = nullptr;
     me_mailbox mail{};
     std::atomic<bool> stop{false};

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "ffn.h"
 #include "ggml-cpu.h"
 #include "model.h"
 
@@ -60,7 +61,7 @@ int look_ahead(Model & model, int layer_pos, const float * input, int64_t n_toke
         const Layer & there = model.layers[static_cast<size_t>(layer_pos + 1 + d)];
         const Router & r = there.router;
         model.mail.ahead_counts[d] = 0;
-        if (!r.weight || there.n_embd != here.n_embd) continue;
+        if (!r.weight || r.early || there.n_embd != here.n_embd) continue;
         const auto n_expert = static_cast<size_t>(there.n_expert);
         a.sum.assign(n_expert, 0.0f);
         for (int64_t t = 0; t < n_tokens; t++) {
@@ -85,6 +86,35 @@ int look_ahead(Model & model, int layer_pos, const float * input, int64_t n_toke
         }
     }
     return depth;
+}
+
+// logits, made probabilities in place; those with the choice bias; and the order
+int64_t routed_bytes(int64_t n_expert, int64_t n_tokens) { return 3 * n_expert * n_tokens * static_cast<int64_t>(sizeof(float)); }
+
+bool route(LookAhead & a, const Router & r, const ggml_tensor * input, int64_t n_used, Lane & lane, Routed & out) {
+    const auto bytes = static_cast<size_t>(routed_bytes(r.weight->ne[1], input->ne[1]));
+    if (a.routed.size() < bytes) a.routed.resize(bytes);
+    ggml_context * ctx = lane.fresh_context();
+    size_t used = 0;
+    auto keep = [&](ggml_tensor * t) {
+        t->data = a.routed.data() + used;
+        used += bytes / 3;
+        return t;
+    };
+    ggml_tensor * x = ggml_new_tensor_2d(ctx, input->type, input->ne[0], input->ne[1]);  // a leaf: its sources are done
+    x->data = input->data;
+    auto weight = [](const ggml_tensor * t) { return const_cast<ggml_tensor *>(t); };  // which ggml only reads
+    ggml_tensor * p = keep(ggml_mul_mat(ctx, weight(r.weight), x));
+    if (r.bias) p = ggml_add_inplace(ctx, p, weight(r.bias));
+    p = r.sigmoid ? ggml_sigmoid_inplace(ctx, p) : ggml_soft_max_inplace(ctx, p);
+    ggml_tensor * choice = r.choice_bias ? keep(ggml_add(ctx, p, weight(r.choice_bias))) : p;
+    ggml_tensor * order = keep(ggml_argsort(ctx, choice, GGML_SORT_ORDER_DESC));
+    ggml_cgraph * graph = ggml_new_graph_custom(ctx, 16, false);
+    ggml_build_forward_expand(graph, order);
+    if (ggml_backend_graph_compute(lane.cpu, graph) != GGML_STATUS_SUCCESS) return false;
+    out.ids = ggml_view_2d(ctx, order, n_used, input->ne[1], order->nb[1], 0);
+    out.probabilities = p;
+    return true;
 }
 
 }  // namespace moe_edge

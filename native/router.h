@@ -1,5 +1,7 @@
 // Look-ahead: which experts the next MoE layers will select, asked of their own routers with this layer's input. The
 // router weights are llama.cpp's, seen while the model was armed (graph.cpp); they live as long as its tensors do.
+// Some models route before attention (smallthinker): the router's input is what the MoE layer before it left in the
+// residual stream. There is nothing to guess then: the routing is worked out as soon as that input is there.
 // Used under the step mutex, from the thread that schedules.
 #pragma once
 #include <cstdint>
@@ -11,6 +13,7 @@
 namespace moe_edge {
 
 class Model;
+struct Lane;
 
 constexpr int64_t AHEAD_TOKENS = 4;  // larger micro-batches touch most experts of a layer anyway
 
@@ -21,18 +24,29 @@ struct Router {
     const ggml_tensor * norm = nullptr;    // F32 [n_embd], the norm weight behind the router's input
     const ggml_tensor * input_norm = nullptr;   // and the one behind the experts' input, usually the same
     bool sigmoid = false;                  // probabilities; else a softmax
+    bool early = false;                    // its input is what the MoE layer before it left, as it is: known before attention
+    bool some_rows = false;                // routes only the tokens whose logits are wanted, as a last layer does
 };
 
 struct LookAhead {
     int depth = 0, width = 0;   // layers ahead, experts of each; 0: off
     bool rescale = true;        // from this layer's norm weights to those of the layer asked about
     std::vector<float> x, scaled, sum, score, logits;
-    std::vector<char> converted;
+    std::vector<char> converted, routed;
     std::vector<int32_t> order;
 };
 
 // Fill the mailbox's ahead_* with the best `width` experts of each of the next min(depth, most) layers, best first, for
-// the mean over the step's tokens. Returns the number of layers filled; a layer whose router is not known has count 0.
+// the mean over the step's tokens. Returns the number of layers filled; a layer whose router is not known, or is early,
+// has count 0.
 int look_ahead(Model & model, int layer_pos, const float * input, int64_t n_tokens, int most);
+
+// What an early router will say, by the operations and kernels that llama.cpp will take: for its input [n_embd, n_tokens]
+// the experts of each token [n_used, n_tokens], strided, and the probabilities [n_expert, n_tokens]. Both are valid until
+// the lane's next graph. False when ggml fails. Not for expert groups: no model that routes early has them.
+struct Routed { const ggml_tensor * ids; const ggml_tensor * probabilities; };
+bool route(LookAhead & a, const Router & r, const ggml_tensor * input, int64_t n_used, Lane & lane, Routed & out);
+// Bytes that route() keeps for micro-batches of n_tokens.
+int64_t routed_bytes(int64_t n_expert, int64_t n_tokens);
 
 }  // namespace moe_edge

@@ -108,7 +108,8 @@ bool StepRunner::meanwhile() {
     return (take_prefetches(error) && dispatch_loads(error)) || fail(error);
 }
 
-bool StepRunner::ask_scheduler() {
+// What the scheduler is told of the step, into the mailbox; the number of its experts.
+int StepRunner::write_experts() {
     Model & m = *step_.model;
     const int n = static_cast<int>(by_expert_.size());
     for (int i = 0; i < n; i++) {
@@ -125,6 +126,13 @@ bool StepRunner::ask_scheduler() {
         m.mail.weights[i] = sum;
         m.mail.squares[i] = squares;
     }
+    m.mail.prefetch_count[0] = 0;
+    return n;
+}
+
+bool StepRunner::ask_scheduler() {
+    Model & m = *step_.model;
+    const int n = write_experts();
     m.mail.order[0] = -1;  // an answer that was never written must not pass for one
     const Layer & layer = m.layers[static_cast<size_t>(step_.layer_pos)];
     view_ = {step_.ids.data(), step_.weights.data(), attention_.take(step_.n_tokens), ffn.input(), static_cast<int32_t>(step_.n_tokens),
@@ -407,16 +415,52 @@ bool StepRunner::compute_by_workers() {
     return true;
 }
 
+bool StepRunner::announce(const Stub & before, ggml_tensor * input) {
+    Model & m = *before.model;
+    Lane & lane = ffn.few_threads(input->ne[1]);
+    if (!run_node(m, input, lane)) return false;
+    if (m.look.depth == 0 || !m.announce || pending_ || step_.model != &m || step_.layer_pos != before.layer_pos) return true;
+    const int layer_pos = before.layer_pos + 1;
+    const Router & router = m.layers[static_cast<size_t>(layer_pos)].router;
+    // Of several tokens, which ones the last layer will route is not known here.
+    if (input->ne[1] == 0 || (router.some_rows && input->ne[1] > 1)) return true;
+    const int64_t t0 = now_ns();
+    Routed routed{};
+    if (!route(m.look, router, input, step_.n_used, lane, routed)) return fail("ggml could not compute a router");
+    step_.layer_pos = layer_pos;
+    step_.ids_node = nullptr;
+    if (!group_by_expert(routed.ids)) return false;
+    step_.weights.resize(step_.ids.size());
+    for (int64_t t = 0; t < step_.n_tokens; t++) {
+        const float * p = static_cast<const float *>(routed.probabilities->data) + t * routed.probabilities->ne[0];
+        const int32_t * ids = step_.ids.data() + t * step_.n_used;
+        float total = 0;
+        for (int64_t j = 0; j < step_.n_used; j++) total += p[ids[j]];
+        for (int64_t j = 0; j < step_.n_used; j++) step_.weights[static_cast<size_t>(t * step_.n_used + j)] = p[ids[j]] / total;
+    }
+    const int n = write_experts();
+    const int64_t t1 = now_ns();
+    const int32_t status = m.announce(m.schedule_user, layer_pos, static_cast<int32_t>(step_.n_tokens), n);
+    m.counters.look_ahead_ns += t1 - t0;
+    m.counters.schedule_ns += now_ns() - t1;
+    if (status != ME_SCHEDULE_OK) return fail(status == ME_SCHEDULE_STOP ? "stopped" : "the scheduler failed");
+    step_.groups.clear();  // the step before has computed all of its own: they may be evicted
+    std::string error;
+    // By the second queue, though they are certain: read by all threads at once they slowed attention down and came no
+    // sooner, with as many threads as cores.
+    return (take_prefetches(error) && dispatch_prefetches(error)) || fail(error);
+}
+
 bool StepRunner::run_attention(ggml_tensor * node) {
     std::string error;
-    if (!ffn.run_node(node, error)) return false;
+    if (!ffn.run_node(node, ffn.all_threads(), error)) return false;
     attention_.read(node, ffn.all_threads());
     return true;
 }
 
-bool StepRunner::run_node(Model & model, ggml_tensor * node) {
+bool StepRunner::run_node(Model & model, ggml_tensor * node, Lane & lane) {
     std::string error;
-    if (ffn.run_node(node, error)) return true;
+    if (ffn.run_node(node, lane, error)) return true;
     model.set_error(error);
     return false;
 }

@@ -23,7 +23,10 @@ public:
     // At the down product: compute everything into it.
     // `sum`: where the weighted sum behind it goes, or null when its nodes come one by one.
     bool finish(const Stub & stub, const ggml_tensor * down, const WeightedSum * sum);
-    bool run_node(Model & model, ggml_tensor * node);
+    // Compute `input`, the next router's, behind the layer of `before` (early_input). Unless look-ahead is off, tell the
+    // scheduler which experts it selects, and start reading what that fetches for them.
+    bool announce(const Stub & before, ggml_tensor * input);
+    bool run_node(Model & model, ggml_tensor * node) { return run_node(model, node, ffn.all_threads()); }
     bool run_attention(ggml_tensor * node);
     bool begun(const Stub & stub, const ggml_tensor * node) const {
         return pending_ && node != first_node_ && step_.model == stub.model && step_.layer_pos == stub.layer_pos && step_.ids_node == node->src[2];
@@ -33,10 +36,12 @@ public:
 private:
     struct Load { int group; std::vector<int> victims; };
     struct Prefetch { int unit; std::vector<int> victims; };
+    bool run_node(Model & model, ggml_tensor * node, Lane & lane);
     bool group_by_expert(const ggml_tensor * ids);
     void take_weights(const ggml_tensor * weights);
     bool drop_skipped();
     void disturb();
+    int write_experts();
     bool ask_scheduler();
     bool call_scheduler(int n, std::atomic<int64_t> & ns, bool & resident);
     bool meanwhile();

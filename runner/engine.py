@@ -274,10 +274,12 @@ class Engine:
         before = current_rss_bytes()
         probe, log = self._new_llama(no_alloc=True)
         n_vocab = int(probe.n_vocab())
+        o = self.options
+        # while the routers that this has shown are known: those that are announced need some
+        scratch = self.native.scratch_bytes(self.n_ubatch, self.model.n_expert_used, o.threads())
         probe.close()
         del probe
         self.native.unbind()
-        o = self.options
         dense = self.model.dense_bytes + n_vocab * VOCAB_BYTES_PER_TOKEN
         # The CPU backend's work buffer, which llama.cpp does not log: inputs of a product in the type of its kernel.
         widest = max((t.shape[0] for t in self._skeleton.tensors.values() if len(t.shape) > 1), default=0)
@@ -286,7 +288,7 @@ class Engine:
             dense_bytes=dense,
             kv_bytes=log_megabytes(log, "KV"),
             compute_bytes=log_megabytes(log, "compute") + log_megabytes(log, "output") + n_vocab * 16 + work,
-            scratch_bytes=self.native.scratch_bytes(self.n_ubatch, self.model.n_expert_used, o.threads()),
+            scratch_bytes=scratch,
             program_excess_bytes=max(0, before - PROGRAM_ALLOWANCE_BYTES) if o.charge_program else 0,
         )
 
@@ -358,9 +360,11 @@ class Engine:
         if isinstance(policy, LookAheadPolicy):
             width = min(2 * self.model.n_expert_used, min(self.layout.n_experts))
             self.native.set_lookahead(policy.depth, width)
+            self.native.announce = policy.plan_ahead
             policy.measure = self._measure
         else:
             self.native.set_lookahead(0, 0)
+            self.native.announce = None
         if policy.wants_attention:  # and from then on: graphs that llama.cpp keeps and uses again do not change
             self.native.watch_attention()
 

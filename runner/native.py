@@ -109,6 +109,7 @@ class ModelDesc(Structure):
         ("direct_io", c_int32),
         ("reserved", c_int32),
         ("schedule", SCHEDULE_FN),
+        ("announce", SCHEDULE_FN),
         ("schedule_user", c_void_p),
         ("mail", Mailbox),
     ]
@@ -264,6 +265,7 @@ def _declare(lib: Any) -> None:
         "me_model_set_lookahead": (c_int32, [model, c_int32, c_int32, c_int32, text]),
         "me_model_ahead": (c_int32, [model, c_int32]),
         "me_model_known_routers": (c_int32, [model]),
+        "me_model_early_routers": (c_int32, [model]),
         "me_model_watch_attention": (None, [model]),
         "me_model_set_renormalise": (None, [model, c_int32]),
         "me_model_set_noise": (c_double, [model, c_int32, c_float, c_uint64]),
@@ -339,7 +341,7 @@ class Mail:
 
 
 Schedule = Callable[[Step], StepPlan | None]
-Meanwhile = Callable[[Step], Sequence[Prefetch]]
+FetchAhead = Callable[[Step], Sequence[Prefetch]]
 
 
 class NativeModel:
@@ -348,7 +350,8 @@ class NativeModel:
     `schedule`, a policy's plan(), is called on the thread that decodes; `meanwhile`, its meanwhile(), after those steps
     that set `later`. What they raise is kept in `schedule_error` and fails the decode. wants_routing: give steps of
     several tokens their Routing. observe: called with each step's input and routing before it is scheduled; for
-    calibration and traces.
+    calibration and traces. announce: a policy's plan_ahead(), called between two steps with the next one, while
+    look-ahead is on, where the model routes before attention.
     """
 
     def __init__(self, model: ExpertModel, *, n_io_threads: int = 4, direct_io: bool = True) -> None:
@@ -358,16 +361,18 @@ class NativeModel:
         self.mail = Mail(max(layer.n_expert for layer in model.layers), self.n_units)
         self.schedule_error: BaseException | None = None
         self.schedule: Schedule | None = None
-        self.meanwhile: Meanwhile | None = None
-        self._step = Step(0, (), ())
+        self.meanwhile: FetchAhead | None = None
+        self.announce: FetchAhead | None = None
+        self._present = Step(0, (), ())
         self.wants_routing = False
         self._ahead_width = 0
         self.observe: Callable[[int, Routing, FloatArray], None] | None = None
         self.stop_requested = False
-        self._callback = SCHEDULE_FN(self._on_step)
+        self._callbacks = SCHEDULE_FN(self._on_step), SCHEDULE_FN(self._on_announce)
         desc, keep = _describe(model)
         desc.n_io_threads, desc.direct_io = n_io_threads, int(direct_io)
-        desc.schedule, desc.schedule_user, desc.mail = self._callback, None, self.mail.struct()
+        desc.schedule, desc.announce = self._callbacks
+        desc.schedule_user, desc.mail = None, self.mail.struct()
         error = ctypes.create_string_buffer(ERROR_BYTES)
         self._handle = self._lib.me_model_open(ctypes.byref(desc), error)
         del keep
@@ -381,10 +386,10 @@ class NativeModel:
         try:
             if n == MEANWHILE:
                 if self.meanwhile is not None:
-                    self._mail_prefetch(self.meanwhile(self._step))
+                    self._mail_prefetch(self.meanwhile(self._present))
                 return SCHEDULE_OK
             assert self.schedule is not None, "no policy yet"
-            step = Step(layer, mail.experts[:n], mail.counts[:n], mail.weights[:n], mail.squares[:n], n_tokens)
+            step = self._new_step(layer, n_tokens, n)
             if self._ahead_width:
                 step.ask_ahead = self.ask_ahead
             if self.wants_routing and n_tokens > 1:
@@ -393,7 +398,7 @@ class NativeModel:
                 self.observe(layer, *self._routing())
             plan = self.schedule(step)
             if step.later:
-                self._step = step
+                self._present = step
                 mail.later[0] = 1
             if plan is None:
                 return SCHEDULE_RESIDENT
@@ -409,6 +414,21 @@ class NativeModel:
         except BaseException as e:  # a callback cannot raise through C: kept, and raised after the decode
             self.schedule_error = e
             return SCHEDULE_ERROR
+
+    def _on_announce(self, _user: object, layer: int, n_tokens: int, n: int) -> int:
+        if self.stop_requested:
+            return SCHEDULE_STOP
+        try:
+            if self.announce is not None:
+                self._mail_prefetch(self.announce(self._new_step(layer, n_tokens, n)))
+            return SCHEDULE_OK
+        except BaseException as e:
+            self.schedule_error = e
+            return SCHEDULE_ERROR
+
+    def _new_step(self, layer: int, n_tokens: int, n: int) -> Step:
+        mail = self.mail
+        return Step(layer, mail.experts[:n], mail.counts[:n], mail.weights[:n], mail.squares[:n], n_tokens)
 
     def _routing(self) -> tuple[Routing, FloatArray]:
         """The present step's routing and input [n_tokens, n_embd]: views, valid until the callback returns."""
@@ -454,6 +474,11 @@ class NativeModel:
     def known_routers(self) -> int:
         """MoE layers whose router llama.cpp has shown."""
         return int(self._lib.me_model_known_routers(self._handle))
+
+    @property
+    def early_routers(self) -> int:
+        """MoE layers that route before their attention, behind another MoE layer: those that are announced."""
+        return int(self._lib.me_model_early_routers(self._handle))
 
     def watch_attention(self) -> None:
         """Let a Routing carry the attention each token received, in micro-batches of 32 tokens and more.

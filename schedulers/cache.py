@@ -107,6 +107,12 @@ class ExpertCache:
         self._count.note(step)
         self._note(step)
 
+    def step_done(self) -> None:
+        """The present step is over before the next one begins: nothing is in use. For what is fetched in between."""
+        self._step = None
+        self._kept = None
+        self._rule.release()
+
     def protect(self, units: Iterable[int]) -> None:
         """From now on these, and no others, are predicted: evicted only when nothing but the step's own is left."""
         self._protected = frozenset(units)

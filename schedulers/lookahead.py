@@ -7,6 +7,10 @@ stacked, as far and as wide as controller.py finds to pay, and not at all where 
 votes are no more precise than the nearest layer alone and miss more, docs/LOG.md.)
 Source: PAPERS.md, sections 1 to 3.
 
+Where a model routes before attention, the next layer's experts are known as soon as the layer before it is done: the
+engine announces them (LookAheadPolicy.plan_ahead) and the rules above have nothing to say of that layer, whatever their
+name. What is fetched then is read while attention runs, and none of it in vain.
+
 The level that a predicted expert is fetched at is what the policy's own rule wishes for at the predicted weights. What
 was fetched and not used makes room for the next guess before anything else does, so wrong guesses displace little.
 """
@@ -43,6 +47,8 @@ Served = Callable[[int, int], bool]  # (layer, expert) -> whether it is in memor
 
 
 class Rule(Protocol):
+    depth: int  # layers ahead it looks at
+
     def predict(
         self, layer: int, ahead: Sequence[Ahead], width: int, n_used: int, served: Served
     ) -> list[Predicted]:
@@ -174,13 +180,13 @@ class LookAheadPolicy:
     with_lookahead(). Look-ahead is for steps of few tokens: others go to inner as they are.
     """
 
-    def __init__(self, inner: Inner, layout: Layout, name: str) -> None:
+    def __init__(self, inner: Inner, layout: Layout, name: str, rule: Rule | None = None) -> None:
         self.inner = inner
         self.lookahead = name
         self.measure: Callable[[], Measured] | None = None
         self.controller: Controller | None = None
         self.prefetched = 0
-        self._layout, self._rule, self._auto = layout, make_rule(name), name == "auto"
+        self._layout, self._rule, self._auto = layout, rule or make_rule(name), name == "auto"
         self._guesses: dict[int, int] = {}  # unit fetched ahead and not used yet -> its layer
         self._protected: set[int] = set()
         self._stale: list[int] = []  # guesses whose layer has passed, the oldest first
@@ -248,7 +254,7 @@ class LookAheadPolicy:
         if self._auto and few and step.layer <= self._last_layer:
             self._token_done(step)
         self._last_layer = step.layer
-        self._looking = few and step.ask_ahead is not None and (not self._auto or self._on)
+        self._looking = few and step.ask_ahead is not None and self._on
         if self._guesses:
             self._settle(step)
         if not self._looking and self._protected:
@@ -277,7 +283,25 @@ class LookAheadPolicy:
 
     @property
     def _on(self) -> bool:
-        return self.controller is not None and self.controller.on
+        return not self._auto or (self.controller is not None and self.controller.on)
+
+    def plan_ahead(self, step: Step) -> list[Prefetch]:
+        """What to fetch between two steps for the next one, whose experts are known.
+
+        step: as it will come, but its weights are router probabilities, those of each token 1 together. Its experts go
+        last when room is made, those of the step before as any other. Nothing where the levels depend on what is only
+        known with the step, nor while `auto` does not find look-ahead to pay: reading costs time on the processor too.
+        """
+        if not self._on or (step.n_tokens > 1 and self.wants_routing):
+            return []
+        first, n_levels, sizes = self._layout.first_unit[step.layer], self._layout.n_levels, self._layout.unit_bytes
+        wanted = self._absent(step.layer, step.experts, self.inner.wishes(step))
+        if not wanted:
+            return []
+        own = {first + e * n_levels + level for e in step.experts for level in range(n_levels)}
+        self.inner.cache.step_done()
+        self._protected = own
+        return self._fetch(wanted, own, sum(sizes[unit] for unit, _ in wanted))
 
     def _served(self, layer: int, expert: int) -> bool:
         n_levels = self._layout.n_levels
@@ -333,8 +357,8 @@ class LookAheadPolicy:
 
     def _wanted(self, predicted: list[Predicted]) -> list[tuple[int, list[int]]]:
         """(unit, other levels of that expert in memory) of the predicted experts that the cache does not serve."""
-        cache, first, n_levels = self.inner.cache, self._layout.first_unit, self._layout.n_levels
-        if n_levels == 1:
+        cache, first = self.inner.cache, self._layout.first_unit
+        if self._layout.n_levels == 1:
             units = [first[p.layer] + p.expert for p in predicted]
             return [(unit, []) for unit in units if unit not in cache]
         wanted: list[tuple[int, list[int]]] = []
@@ -344,11 +368,18 @@ class LookAheadPolicy:
             while end < len(predicted) and predicted[end].layer == layer:
                 end += 1
             some, at = predicted[at:end], end
-            for p, wish in zip(some, self._wishes(layer, some), strict=True):
-                high = first[layer] + p.expert * n_levels
-                if wish == SKIP or high in cache or (wish == LOW and high + LOW in cache):
-                    continue
-                wanted.append((high + wish, [high + LOW] if high + LOW in cache else []))
+            wanted += self._absent(layer, [p.expert for p in some], self._wishes(layer, some))
+        return wanted
+
+    def _absent(self, layer: int, experts: Sequence[int], wishes: Sequence[int]) -> list[tuple[int, list[int]]]:
+        cache, first, n_levels = self.inner.cache, self._layout.first_unit[layer], self._layout.n_levels
+        wanted: list[tuple[int, list[int]]] = []
+        for expert, wish in zip(experts, wishes, strict=True):
+            high = first + expert * n_levels
+            has_low = n_levels > 1 and high + LOW in cache
+            if wish == SKIP or high in cache or (wish == LOW and has_low):
+                continue
+            wanted.append((high + wish, [high + LOW] if has_low else []))
         return wanted
 
     def _wishes(self, layer: int, predicted: list[Predicted]) -> Sequence[int]:
@@ -363,13 +394,17 @@ class LookAheadPolicy:
         self, step: Step, wanted: list[tuple[int, list[int]]], predicted: set[int], n_used: int
     ) -> list[Prefetch]:
         """Take wanted units into the cache as far as the allowance and what may be evicted go."""
-        cache, sizes = self.inner.cache, self._layout.unit_bytes
+        sizes = self._layout.unit_bytes
         allowance = self._allowance(sizes[wanted[0][0]], n_used)
         if sizes[wanted[0][0]] > allowance:
             return []
         first, n_levels = self._layout.first_unit[step.layer], self._layout.n_levels
         own = {first + e * n_levels + level for e in step.experts for level in range(n_levels)}
-        kept = predicted | own  # not to be evicted for a guess, nor is another guess
+        return self._fetch(wanted, predicted | own, allowance)  # another guess is not evicted for a guess either
+
+    def _fetch(self, wanted: list[tuple[int, list[int]]], kept: set[int], allowance: float) -> list[Prefetch]:
+        """Take wanted units into the cache in this order, within the allowance and what is not to be kept."""
+        cache, sizes = self.inner.cache, self._layout.unit_bytes
         kept_bytes = sum(sizes[u] for u in kept if u in cache)
         replaced = {u for _, others in wanted for u in others}
         cache.protect(kept.union(unit for unit, _ in wanted) - replaced)

@@ -40,6 +40,7 @@ ARCHITECTURES: tuple[str, ...] = (
     "deepseek2-fused",
     "granitemoe",
     "gpt-oss",
+    "smallthinker",
 )
 
 MERGES = (
@@ -85,6 +86,7 @@ class Shape:
     n_dense: int = 1  # leading dense layers, deepseek2 only
     n_group: int = 0  # expert groups, deepseek2 only; 4 makes groups of n_expert / 4, half of them used
     n_swa: int = 32  # sliding window of gpt-oss, on even layers
+    sigmoid: bool = False  # router of smallthinker; else a softmax
     kv_rank: int = 128  # deepseek2 (MLA)
     q_rank: int = 128
     n_rot_mla: int = 32
@@ -444,6 +446,17 @@ def gpt_oss(r: Recipe) -> None:
             r.vector(f"{blk}.ffn_{part}_exps.bias", s.n_expert, n_out, std=0.3)
 
 
+def smallthinker(r: Recipe) -> None:
+    """Routes before attention: the router sees the residual stream itself."""
+    _experts_have_own_width(r)
+    gating = gguf.ExpertGatingFuncType.SIGMOID if r.shape.sigmoid else gguf.ExpertGatingFuncType.SOFTMAX
+    r.keys["expert_gating_func"] = int(gating)
+    for blk in _blocks(r):
+        r.attention(blk)
+        r.norm(f"{blk}.ffn_norm.weight", r.shape.n_embd)
+        r.experts(blk, gain=3.0)  # its activation, REGLU, leaves half of the values
+
+
 RECIPES = {
     "olmoe": olmoe,
     "qwen3moe": qwen3moe,
@@ -453,6 +466,7 @@ RECIPES = {
     "deepseek2-fused": deepseek2,
     "granitemoe": granitemoe,
     "gpt-oss": gpt_oss,
+    "smallthinker": smallthinker,
 }
 
 

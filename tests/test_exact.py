@@ -10,6 +10,7 @@ import pytest
 from conftest import BUDGETS, open_engine
 from moe_edge.convert.convert import convert
 from moe_edge.runner.generate import Sampling, generate
+from moe_edge.schedulers.options import PolicyOptions
 from random_models import ARCHITECTURES, Shape, write_random_model
 from reference import logits_of_context, stock_logits
 
@@ -124,19 +125,20 @@ def test_two_models_and_two_contexts_in_one_process_do_not_mix(random_model: Cal
             assert np.array_equal(ours, stock_logits(path, tokens, 16, 2, n_ctx=128))
 
 
-@pytest.mark.parametrize("arch", ["olmoe", "gpt-oss"])
+@pytest.mark.parametrize("arch", ["olmoe", "gpt-oss", "smallthinker"])
 def test_a_graph_that_comes_node_by_node_gives_the_same_bits(random_model: Callable[[str], Path], arch: str) -> None:
     """With an eval callback llama.cpp hands over one node at a time: the weighted sum is then not one pass."""
     import llama_cpp
 
     path, tokens, seen = random_model(arch), some_tokens(40), []
+    policy = PolicyOptions(lookahead="single")
 
     @llama_cpp.ggml_backend_sched_eval_callback
     def look(_node: object, ask: bool, _user: object) -> bool:
         seen.append(ask)
         return True
 
-    with open_engine(path, "floor", n_ctx=128, n_ubatch=16, n_threads=2, logits_all=True) as engine:
+    with open_engine(path, "floor", n_ctx=128, n_ubatch=16, n_threads=2, logits_all=True, policy=policy) as engine:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = 128, 16, 16
         params.n_threads = params.n_threads_batch = 2

@@ -76,6 +76,7 @@ def test_experts_can_have_any_ggml_type(type_name: str, tmp_path: Path) -> None:
         ("deepseek2", Shape(n_group=4, n_layer=3, n_dense=2)),
         ("deepseek2", Shape(n_layer=27, n_dense=26, n_expert=4)),
         ("gpt-oss", Shape(n_swa=8, n_layer=3)),
+        ("smallthinker", Shape(sigmoid=True)),
     ],
 )
 def test_rarer_forms_run_as_well(arch: str, shape: Shape, tmp_path: Path) -> None:
