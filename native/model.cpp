@@ -254,6 +254,8 @@ void Model::on_read(const ReadJob & job, const std::string & error) {
     u.pending &= ~bit;
     if (error.empty()) {
         u.ready |= bit;
+    } else if (error == Reader::CANCELLED) {
+        u.cancelled = true;
     } else if (!u.needed) {
         counters.prefetch_failed++;  // read again, and told, by the step that needs it
     } else if (error_.empty()) {

@@ -11,6 +11,8 @@
 
 namespace moe_edge {
 
+const std::string Reader::CANCELLED = "cancelled";
+
 Reader::Reader(const std::vector<std::string> & paths, int n_threads, bool direct, Done on_done)
     : on_done_(std::move(on_done)) {
     files_.reserve(paths.size());
@@ -70,6 +72,10 @@ void Reader::promote(int64_t first_tag, int64_t end_tag) {
     }
     soon_.swap(rest);
     queue_.insert(queue_.begin(), first.begin(), first.end());
+    if (soon_tag_ >= first_tag && soon_tag_ < end_tag) {
+        soon_promoted_ = true;
+        soon_cancelled_ = false;
+    }
     wake_.notify_all();
 }
 
@@ -85,6 +91,7 @@ std::vector<int64_t> Reader::cancel(int64_t first_tag, int64_t end_tag) {
         }
     }
     soon_.swap(rest);
+    if (soon_tag_ >= first_tag && soon_tag_ < end_tag && !soon_promoted_) soon_cancelled_ = true;
     return tags;
 }
 
@@ -99,6 +106,60 @@ int64_t Reader::disk_busy_ns() {
     return disk_busy_ns_ + (running_ ? duration_cast<nanoseconds>(steady_clock::now() - running_since_).count() : 0);
 }
 
+// When a read of this length that starts now may end; see pace().
+std::chrono::steady_clock::time_point Reader::reserve(int64_t length) {
+    using namespace std::chrono;
+    if (pace_ > 0) {
+        const auto ns = static_cast<int64_t>(1e9 * static_cast<double>(length) / static_cast<double>(pace_));
+        paced_until_ = std::max(paced_until_, steady_clock::now()) + nanoseconds(ns);
+    }
+    return paced_until_;
+}
+
+std::string Reader::read_paced(const ReadJob & job, std::chrono::steady_clock::time_point until, int64_t & got) {
+    const auto t0 = std::chrono::steady_clock::now();
+    std::string error = read(job, got);
+    std::this_thread::sleep_until(until);  // long past when nothing paces
+    busy_ns_ += std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - t0).count();
+    return error;
+}
+
+// Part by part, as long as nothing is needed. False: the rest is back in a queue. `lock` is held on entry and exit.
+bool Reader::read_soon(ReadJob & job, std::unique_lock<std::mutex> & lock, std::string & error) {
+    soon_tag_ = job.tag;
+    soon_promoted_ = soon_cancelled_ = false;
+    bool ended = true;
+    for (;;) {
+        ReadJob part = job;
+        part.length = std::min(job.length, SOON_BYTES);
+        part.needed = std::min(job.needed, part.length);
+        const auto until = reserve(part.length);
+        lock.unlock();
+        int64_t got = 0;
+        const auto t0 = std::chrono::steady_clock::now();
+        error = read_paced(part, until, got);
+        soon_busy_ns_ += std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - t0).count();
+        soon_bytes_ += got;
+        lock.lock();
+        job.offset += part.length;
+        job.dst += part.length;
+        job.length -= part.length;
+        job.needed -= part.needed;
+        if (!error.empty() || job.needed <= 0) break;
+        if (soon_cancelled_) {
+            error = CANCELLED;
+            break;
+        }
+        if (!soon_promoted_ && queue_.empty() && running_ == 1 && !stop_) continue;
+        job.soon = !soon_promoted_;
+        (soon_promoted_ ? queue_ : soon_).push_front(job);
+        ended = false;
+        break;
+    }
+    soon_tag_ = -1;
+    return ended;
+}
+
 void Reader::work() {
     using namespace std::chrono;
     std::unique_lock<std::mutex> lock(mutex_);
@@ -106,28 +167,22 @@ void Reader::work() {
         wake_.wait(lock, [this] { return stop_ || !queue_.empty() || soon_may_start(); });
         if (stop_) return;
         std::deque<ReadJob> & from = queue_.empty() ? soon_ : queue_;
-        const ReadJob job = from.front();
+        ReadJob job = from.front();
         from.pop_front();
-        const auto t0 = steady_clock::now();
-        if (running_++ == 0) running_since_ = t0;
-        soon_running_ += job.soon;
-        if (pace_ > 0) {
-            paced_until_ = std::max(paced_until_, t0) + nanoseconds(static_cast<int64_t>(1e9 * static_cast<double>(job.length) / static_cast<double>(pace_)));
-        }
-        const auto until = paced_until_;
-        lock.unlock();
-        int64_t got = 0;
-        const std::string error = read(job, got);
-        std::this_thread::sleep_until(until);  // long past when nothing paces
-        const int64_t ns = duration_cast<nanoseconds>(steady_clock::now() - t0).count();
-        busy_ns_ += ns;
+        if (running_++ == 0) running_since_ = steady_clock::now();
+        std::string error;
+        bool ended = true;
         if (job.soon) {
-            soon_busy_ns_ += ns;
-            soon_bytes_ += got;
+            ended = read_soon(job, lock, error);
+            lock.unlock();
+        } else {
+            const auto until = reserve(job.length);
+            lock.unlock();
+            int64_t got = 0;
+            error = read_paced(job, until, got);
         }
-        on_done_(job, error);
+        if (ended) on_done_(job, error);
         lock.lock();
-        soon_running_ -= job.soon;
         if (--running_ == 0) disk_busy_ns_ += duration_cast<nanoseconds>(steady_clock::now() - running_since_).count();
     }
 }

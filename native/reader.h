@@ -1,7 +1,7 @@
 // Reads expert bytes from disk past the page cache: a small pool of threads that sleep while there is nothing to do.
 // One Reader belongs to one Model. submit() may be called from any thread; the callback runs on a reader thread.
-// Two queues: needed now, and maybe soon. A speculative job starts only while no needed one is queued or being read, and
-// SOON_AT_ONCE at a time, so a needed read never waits behind more than one of them: one projection.
+// Two queues: needed now, and maybe soon. A speculative job is read only while no needed one is queued or being read, one
+// at a time and SOON_BYTES at a time, so a needed read never waits behind more than that. Then the rest of it waits.
 #pragma once
 #include <atomic>
 #include <chrono>
@@ -19,7 +19,7 @@ namespace moe_edge {
 // Direct reads want offset, length and buffer aligned to the device's block; 4096 covers the disks of today.
 constexpr int64_t READ_ALIGN = 4096;
 
-constexpr int SOON_AT_ONCE = 1;
+constexpr int64_t SOON_BYTES = 512 << 10;
 
 struct ReadJob {
     int file = 0;
@@ -39,8 +39,10 @@ public:
     Reader(const std::vector<std::string> & paths, int n_threads, bool direct, Done on_done);
     ~Reader();
     void submit(const ReadJob & job);
-    // Of the speculative jobs with first_tag <= tag < end_tag that have not started: move them before the needed ones;
-    // or forget them, calling nobody: their tags.
+    // Of the speculative jobs with first_tag <= tag < end_tag: move them before the needed ones; or forget them, calling
+    // nobody: their tags. One that is being read goes on until a multiple of SOON_BYTES, and on_done is told CANCELLED
+    // unless it ended or was promoted before.
+    static const std::string CANCELLED;
     void promote(int64_t first_tag, int64_t end_tag);
     std::vector<int64_t> cancel(int64_t first_tag, int64_t end_tag);
     // Take as long as a disk of this speed would that serves one read after the other; 0: as fast as it goes.
@@ -65,8 +67,11 @@ private:
         File(File && o) noexcept : path(std::move(o.path)), fd(o.fd), direct(o.direct.load()) { o.fd = -1; }
     };
     void work();
-    bool soon_may_start() const { return !soon_.empty() && queue_.empty() && running_ == soon_running_ && soon_running_ < SOON_AT_ONCE; }
+    bool soon_may_start() const { return !soon_.empty() && queue_.empty() && running_ == 0; }
     std::string read(const ReadJob & job, int64_t & got);
+    std::string read_paced(const ReadJob & job, std::chrono::steady_clock::time_point until, int64_t & got);
+    std::chrono::steady_clock::time_point reserve(int64_t length);
+    bool read_soon(ReadJob & job, std::unique_lock<std::mutex> & lock, std::string & error);
     void open(const std::string & path, bool direct);
 
     std::vector<File> files_;
@@ -74,7 +79,9 @@ private:
     std::mutex mutex_;
     std::condition_variable wake_;
     std::deque<ReadJob> queue_, soon_;
-    int running_ = 0, soon_running_ = 0;
+    int running_ = 0;
+    int64_t soon_tag_ = -1;  // of the speculative job that is being read, and what is to become of it
+    bool soon_promoted_ = false, soon_cancelled_ = false;
     std::chrono::steady_clock::time_point running_since_, paced_until_;
     int64_t pace_ = 0;
     int64_t disk_busy_ns_ = 0;

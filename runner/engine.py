@@ -370,9 +370,10 @@ class Engine:
 
     def _measure(self) -> Measured:
         """The sums that the look-ahead controller decides by."""
-        c = self.native.counters()
-        overhead = c.schedule_seconds + c.meanwhile_seconds + c.look_ahead_seconds
-        return Measured(time.perf_counter(), c.stall_seconds, overhead, c.disk_busy_seconds, c.bytes_read)
+        stall, busy, nbytes, *overhead = self.native.some_counters(
+            "stall_ns", "disk_busy_ns", "bytes_read", "schedule_ns", "meanwhile_ns", "look_ahead_ns"
+        )
+        return Measured(time.perf_counter(), stall * 1e-9, sum(overhead) * 1e-9, busy * 1e-9, nbytes)
 
     def counters(self) -> Counters:
         return self.native.counters()

@@ -255,20 +255,21 @@ class LookAheadPolicy:
             self._token_done(step)
         self._last_layer = step.layer
         self._looking = few and step.ask_ahead is not None and self._on
-        if self._guesses:
-            self._settle(step)
-        if not self._looking and self._protected:
-            self._protect(set())
         before = self.inner.cache.added_bytes
         plan = self.inner.plan(step)
-        if plan is not None and self.inner.cache.added_bytes > before:
+        if plan is not None:
             self._missed(step.layer, self.inner.cache.added_bytes - before)
-        step.later = step.later or self._looking
+        if self._looking or self._guesses or self._protected:
+            step.later = True
         return plan
 
     def meanwhile(self, step: Step) -> Sequence[Prefetch]:
         self.inner.meanwhile(step)
+        if self._guesses:
+            self._settle(step)
         if not self._looking or step.ask_ahead is None:
+            if self._protected:
+                self._protect(set())
             return ()
         n_used, depth, width = max(1, len(step.experts) // step.n_tokens), self.depth, len(step.experts)
         if self._auto and self.controller:
@@ -312,7 +313,6 @@ class LookAheadPolicy:
         """Guesses for this layer: used now, or stale."""
         first, n_levels, sizes = self._layout.first_unit[step.layer], self._layout.n_levels, self._layout.unit_bytes
         used = {first + e * n_levels + level for e in step.experts for level in range(n_levels)}
-        wrong = []
         for unit in [u for u, layer in self._guesses.items() if layer == step.layer]:
             del self._guesses[unit]
             kept = unit in self.inner.cache
@@ -322,9 +322,6 @@ class LookAheadPolicy:
             self._count(step.layer, wasted=sizes[unit])
             if kept:
                 self._stale.append(unit)
-                wrong.append(unit)
-        if wrong:
-            self._protect(self._protected.difference(wrong))
 
     def _count(self, layer: int, useful: int = 0, wasted: int = 0) -> None:
         self._wanted_bytes += useful

@@ -493,7 +493,7 @@ def test_the_state_is_that_of_the_controller() -> None:
     policy.controller = Controller(4, 2, 10.0)
     policy.controller.trials = 2
     policy.controller.settings[1] = Setting(3, 1)
-    assert LookAheadState.of(policy) == LookAheadState("auto", False, 2, ((2, 1), (3, 1), (2, 1)))
+    assert LookAheadState.of(policy) == LookAheadState("auto", False, 2, ((1, 1), (3, 1), (1, 1)))
     policy.controller._set(True)
     state = LookAheadState.of(policy)
     assert state is not None and state.pays
