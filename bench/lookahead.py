@@ -1,16 +1,22 @@
 """Look-ahead on and off in turns, over shares of the experts and disk speeds; and what `moe-edge plan` says of each.
 
-    python bench/lookahead.py big.gguf --text held.txt --share 25,40,60 --disk none,440MB/s,90MB/s --rounds 3
+    python bench/lookahead.py big.gguf --text heldout.txt --plan-text calibration.txt --share 25,40,60 \
+        --disk none,440MB/s,90MB/s --rounds 3
 
 A cell is a share and a speed: one process in a memory cgroup of --ram plus 80 MiB. All arms decode the same given
 tokens, in turns (off first in each round), each from a context of its own and from the experts that the arm before
-left. Before the first round the arms run once, uncounted; `auto` for as long as it takes to come to a decision.
+left. The ratio compares, token by token, the medians over the rounds; in brackets that of the single rounds, lowest and
+highest. Before the first round the arms run once, uncounted; `auto` for as long as it takes to come to a decision.
 
 Arms: `off`, the rules of --lookahead, and `perfect`: fetching what the next layer will indeed use, as recorded in the
 uncounted pass of `off`. No rule that looks one layer ahead can do better, so it is the ceiling of the others.
 
-Slower disks are the engine's own pacing (EngineOptions.disk_bytes_per_second), not a cgroup limit: the kernel's throttle
-lets a process that did not read for some milliseconds read so much faster afterwards, so that hiding reads behind
+`plan tok/s` is what `moe-edge plan --trace` says of the cell before it ran, with a trace of another text (--plan-text),
+and `of bench` that over the measured speed of `off`; a free disk is taken to be as fast as it was while `off` read,
+since here it varies by a factor of ten within minutes.
+
+Slower disks are the engine's own pacing (EngineOptions.disk_bytes_per_second), not a cgroup limit: the kernel's
+throttle lets a process that did not read for some milliseconds read so much faster afterwards that hiding reads behind
 computing gains nothing there. A disk does not save up its idle time.
 """
 
@@ -36,17 +42,20 @@ from lossy import ram_for
 from moe_edge.convert.store import open_model
 from moe_edge.runner.engine import Engine, EngineOptions
 from moe_edge.runner.plan import plan
+from moe_edge.runner.trace import record_trace
 from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES
 from moe_edge.schedulers.layout import Ahead, Layout, Step, StepPlan
 from moe_edge.schedulers.lookahead import LookAheadPolicy, Predicted, Served
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policy import Policy, make_policy
+from moe_edge.schedulers.trace import Trace
 from worker import Decoder, die_with_parent
 
 N_CTX = 1024
 WARM_TOKENS = 16
 LEAST_TOKENS = 16
-DECIDE_TOKENS = 160  # until `auto` has had a trial or two
+PLAN_TOKENS = 400
+DECIDE_TOKENS, DECIDE_SECONDS = 160, 30.0  # until `auto` has had a trial or two
 PERFECT = "perfect"
 
 
@@ -104,10 +113,11 @@ class CellRun:
         self._n_tokens = min(len(self._cell.tokens), WARM_TOKENS + wanted)
         self._record()
         for arm in self._cell.arms:
-            n = DECIDE_TOKENS if arm == "auto" else self._n_tokens
+            n, until = DECIDE_TOKENS if arm == "auto" else self._n_tokens, time.monotonic() + DECIDE_SECONDS
             while n > 0:
                 n -= self._n_tokens
                 self._pass(arm)
+                n = n if time.monotonic() < until else 0
         passes = [self._pass(arm) for _ in range(self._cell.rounds) for arm in self._cell.arms]
         facts = {"arena_bytes": self._engine.plan.arena_bytes, "ram_bytes": self._engine.plan.budget_bytes}
         return {"passes": passes, "n_tokens": self._n_tokens - WARM_TOKENS, **facts}
@@ -165,7 +175,7 @@ class CellRun:
         return {
             "arm": arm,
             "token_s": sum(timed) / len(timed),
-            "token_median_s": statistics.median(timed),
+            "seconds": [round(s, 6) for s in timed],
             "argmax": hash(tuple(best)),
             "on": None if controller is None else controller.pays,
             "counts": asdict(engine.counters().since(before)),
@@ -186,30 +196,39 @@ def in_child(cell: Cell) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="moe-edge-bench-") as folder:
         path = Path(folder) / "cell.json"
         path.write_text(json.dumps(asdict(cell)))
-        done = subprocess.run([sys.executable, __file__, "--cell", str(path)], capture_output=True, text=True, check=False)
+        command = [sys.executable, __file__, "--cell", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1])
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
+def typical_token_s(passes: Sequence[dict[str, Any]]) -> float:
+    """Seconds a token: of each token the median over the rounds, so that a stalled disk in one of them does not count."""
+    return statistics.mean(map(statistics.median, zip(*(p["seconds"] for p in passes), strict=True)))
+
+
 def row(share: float, disk: int | None, cell: dict[str, Any], arms: Sequence[str], planned_tok_s: float) -> str:
     of = {arm: [p for p in cell["passes"] if p["arm"] == arm] for arm in arms}
     off = of["off"]
-    base = statistics.median(p["token_s"] for p in off)
+    base = typical_token_s(off)
     ranges = [1e3 * f(p["token_s"] for p in off) for f in (min, max)]
     counts = [p["counts"] for p in off]
     n = cell["n_tokens"]
     busy = statistics.median(c["disk_busy_seconds"] for c in counts) / n
     cells = [
-        f"{share:.0%}", "free" if disk is None else f"{disk / 1e6:.0f}", f"{1e3 * base:.1f} ({ranges[0]:.1f}-{ranges[1]:.1f})",
-        f"{statistics.median(c['bytes_read'] for c in counts) / n / 1e6:.0f}", f"{busy / base:.0%}",
-    ]  # fmt: skip
+        f"{share:.0%}",
+        "free" if disk is None else f"{disk / 1e6:.0f}",
+        f"{1e3 * base:.1f} ({ranges[0]:.1f}-{ranges[1]:.1f})",
+        f"{statistics.median(c['bytes_read'] for c in counts) / n / 1e6:.0f}",
+        f"{busy / base:.0%}",
+    ]
     for arm in arms[1:]:
-        # each against the `off` of its own round: the disk's speed drifts
+        ratio = base / typical_token_s(of[arm])
         ratios = [a["token_s"] / b["token_s"] for a, b in zip(off, of[arm], strict=True)]
         on = "" if of[arm][-1]["on"] is None else " on" if of[arm][-1]["on"] else " off"
-        cells.append(f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f}){on}")
+        cells.append(f"{ratio:.2f}x ({min(ratios):.2f}-{max(ratios):.2f}){on}")
     share_of = [c["schedule_seconds"] / (n * p["token_s"]) for p, c in zip(off, counts, strict=True)]
     cells += [f"{statistics.median(share_of):.1%}", f"{planned_tok_s:.1f}", f"{planned_tok_s * base:.2f}"]
     return "| " + " | ".join(cells) + " |"
@@ -219,8 +238,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--plan-text", type=Path, required=True, help="for plan's trace")
     parser.add_argument("--share", default="25,40,60", help="of the experts in memory, per cent")
-    parser.add_argument("--disk", default="none,440MB/s,90MB/s")
+    parser.add_argument("--disk", default="90MB/s,440MB/s,none")
     parser.add_argument("--lookahead", default="auto", help="rules to compare, comma separated")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=6.0, help="of a pass, about")
@@ -232,20 +252,22 @@ def main(arguments: list[str] | None = None) -> int:
     _, text = texts.read_text(o.text)
     tokens = texts.pick_tokens(opened.skeleton, text, 1, N_CTX - 1)[0]
     print(f"{o.model}, {o.threads} threads, {o.rounds} rounds of passes of about {o.seconds:g} s")
-    titles = ["experts", "disk MB/s", "off ms/token (range)", "MB/token", "disk busy", *arms[1:], "scheduler", "plan tok/s", "of bench"]
+    titles = ["experts", "disk MB/s", "off ms/token (range)", "MB/token", "disk busy", *arms[1:], "scheduler"]
+    titles += ["plan tok/s", "of bench"]
     print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|", flush=True)
     kept = []
+    trace = other_trace(o)
     for disk in map(parse_speed, o.disk.split(",")):
         for share in (float(each) / 100 for each in o.share.split(",")):
             ram = ram_for(o.model, share, N_CTX, 32, o.threads)
             cap = ram + PROGRAM_ALLOWANCE_BYTES + 16 * MIB
             with limits.Limits(cap, None, opened.files[0]) as groups:
                 drop_page_cache([*opened.files, opened.skeleton], everything=True)
-                cell = Cell(str(o.model.absolute()), tokens, ram, disk, arms, o.rounds, o.seconds, o.threads, groups.join)
-                done = in_child(cell)
+                name = str(o.model.absolute())
+                done = in_child(Cell(name, tokens, ram, disk, arms, o.rounds, o.seconds, o.threads, groups.join))
             if len({p["argmax"] for p in done["passes"]}) != 1:
                 raise RuntimeError(f"{share:.0%} at {disk}: the arms do not predict the same tokens")
-            planned = planned_tok_s(o, done, ram, disk)
+            planned = planned_tok_s(o, done, ram, disk, trace)
             kept.append({"share": share, "disk": disk, "planned_tok_s": planned, **done})
             print(row(share, disk, done, arms, planned), flush=True)
     if o.json:
@@ -253,13 +275,23 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def planned_tok_s(o: argparse.Namespace, done: dict[str, Any], ram: int, disk: int | None) -> float:
-    """What `plan` expects. A free disk is taken to be as fast as it was while `off` read: it varies within minutes."""
+def other_trace(o: argparse.Namespace) -> Trace:
+    """The routing of PLAN_TOKENS tokens of the other text, one by one."""
+    _, text = texts.read_text(o.plan_text)
+    tokens = texts.pick_tokens(open_model(o.model).skeleton, text, 1, PLAN_TOKENS)[0]
+    with Engine(o.model, EngineOptions(n_ctx=N_CTX, n_threads=o.threads, flash_attn=False, n_ubatch=32)) as engine:
+        return record_trace(engine, tokens)
+
+
+def planned_tok_s(
+    o: argparse.Namespace, done: dict[str, Any], ram: int, disk: int | None, trace: Trace
+) -> float:  # fmt: skip
+    """What `plan` expects; see the top for the disk."""
     off = [p["counts"] for p in done["passes"] if p["arm"] == "off"]
     speed = disk or statistics.median(c["bytes_read"] / c["disk_busy_seconds"] for c in off)
-    found = plan(o.model, ram, n_ctx=N_CTX, n_ubatch=32, n_threads=o.threads, disk_bytes_per_second=speed).estimate
-    assert found is not None
-    return found.tokens_per_second.expected
+    found = plan(o.model, ram, n_ctx=N_CTX, n_ubatch=32, n_threads=o.threads, disk_bytes_per_second=speed, trace=trace)
+    assert found.estimate is not None
+    return found.estimate.tokens_per_second.expected
 
 
 def child(path: str) -> int:

@@ -16,20 +16,24 @@ from moe_edge.schedulers.layout import Layout
 
 FloatArray = npt.NDArray[np.float64]
 
-# (share of the experts in memory, hit rate) of two trained models, batch 1, LRU. A line is drawn between the points.
-# Flat: tiny-moe, 16 experts, 4 of them used. Skewed: Qwen3-30B-A3B, 128 experts, 8 used (PAPERS.md, section 8).
-FLAT_HITS = ((0.0, 0.0), (0.13, 0.26), (0.25, 0.42), (0.40, 0.60), (0.60, 0.80), (1.0, 1.0))
+# (share of the experts in memory, hit rate) of two trained models, batch 1. A line is drawn between the points.
+# Flat: tiny-moe, 32 experts, 4 of them used, the default rule, simulated (LRU: 0.26, 0.42, 0.60, 0.80; LOG 2026-11-22).
+# Skewed: Qwen3-30B-A3B, 128 experts, 8 used, LRU (PAPERS.md, section 8).
+FLAT_HITS = ((0.0, 0.0), (0.13, 0.30), (0.25, 0.50), (0.40, 0.67), (0.60, 0.83), (1.0, 1.0))
 SKEWED_HITS = ((0.0, 0.0), (0.125, 0.61), (0.25, 0.81), (0.375, 0.91), (1.0, 1.0))
+# Trained on little text, tiny-moe routes flatter than models of its shape do, so its curve stands for 4 of 16.
 FLAT_USED_SHARE, SKEWED_USED_SHARE = 4 / 16, 8 / 128
 
 # Misses of real routing over misses of independent draws with the same frequencies. Below 1: neighbouring tokens use
-# the same experts. tiny-moe, exact, 600 sampled tokens: 0.79, 0.83, 0.73, 0.67, 0.46 at 25, 40, 50, 60, 75 % of the
-# experts (2026-11-22). To be measured on traces of larger models; the band is around it.
-LOCALITY = 0.8
+# the same experts. tiny-moe under LRU, 600 sampled tokens: 0.79, 0.83, 0.73, 0.67, 0.46 at 25, 40, 50, 60, 75 % of the
+# experts; the default rule misses 0.82, 0.78 and 0.76 times as often as LRU at 25, 40 and 60 % (2026-11-22). To be
+# measured on traces of larger models; the band is around it.
+LOCALITY = 0.65
 LOCALITY_BAND = 0.25  # of the misses, to either side
 
-# Share of the read time that hides behind compute. A layer's misses are known only at the layer, so decode hides only
-# the hits of the same layer: token time / max(compute, read) was 0.93 to 1.5 (LOG 2026-11-22). Slow, expected, fast.
+# Of the time that reading and computing could at most pass together, the share that they do. A layer's misses are known
+# only at the layer, so decode hides only what is computed of the same layer: measured 0.2 to 0.7 (LOG 2026-11-22).
+# Slow, expected, fast.
 DECODE_OVERLAP = (0.25, 0.5, 0.9)
 PREFILL_OVERLAP = (0.25, 0.7, 1.0)
 DISK_BAND = (0.8, 1.0, 1.1)  # of the probed speed
@@ -136,8 +140,8 @@ def typical_hit_rate(share: float, used_share: float) -> Band:
     """Hits of a model nobody has calibrated, with this share of its experts in memory.
 
     used_share: top_k / n_expert. The band is between flat and skewed routing. Expected: between the two measured
-    models by used_share, since finer experts are used less evenly: it gives 74 % for gpt-oss-20b with 31 % cached,
-    where tinyserve measured 77 to 96 % (PAPERS.md, section 8), and each of the two models its own curve.
+    models by used_share, since finer experts are used less evenly: it gives 76 % for gpt-oss-20b with 31 % cached,
+    where tinyserve measured 77 to 96 % (PAPERS.md, section 8).
     """
     flat, skewed = interpolate(FLAT_HITS, share), interpolate(SKEWED_HITS, share)
     skew = (FLAT_USED_SHARE - used_share) / (FLAT_USED_SHARE - SKEWED_USED_SHARE)
@@ -177,9 +181,9 @@ def che_hit_rate(probabilities: FloatArray, nbytes: FloatArray, arena_bytes: flo
 def expert_hit_rate(work: ModelWork, arena_bytes: int, given: HitRate | None = None) -> tuple[Band, str]:
     """(hit rate, where it comes from). given: a rate, or a function of the arena's bytes, that was simulated.
 
-    Below one token's working set LRU evicts every expert before the next token comes back to its layer: 0 is
-    expected (tiny-moe: 0 % hits at 20 % of its experts, 46 % at 25 %, which is the working set, 2026-11-22); a rule
-    that keeps some of them does better, which is the high end.
+    Below one token's working set LRU evicts every expert before the next token comes back to its layer, so 0 is the low
+    end there; the default rule keeps what is used most, and hits as the curves say (tiny-moe: 30 % at 13 % of its
+    experts, docs/LOG.md, 2026-11-22).
     """
     if arena_bytes >= work.layout.total_bytes:
         return Band(1.0, 1.0, 1.0), "resident"
@@ -194,7 +198,7 @@ def expert_hit_rate(work: ModelWork, arena_bytes: int, given: HitRate | None = N
         share = arena_bytes / work.layout.total_bytes
         band, source = typical_hit_rate(share, work.top_k / max(work.layout.n_experts)), "typical models"
     if arena_bytes < arena_working_set_bytes(work.layout, work.top_k):
-        band = Band(0.0, 0.0, band.high)
+        band = Band(0.0, band.expected, band.high)
     return band, source
 
 
@@ -202,8 +206,8 @@ def expert_hit_rate(work: ModelWork, arena_bytes: int, given: HitRate | None = N
 
 
 def busy_seconds(read_seconds: float, compute_seconds: float, overlap: float) -> float:
-    """Reading and computing together: `overlap` of the read hides behind compute, and neither takes less than alone."""
-    return max(read_seconds, compute_seconds + read_seconds * (1 - overlap))
+    """Reading and computing together, when `overlap` of the shorter of the two hides behind the longer."""
+    return max(read_seconds, compute_seconds) + (1 - overlap) * min(read_seconds, compute_seconds)
 
 
 def decode_compute_seconds(work: ModelWork, speeds: MachineSpeeds) -> float:
