@@ -52,7 +52,7 @@ from moe_edge.schedulers.trace import Trace
 from worker import Decoder, die_with_parent
 
 N_CTX = 1024
-WARM_TOKENS = 16
+WARM_TOKENS = 8
 LEAST_TOKENS = 16
 PLAN_TOKENS = 400
 DECIDE_TOKENS, DECIDE_SECONDS = 160, 30.0  # until `auto` has had a trial or two
@@ -205,7 +205,7 @@ def in_child(cell: Cell) -> dict[str, Any]:
 
 
 def typical_token_s(passes: Sequence[dict[str, Any]]) -> float:
-    """Seconds a token: of each token the median over the rounds, so that a stalled disk in one of them does not count."""
+    """Seconds a token: of each token the median over the rounds, so that a disk that stalls once does not count."""
     return statistics.mean(map(statistics.median, zip(*(p["seconds"] for p in passes), strict=True)))
 
 

@@ -370,10 +370,8 @@ class Engine:
 
     def _measure(self) -> Measured:
         """The sums that the look-ahead controller decides by."""
-        stall, busy, nbytes, *overhead = self.native.some_counters(
-            "stall_ns", "disk_busy_ns", "bytes_read", "schedule_ns", "meanwhile_ns", "look_ahead_ns"
-        )
-        return Measured(time.perf_counter(), stall * 1e-9, sum(overhead) * 1e-9, busy * 1e-9, nbytes)
+        stall, busy, nbytes = self.native.some_counters("stall_ns", "disk_busy_ns", "bytes_read")
+        return Measured(time.perf_counter(), stall * 1e-9, busy * 1e-9, nbytes)
 
     def counters(self) -> Counters:
         return self.native.counters()

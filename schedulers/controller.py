@@ -2,11 +2,11 @@
 
 Pure: counts and seconds in, (depth, width) of a layer and a byte allowance out. Fed once a token.
 
-On or off: short windows of tokens with and without look-ahead alternate; what a window costs is its stall and the time
-spent on predicting and planning, for each byte that a token needed and that was not in memory, or was only because it
-had been fetched ahead: tokens miss more or less, and what a miss costs varies far less. On only when that is clearly
-lower; tried again after a pause that doubles each time it is not. Not even tried when there is no stall worth saving,
-or when the disk has no time to spare: then fetching ahead moves reads about and saves none.
+On or off: short windows of tokens with and without look-ahead alternate, and the tokens' times are compared at equal
+numbers of bytes that a token needed and that were not in memory, or were only because they had been fetched ahead. The
+whole time, since reading meanwhile slows computing down. On only when that is clearly lower; tried again after a pause
+that doubles each time it is not. Not even tried when there is no stall worth saving, or when the disk has no time to
+spare: then fetching ahead moves reads about and saves none.
 
 How much: what the disk could read in the time it is idle. How far and how wide: hill-climbing of (width, depth), one
 coordinate of one group of layers at a time, on miss bytes + a * wasted bytes, a being how busy the disk is.
@@ -17,7 +17,6 @@ not available; the windows are ours.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from statistics import variance
 from typing import NamedTuple
 
 GROUPS = 3  # shallow, middle, deep
@@ -26,22 +25,21 @@ SETTLE_TOKENS = 2  # at the start of a window, not counted: reads asked for befo
 TRIAL_PAIRS, MOST_TRIAL_PAIRS = 2, 6
 HOLD_TOKENS, LONGEST_HOLD_TOKENS = 64, 1024
 CLIMB_TOKENS = 16
-MARGIN = 0.02  # of what a token costs without look-ahead; A/B noise is 1.4 to 1.8 % (PAPERS.md, section 8)
+MARGIN = 0.01  # of a token's time without look-ahead, besides the error of what was measured
 GIVE_UP = 0.03  # a trial ends with its first pair of windows when look-ahead costs so much more in it
 CLIMB_MARGIN = 0.05  # of a group's cost: two windows of the same text differ
 LEAST_STALL = 0.02  # share of a token's time
-LEAST_SPARE = 0.08  # share of a token's time in which the disk is idle
+LEAST_SPARE = 0.12  # share of a token's time in which the disk is idle
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Sums since some start. seconds: of the clock. overhead_seconds: predicting and planning. wanted_bytes: of the
-    experts used that were read when needed or had been fetched ahead; 0 throughout: not known.
+    """Sums since some start. seconds: of the clock. wanted_bytes: of the experts used that were read when needed or had
+    been fetched ahead; 0 throughout: not known.
     """
 
     seconds: float
     stall_seconds: float
-    overhead_seconds: float
     disk_busy_seconds: float
     bytes_read: int
     wanted_bytes: int = 0
@@ -66,10 +64,10 @@ class Setting:
 
 
 class Cost(NamedTuple):
-    """Of one token: stall and overhead, and the bytes it wanted."""
+    """Of one token: what it took, and the bytes it wanted, see Measured."""
 
     seconds: float
-    wanted_bytes: int
+    wanted: float
 
 
 class Controller:
@@ -117,8 +115,7 @@ class Controller:
             return
         self.tokens += 1
         self._observe(last, now)
-        seconds = now.stall_seconds - last.stall_seconds + now.overhead_seconds - last.overhead_seconds
-        cost = Cost(seconds, now.wanted_bytes - last.wanted_bytes)
+        cost = Cost(now.seconds - last.seconds, now.wanted_bytes - last.wanted_bytes)
         self._left -= 1
         if self._plan or self._costs[True] or self._costs[False]:
             self._in_trial(cost)
@@ -236,27 +233,31 @@ class Controller:
 
 
 def _compare(without: list[Cost], with_it: list[Cost]) -> tuple[float, float, float]:
-    """(mean cost without look-ahead, what look-ahead saves of it, standard error of that), in seconds a token.
+    """(seconds of a token without look-ahead, what look-ahead saves of them, standard error of that).
 
-    A ratio estimate: seconds are proportional to the bytes wanted, and what differs from that is the error.
+    An analysis of covariance: tokens miss more or less, so both sides are compared at the same wanted bytes, by the
+    slope that they have in common.
     """
-    known = sum(c.wanted_bytes for c in (*without, *with_it)) > 0
-    sizes = [[c.wanted_bytes if known else 1 for c in costs] for costs in (without, with_it)]
-    mean_size = sum(map(sum, sizes)) / (len(without) + len(with_it))
-    means, error = [], 0.0
-    for costs, size in zip((without, with_it), sizes, strict=True):
-        rate = _trimmed_rate([c.seconds for c in costs], size)
-        means.append(rate * mean_size)
-        error += variance([c.seconds - rate * n for c, n in zip(costs, size, strict=True)]) / len(costs)
-    return means[0], means[0] - means[1], error**0.5
+    sides = [_trimmed(without), _trimmed(with_it)]
+    means = [Cost(sum(c.seconds for c in side) / len(side), sum(c.wanted for c in side) / len(side)) for side in sides]
+    spread = sum((c.wanted - m.wanted) ** 2 for side, m in zip(sides, means, strict=True) for c in side)
+    common = sum(
+        (c.wanted - m.wanted) * (c.seconds - m.seconds) for side, m in zip(sides, means, strict=True) for c in side
+    )
+    slope = common / spread if spread else 0.0
+    apart = means[1].wanted - means[0].wanted
+    rest = sum(
+        (c.seconds - m.seconds - slope * (c.wanted - m.wanted)) ** 2
+        for side, m in zip(sides, means, strict=True)
+        for c in side
+    )
+    n = [len(side) for side in sides]
+    error2 = rest / max(1, sum(n) - 3) * (1 / n[0] + 1 / n[1] + (apart**2 / spread if spread else 0.0))
+    return means[0].seconds, means[0].seconds - means[1].seconds + slope * apart, error2**0.5
 
 
-def _trimmed_rate(seconds: list[float], sizes: list[int]) -> float:
-    """Seconds for each size, without the eighth that exceeds it most and the eighth that stays most below: one page
-    fault or background write must not decide.
-    """
-    rate = sum(seconds) / max(1, sum(sizes))
-    pairs = sorted(zip(seconds, sizes, strict=True), key=lambda pair: pair[0] - rate * pair[1])
-    cut = len(pairs) // 8
-    kept = pairs[cut : len(pairs) - cut]
-    return sum(s for s, _ in kept) / max(1, sum(n for _, n in kept))
+def _trimmed(costs: list[Cost]) -> list[Cost]:
+    """Without the slowest eighth and the fastest: one page fault, background write or pause must not decide."""
+    ordered = sorted(costs)
+    cut = len(ordered) // 8
+    return ordered[cut : len(ordered) - cut]

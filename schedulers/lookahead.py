@@ -32,7 +32,7 @@ from moe_edge.schedulers.options import LOOKAHEADS
 MOST_DEPTH = 3
 MOST_TOKENS = 4  # of a step that is looked ahead from (native/router.h)
 ARENA_SHARE = 0.25  # of the arena that guesses may hold
-FIRST_LAYER_WEIGHT = 2.0
+FIRST_LAYER_WEIGHT = 2.0  # of its chances, while look-ahead is on
 
 
 class Predicted(NamedTuple):
@@ -193,7 +193,8 @@ class LookAheadPolicy:
         self._looking = False  # in the present step
         self._wanted_bytes = 0  # see controller.Measured
         self._last_layer = -1
-        inner.cache.favour_first_layer(FIRST_LAYER_WEIGHT)
+        if not self._auto:
+            inner.cache.favour_first_layer(FIRST_LAYER_WEIGHT)
 
     wants_ahead = True  # steps should carry ask_ahead
 
@@ -450,6 +451,7 @@ class LookAheadPolicy:
             n_used = max(1, len(step.experts) // step.n_tokens)
             self.controller = Controller(self._layout.n_layers, n_used, mean, most_depth=self.depth)
         self.controller.token(replace(self.measure(), wanted_bytes=self._wanted_bytes))
+        self.inner.cache.favour_first_layer(FIRST_LAYER_WEIGHT if self.controller.pays else 1.0)
 
 
 def with_lookahead(policy: AnyPolicy, layout: Layout, name: str) -> AnyPolicy | LookAheadPolicy:

@@ -229,7 +229,7 @@ class SimArena:
 
     def measure(self) -> Measured:
         """The sums a controller decides by; planning costs nothing here."""
-        return Measured(self.clock, self.stall_seconds, 0.0, self.disk_busy_seconds, self.bytes_read)
+        return Measured(self.clock, self.stall_seconds, self.disk_busy_seconds, self.bytes_read)
 
     def _look_up(self, step: Step, hits: list[int], now: float) -> None:
         """What was fetched ahead for this layer: used, and completed first when it is not whole; or cancelled."""

@@ -14,7 +14,9 @@ from moe_edge.schedulers.controller import (
     TRIAL_PAIRS,
     WINDOW_TOKENS,
     Controller,
+    Cost,
     Measured,
+    _compare,
 )
 from moe_edge.schedulers.layout import Layout
 from moe_edge.schedulers.lookahead import LookAheadPolicy, with_lookahead
@@ -133,11 +135,11 @@ def test_a_disk_that_stalls_now_and_then_does_not_mislead_it() -> None:
 
 
 class Clock:
-    """Feeds a controller with tokens of fixed costs: 1 second, of which `off` or `on` are stall."""
+    """Feeds a controller with tokens of fixed costs: 0.6 seconds, and `off` or `on` of stall."""
 
     def __init__(self, controller: Controller) -> None:
         self.controller = controller
-        self.now = Measured(0.0, 0.0, 0.0, 0.0, 0)
+        self.now = Measured(0.0, 0.0, 0.0, 0)
 
     def tokens(self, n: int, off: float, on: float, busy: float = 0.5) -> list[bool]:
         states = []
@@ -145,7 +147,7 @@ class Clock:
             n_ = self.now
             stall = on if self.controller.on else off
             busy_seconds = n_.disk_busy_seconds + busy
-            self.now = Measured(n_.seconds + 1, n_.stall_seconds + stall, 0.0, busy_seconds, n_.bytes_read + 800)
+            self.now = Measured(n_.seconds + 0.6 + stall, n_.stall_seconds + stall, busy_seconds, n_.bytes_read + 800)
             self.controller.token(self.now)
             states.append(self.controller.on)
         return states
@@ -217,3 +219,25 @@ def test_it_climbs_towards_the_width_that_costs_least() -> None:
         clock.tokens(1, off=0.4, on=0.2)
     assert [s.width for s in c.settings] == pytest.approx([7, 7, 7], abs=1)
     assert all(1 <= s.depth <= 3 for s in c.settings)
+
+
+# ---- the comparison
+
+
+def test_tokens_are_compared_at_equal_wanted_bytes() -> None:
+    """10 ms and 2 ms for each byte wanted; with look-ahead 1 ms less, on tokens that happened to want more."""
+    without = [Cost(10.0 + 2 * w, w) for w in range(10)]
+    with_it = [Cost(9.0 + 2 * w, w) for w in range(4, 14)]
+    mean, saved, error = _compare(without, with_it)
+    assert mean == pytest.approx(19.0) and saved == pytest.approx(1.0) and error == pytest.approx(0.0, abs=1e-9)
+
+
+def test_unknown_wanted_bytes_leave_the_plain_difference_and_its_error() -> None:
+    mean, saved, error = _compare([Cost(s, 0) for s in (3.0, 5.0, 4.0)], [Cost(s, 0) for s in (2.0, 3.0, 4.0)])
+    assert (mean, saved) == (4.0, 1.0)
+    assert error == pytest.approx((4 / 3 * (1 / 3 + 1 / 3)) ** 0.5)
+
+
+def test_one_token_that_waited_for_something_else_does_not_decide() -> None:
+    costs = [Cost(1.0, 1), Cost(1.1, 2), Cost(1.2, 3)] * 4
+    assert abs(_compare(costs, [*costs[:-1], Cost(500.0, 3)])[1]) < 0.05
