@@ -44,14 +44,15 @@ from moe_edge.runner.engine import Engine, EngineOptions
 from moe_edge.runner.plan import plan
 from moe_edge.runner.trace import record_trace
 from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES
+from moe_edge.schedulers.foresight import Predicted, Served
 from moe_edge.schedulers.layout import Ahead, Layout, Step, StepPlan
-from moe_edge.schedulers.lookahead import LookAheadPolicy, Predicted, Served
-from moe_edge.schedulers.options import PolicyOptions
+from moe_edge.schedulers.lookahead import LookAheadPolicy
+from moe_edge.schedulers.options import LOOKAHEADS, PolicyOptions
 from moe_edge.schedulers.policy import Policy, make_policy
 from moe_edge.schedulers.trace import Trace
 from worker import Decoder, die_with_parent
 
-N_CTX = 1024
+N_CTX, N_UBATCH = 1024, 32
 WARM_TOKENS = 8
 LEAST_TOKENS = 16
 PLAN_TOKENS = 400
@@ -75,6 +76,7 @@ class Cell:
     seconds: float
     n_threads: int
     join: list[str]
+    least_tokens: int = LEAST_TOKENS
 
 
 class Recorded:
@@ -109,10 +111,10 @@ class CellRun:
     def run(self) -> dict[str, Any]:
         self._n_tokens = min(len(self._cell.tokens), WARM_TOKENS + LEAST_TOKENS)
         took = self._pass("off")["token_s"]
-        wanted = max(LEAST_TOKENS, int(self._cell.seconds / took))
+        wanted = max(self._cell.least_tokens, int(self._cell.seconds / took))
         self._n_tokens = min(len(self._cell.tokens), WARM_TOKENS + wanted)
         self._record()
-        for arm in self._cell.arms:
+        for arm in self._cell.arms[1:]:
             n, until = DECIDE_TOKENS if arm == "auto" else self._n_tokens, time.monotonic() + DECIDE_SECONDS
             while n > 0:
                 n -= self._n_tokens
@@ -182,12 +184,15 @@ class CellRun:
         }
 
 
-def run_cell(cell: Cell) -> dict[str, Any]:
-    options = EngineOptions(
-        ram_bytes=cell.ram_bytes, n_ctx=N_CTX, n_threads=cell.n_threads, flash_attn=False, n_ubatch=32,
-        disk_bytes_per_second=cell.disk_bytes_per_second,
+def engine_options(ram_bytes: int | None, n_threads: int, disk_bytes_per_second: int | None) -> EngineOptions:
+    return EngineOptions(
+        ram_bytes=ram_bytes, n_ctx=N_CTX, n_threads=n_threads, flash_attn=False, n_ubatch=N_UBATCH,
+        disk_bytes_per_second=disk_bytes_per_second,
     )  # fmt: skip
-    with Engine(cell.model, options) as engine:
+
+
+def run_cell(cell: Cell) -> dict[str, Any]:
+    with Engine(cell.model, engine_options(cell.ram_bytes, cell.n_threads, cell.disk_bytes_per_second)) as engine:
         return CellRun(cell, engine).run()
 
 
@@ -241,13 +246,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--plan-text", type=Path, required=True, help="for plan's trace")
     parser.add_argument("--share", default="25,40,60", help="of the experts in memory, per cent")
     parser.add_argument("--disk", default="90MB/s,440MB/s,none")
-    parser.add_argument("--lookahead", default="auto", help="rules to compare, comma separated")
+    parser.add_argument("--lookahead", default="auto", help="rules to compare, comma separated; empty: only `off`")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=6.0, help="of a pass, about")
+    parser.add_argument("--tokens", type=int, default=LEAST_TOKENS, help="of a pass, at least")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, help="every pass with all its counts")
     o = parser.parse_args(arguments)
-    arms = ["off", *o.lookahead.split(","), PERFECT]
+    arms = ["off", *o.lookahead.split(","), PERFECT] if o.lookahead else ["off"]
+    unknown = [each for each in arms[1:-1] if each not in LOOKAHEADS]
+    if unknown:
+        parser.error(f"unknown look-ahead '{unknown[0]}'; known: {', '.join(LOOKAHEADS)}")
     opened = open_model(o.model)
     _, text = texts.read_text(o.text)
     tokens = texts.pick_tokens(opened.skeleton, text, 1, N_CTX - 1)[0]
@@ -259,12 +268,13 @@ def main(arguments: list[str] | None = None) -> int:
     trace = other_trace(o)
     for disk in map(parse_speed, o.disk.split(",")):
         for share in (float(each) / 100 for each in o.share.split(",")):
-            ram = ram_for(o.model, share, N_CTX, 32, o.threads)
+            ram = ram_for(o.model, share, N_CTX, N_UBATCH, o.threads)
             cap = ram + PROGRAM_ALLOWANCE_BYTES + 16 * MIB
             with limits.Limits(cap, None, opened.files[0]) as groups:
                 drop_page_cache([*opened.files, opened.skeleton], everything=True)
                 name = str(o.model.absolute())
-                done = in_child(Cell(name, tokens, ram, disk, arms, o.rounds, o.seconds, o.threads, groups.join))
+                cell = Cell(name, tokens, ram, disk, arms, o.rounds, o.seconds, o.threads, groups.join, o.tokens)
+                done = in_child(cell)
             if len({p["argmax"] for p in done["passes"]}) != 1:
                 raise RuntimeError(f"{share:.0%} at {disk}: the arms do not predict the same tokens")
             planned = planned_tok_s(o, done, ram, disk, trace)
@@ -279,7 +289,7 @@ def other_trace(o: argparse.Namespace) -> Trace:
     """The routing of PLAN_TOKENS tokens of the other text, one by one."""
     _, text = texts.read_text(o.plan_text)
     tokens = texts.pick_tokens(open_model(o.model).skeleton, text, 1, PLAN_TOKENS)[0]
-    with Engine(o.model, EngineOptions(n_ctx=N_CTX, n_threads=o.threads, flash_attn=False, n_ubatch=32)) as engine:
+    with Engine(o.model, engine_options(None, o.threads, None)) as engine:
         return record_trace(engine, tokens)
 
 
@@ -289,7 +299,9 @@ def planned_tok_s(
     """What `plan` expects; see the top for the disk."""
     off = [p["counts"] for p in done["passes"] if p["arm"] == "off"]
     speed = disk or statistics.median(c["bytes_read"] / c["disk_busy_seconds"] for c in off)
-    found = plan(o.model, ram, n_ctx=N_CTX, n_ubatch=32, n_threads=o.threads, disk_bytes_per_second=speed, trace=trace)
+    found = plan(
+        o.model, ram, n_ctx=N_CTX, n_ubatch=N_UBATCH, n_threads=o.threads, disk_bytes_per_second=speed, trace=trace
+    )
     assert found.estimate is not None
     return found.estimate.tokens_per_second.expected
 

@@ -42,6 +42,7 @@ class BenchJob:
     n_threads: int
     n_ubatch: int
     n_prompts: int = len(PROMPTS)
+    pace_bytes_per_second: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,9 @@ def run_job(job: BenchJob) -> list[dict[str, Any]]:
     from moe_edge.runner.generate import Sampling, generate
 
     options = EngineOptions(
-        ram_bytes=job.ram_bytes, n_ctx=job.n_ctx, n_threads=job.n_threads, n_ubatch=job.n_ubatch, charge_program=True
-    )
+        ram_bytes=job.ram_bytes, n_ctx=job.n_ctx, n_threads=job.n_threads, n_ubatch=job.n_ubatch, charge_program=True,
+        disk_bytes_per_second=job.pace_bytes_per_second,
+    )  # fmt: skip
     results = []
     with Engine(job.model, options) as engine:
         for prompt in PROMPTS[: job.n_prompts]:
@@ -133,9 +135,12 @@ def bench(
     n_ctx: int = 0,
     n_threads: int = 0,
     n_ubatch: int = 0,
+    pace_bytes_per_second: int | None = None,
     tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Everything `bench --json` prints. budgets: name -> bytes; None for the defaults. tell: called before each run."""
+    """Everything `bench --json` prints. budgets: name -> bytes; None for the defaults. pace_bytes_per_second: read
+    experts as a disk of this speed would; None: as fast as it is. tell: called before each run.
+    """
     from moe_edge.runner.show import describe
 
     if n_tokens < 2:
@@ -148,13 +153,16 @@ def bench(
     rows: list[BenchRow] = []
     for name, ram in (budgets or default_budgets(facts)).items():
         tell(f"{name}: --ram {format_bytes(ram)}, {len(PROMPTS)} prompts of {n_tokens} tokens")
-        results = run_in_child(BenchJob(str(model), ram, n_tokens, n_ctx, n_threads, n_ubatch))
+        pace = pace_bytes_per_second
+        job = BenchJob(str(model), ram, n_tokens, n_ctx, n_threads, n_ubatch, pace_bytes_per_second=pace)
+        results = run_in_child(job)
         rows += [make_row(f"{name}, cold", results[:1]), make_row(f"{name}, warm", results[1:])]
     return {
         "machine": machine(),
         "model": facts,
         "n_tokens": n_tokens,
         "disk_bytes_per_second": disk,
+        "paced_bytes_per_second": pace_bytes_per_second,
         "memory_bytes_per_second": memory,
         "could_hold_the_model": facts["ram_resident_bytes"] < available_bytes(),
         "rows": [asdict(row) for row in rows],
@@ -197,6 +205,8 @@ def markdown(result: dict[str, Any]) -> str:
             f"{1e3 * r['stall_s_per_token']:.1f} ms | {r['peak_rss_bytes'] / MIB:.0f} MiB |"
         )
     lines += ["", f"{len(PROMPTS)} prompts, {result['n_tokens']} tokens each, greedy; the first is cold, the rest warm"]
+    if result["paced_bytes_per_second"]:
+        lines.append(f"experts read as from a disk of {result['paced_bytes_per_second'] / 1e6:.0f} MB/s")
     if result["could_hold_the_model"]:
         lines.append("optimistic: this machine could hold the model; its host may cache what a small one's cannot")
     return "\n".join(lines)

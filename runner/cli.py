@@ -334,11 +334,12 @@ def evaluate_command(
 @click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(min=0), default=0)
 @click.option("-ub", "--ubatch-size", "n_ubatch", type=click.IntRange(min=0), default=0)
 @click.option("-t", "--threads", "n_threads", type=click.IntRange(min=0), default=0)
+@click.option("--disk", help="Read experts as a disk of this speed would, like 440MB/s.")
 @click.option("--json", "as_json", is_flag=True)
 @reports_errors
 def bench(
     model: str | None, ram: tuple[int | None, ...], n_tokens: int, n_ctx: int, n_ubatch: int, n_threads: int,
-    as_json: bool,
+    disk: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure this machine with MODEL and print a block to paste."""
     from moe_edge.models.embedded import tiny_model_path
@@ -351,6 +352,7 @@ def bench(
     result = run(
         model or tiny_model_path(), {f"--ram {format_bytes(n)}": n for n in wanted} or None, n_tokens,
         n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, tell=lambda text: click.echo(text, err=True),
+        pace_bytes_per_second=parse_disk_speed(disk) if disk else None,
     )  # fmt: skip
     click.echo(json.dumps(result) if as_json else markdown(result))
 

@@ -102,6 +102,11 @@ class Controller:
         """What the last trial found; during a trial `on` alternates."""
         return self._decided
 
+    @property
+    def comparing(self) -> bool:
+        """Whether a trial is under way, with look-ahead or without it."""
+        return bool(self._plan or self._costs[True] or self._costs[False])
+
     def group(self, layer: int) -> int:
         return layer * GROUPS // self._n_layers
 
@@ -117,7 +122,7 @@ class Controller:
         self._observe(last, now)
         cost = Cost(now.seconds - last.seconds, now.wanted_bytes - last.wanted_bytes)
         self._left -= 1
-        if self._plan or self._costs[True] or self._costs[False]:
+        if self.comparing:
             self._in_trial(cost)
         elif self._left <= 0:
             self._start_trial()

@@ -1,18 +1,8 @@
-"""Look-ahead: which experts the next layers will want, and a policy around another one that fetches them early.
+"""A policy around another one that fetches early what the next layers are expected to use.
 
-Prediction rules, all on what the next routers say of this layer's input (Step.ask_ahead):
-single: the next layer's best (DyMoE). stacked: layer by layer to the first that would miss (HOBBIT). votes: only what
-several earlier layers agree on, most votes first (FIRM-MoE; never the plain union, precision before recall). auto:
-stacked, as far and as wide as controller.py finds to pay, and not at all where it does not. (On the trained tiny model
-votes are no more precise than the nearest layer alone and miss more, docs/LOG.md.)
-Source: PAPERS.md, sections 1 to 3.
-
-Where a model routes before attention, the next layer's experts are known as soon as the layer before it is done: the
-engine announces them (LookAheadPolicy.plan_ahead) and the rules above have nothing to say of that layer, whatever their
-name. What is fetched then is read while attention runs, and none of it in vain.
-
-The level that a predicted expert is fetched at is what the policy's own rule wishes for at the predicted weights. What
-was fetched and not used makes room for the next guess before anything else does, so wrong guesses displace little.
+Rules: see foresight.py; auto: stacked, as far and as wide as controller.py finds to pay, and not at all where it does
+not. The level that a predicted expert is fetched at is what the policy's own rule wishes for at the predicted weights.
+What was fetched and not used makes room for the next guess before anything else does, so wrong guesses displace little.
 """
 
 from __future__ import annotations
@@ -20,120 +10,17 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-from moe_edge.models.errors import UnknownName
 from moe_edge.schedulers.cache import ExpertCache
 from moe_edge.schedulers.controller import Controller, Measured
+from moe_edge.schedulers.foresight import MOST_DEPTH, Predicted, Rule, make_rule
 from moe_edge.schedulers.layout import SKIP, Ahead, Layout, Prefetch, Step, StepPlan
 from moe_edge.schedulers.levels import LOW, PolicyStats
-from moe_edge.schedulers.options import LOOKAHEADS
 
-MOST_DEPTH = 3
 MOST_TOKENS = 4  # of a step that is looked ahead from (native/router.h)
 ARENA_SHARE = 0.25  # of the arena that guesses may hold
 FIRST_LAYER_WEIGHT = 2.0  # of its chances, while look-ahead is on
-
-
-class Predicted(NamedTuple):
-    """An expert that a later step is expected to use. layer: its position. score: router probability."""
-
-    layer: int
-    expert: int
-    score: float
-
-
-Served = Callable[[int, int], bool]  # (layer, expert) -> whether it is in memory
-
-
-class Rule(Protocol):
-    depth: int  # layers ahead it looks at
-
-    def predict(
-        self, layer: int, ahead: Sequence[Ahead], width: int, n_used: int, served: Served
-    ) -> list[Predicted]:
-        """What to have in memory soon, most wanted first, from what the routers say in the step of `layer`.
-
-        width: experts of a layer to consider. n_used: experts that a token uses in a layer.
-        """
-        ...
-
-
-class SingleLayer:
-    """The next layer's best."""
-
-    depth = 1
-
-    def predict(self, layer: int, ahead: Sequence[Ahead], width: int, n_used: int, served: Served) -> list[Predicted]:
-        return [p for a in ahead[:1] if a.distance == 1 for p in _best(layer, a, width)]
-
-
-class Stacked:
-    """The best of each layer, up to the first layer that would miss."""
-
-    depth = MOST_DEPTH
-
-    def predict(self, layer: int, ahead: Sequence[Ahead], width: int, n_used: int, served: Served) -> list[Predicted]:
-        predicted: list[Predicted] = []
-        for a in ahead:
-            best = _best(layer, a, width)
-            predicted += best
-            if not all(served(p.layer, p.expert) for p in best):
-                break
-        return predicted
-
-
-class Votes:
-    """What the layers before it agree on, nearest layer first; of a layer most votes first, then the last score.
-
-    An expert of the next layer needs the votes of more than half of the layers that have looked at it; one further away
-    of all of them, and of two at least.
-    """
-
-    depth = MOST_DEPTH
-
-    def __init__(self) -> None:
-        self._votes: dict[int, tuple[int, dict[int, int]]] = {}  # layer -> (voters, expert -> votes)
-        self._last = -1
-
-    def predict(self, layer: int, ahead: Sequence[Ahead], width: int, n_used: int, served: Served) -> list[Predicted]:
-        if layer <= self._last:
-            self._votes.clear()
-        self._last = layer
-        self._votes.pop(layer, None)
-        predicted: list[Predicted] = []
-        for a in ahead:
-            target = layer + a.distance
-            voters, votes = self._votes.get(target, (0, {}))
-            for expert in a.experts[:width]:
-                votes[expert] = votes.get(expert, 0) + 1
-            voters += 1
-            self._votes[target] = voters, votes
-            if a.distance > 1 and voters < 2:
-                continue
-            agreed = [
-                p for p in _best(layer, a, width)
-                if (2 * votes[p.expert] > voters if a.distance == 1 else votes[p.expert] == voters)
-            ]  # fmt: skip
-            agreed.sort(key=lambda p: (-votes[p.expert], -p.score))
-            predicted += agreed
-        return predicted
-
-
-def _best(layer: int, a: Ahead, width: int) -> list[Predicted]:
-    there = layer + a.distance
-    return [Predicted(there, e, s) for e, s in zip(a.experts[:width], a.scores[:width], strict=True)]
-
-
-def make_rule(name: str) -> SingleLayer | Stacked | Votes:
-    """Raises UnknownName."""
-    if name == "single":
-        return SingleLayer()
-    if name in ("stacked", "auto"):
-        return Stacked()
-    if name == "votes":
-        return Votes()
-    raise UnknownName(f"unknown look-ahead '{name}'; known: {', '.join(LOOKAHEADS)}")
 
 
 class Inner(Protocol):
@@ -191,6 +78,7 @@ class LookAheadPolicy:
         self._protected: set[int] = set()
         self._stale: list[int] = []  # guesses whose layer has passed, the oldest first
         self._looking = False  # in the present step
+        self._resting = False  # nothing to look for or to count in the present token
         self._wanted_bytes = 0  # see controller.Measured
         self._last_layer = -1
         if not self._auto:
@@ -251,6 +139,12 @@ class LookAheadPolicy:
     # ---- each step
 
     def plan(self, step: Step) -> StepPlan | None:
+        if self._resting and step.layer > self._last_layer:  # `auto` is off for this token: cost next to nothing
+            self._last_layer = step.layer
+            return self.inner.plan(step)
+        return self._plan(step)
+
+    def _plan(self, step: Step) -> StepPlan | None:
         few = step.n_tokens <= MOST_TOKENS
         if self._auto and few and step.layer <= self._last_layer:
             self._token_done(step)
@@ -452,6 +346,7 @@ class LookAheadPolicy:
             self.controller = Controller(self._layout.n_layers, n_used, mean, most_depth=self.depth)
         self.controller.token(replace(self.measure(), wanted_bytes=self._wanted_bytes))
         self.inner.cache.favour_first_layer(FIRST_LAYER_WEIGHT if self.controller.pays else 1.0)
+        self._resting = not (self.controller.on or self.controller.comparing or self._guesses or self._protected)
 
 
 def with_lookahead(policy: AnyPolicy, layout: Layout, name: str) -> AnyPolicy | LookAheadPolicy:

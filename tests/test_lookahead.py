@@ -23,8 +23,9 @@ from moe_edge.runner.generate import Generation, LookAheadState, Sampling, gener
 from moe_edge.runner.native import Counters
 from moe_edge.runner.trace import record_trace
 from moe_edge.schedulers.controller import Controller, Setting
+from moe_edge.schedulers.foresight import Predicted, make_rule
 from moe_edge.schedulers.layout import Ahead, ExpertKey, Layout, Prefetch, Step, StepPlan
-from moe_edge.schedulers.lookahead import LookAheadPolicy, Predicted, make_rule, with_lookahead
+from moe_edge.schedulers.lookahead import LookAheadPolicy, with_lookahead
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policy import ExactLru, Policy
 from moe_edge.schedulers.simulate import SimArena, simulate
