@@ -254,6 +254,9 @@ void Model::on_read(const ReadJob & job, const std::string & error) {
     u.pending &= ~bit;
     if (error.empty()) {
         u.ready |= bit;
+    } else if (error == Reader::CANCELLED && u.needed) {
+        // Given up, and needed before this was told: need() still took it for one on its way.
+        submit(static_cast<int>(job.tag / MAX_PIECES), static_cast<int>(job.tag % MAX_PIECES), false);
     } else if (error == Reader::CANCELLED) {
         u.cancelled = true;
     } else if (!u.needed) {

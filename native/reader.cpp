@@ -98,6 +98,7 @@ std::vector<int64_t> Reader::cancel(int64_t first_tag, int64_t end_tag) {
 void Reader::pace(int64_t bytes_per_second) {
     std::lock_guard<std::mutex> lock(mutex_);
     pace_ = bytes_per_second;
+    if (pace_ <= 0) paced_until_ = {};  // reads that start now do not wait for the slow disk that was
 }
 
 int64_t Reader::disk_busy_ns() {

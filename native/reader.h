@@ -34,6 +34,7 @@ struct ReadJob {
 class Reader {
 public:
     // on_done(job, error): error is empty when every needed byte is in dst; else what is wrong, without the file's name.
+    // Of the job only file and tag are as submitted. The destructor forgets what has not begun, calling nobody.
     using Done = std::function<void(const ReadJob &, const std::string &)>;
     // Throws std::runtime_error naming the file that cannot be opened.
     Reader(const std::vector<std::string> & paths, int n_threads, bool direct, Done on_done);
@@ -41,7 +42,8 @@ public:
     void submit(const ReadJob & job);
     // Of the speculative jobs with first_tag <= tag < end_tag: move them before the needed ones; or forget them, calling
     // nobody: their tags. One that is being read goes on until a multiple of SOON_BYTES, and on_done is told CANCELLED
-    // unless it ended or was promoted before.
+    // unless it ended or was promoted before. A promotion between the last part and that call comes too late: whoever is
+    // told CANCELLED must look again whether the job is needed.
     static const std::string CANCELLED;
     void promote(int64_t first_tag, int64_t end_tag);
     std::vector<int64_t> cancel(int64_t first_tag, int64_t end_tag);
@@ -54,7 +56,7 @@ public:
     int64_t bytes_read() const { return bytes_; }
     int64_t reads() const { return reads_; }
     double busy_seconds() const { return static_cast<double>(busy_ns_) * 1e-9; }
-    int64_t soon_bytes() const { return soon_bytes_; }     // read by jobs that were speculative when they started
+    int64_t soon_bytes() const { return soon_bytes_; }     // read in parts, while speculative
     int64_t soon_busy_ns() const { return soon_busy_ns_; }
     int64_t disk_busy_ns();                                // time in which at least one read was under way
 
