@@ -47,10 +47,9 @@ class Measured:
 
 @dataclass
 class Ledger:
-    """What look-ahead did in one group of layers, in bytes: units read when needed, fetched ahead and used, and not."""
+    """Of one group of layers, in bytes: units read when needed, and fetched ahead and not used."""
 
     missed: float = 0.0
-    useful: float = 0.0
     wasted: float = 0.0
 
     def cost(self, price_of_waste: float) -> float:
@@ -202,7 +201,7 @@ class Controller:
 
     def _clear(self) -> None:
         for ledger in self.ledgers:
-            ledger.missed = ledger.useful = ledger.wasted = 0.0
+            ledger.missed = ledger.wasted = 0.0
 
     # ---- how far and how wide
 

@@ -212,18 +212,12 @@ class LookAheadPolicy:
             del self._guesses[unit]
             kept = unit in self.inner.cache
             if unit in used:
-                self._count(step.layer, useful=sizes[unit] if kept else 0)
+                self._wanted_bytes += sizes[unit] if kept else 0
                 continue
-            self._count(step.layer, wasted=sizes[unit])
+            if self.controller:
+                self.controller.ledgers[self.controller.group(step.layer)].wasted += sizes[unit]
             if kept:
                 self._stale.append(unit)
-
-    def _count(self, layer: int, useful: int = 0, wasted: int = 0) -> None:
-        self._wanted_bytes += useful
-        if self.controller:
-            ledger = self.controller.ledgers[self.controller.group(layer)]
-            ledger.useful += useful
-            ledger.wasted += wasted
 
     def _missed(self, layer: int, nbytes: int) -> None:
         self._wanted_bytes += nbytes
