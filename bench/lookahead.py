@@ -44,12 +44,12 @@ from moe_edge.runner.engine import Engine, EngineOptions
 from moe_edge.runner.plan import plan
 from moe_edge.runner.trace import record_trace
 from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES
-from moe_edge.schedulers.foresight import Predicted, Served
 from moe_edge.schedulers.layout import Ahead, Layout, Step, StepPlan
-from moe_edge.schedulers.lookahead import LookAheadPolicy
-from moe_edge.schedulers.options import LOOKAHEADS, PolicyOptions
-from moe_edge.schedulers.policy import Policy, make_policy
-from moe_edge.schedulers.trace import Trace
+from moe_edge.schedulers.lookahead.around import LookAheadPolicy
+from moe_edge.schedulers.lookahead.foresight import Predicted, Served
+from moe_edge.schedulers.policies.options import LOOKAHEADS, PolicyOptions
+from moe_edge.schedulers.policies.policy import Policy, make_policy
+from moe_edge.schedulers.replay.trace import Trace
 from worker import Decoder, die_with_parent
 
 N_CTX, N_UBATCH = 1024, 32

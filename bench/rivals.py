@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from moe_edge.models.calibration import Calibration
 from moe_edge.models.errors import UnknownName
-from moe_edge.schedulers.calibration import Calibration
-from moe_edge.schedulers.importance import gate_mass, most_important
 from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
-from moe_edge.schedulers.levels import HIGH, LevelPolicy
-from moe_edge.schedulers.policy import Policy
+from moe_edge.schedulers.policies.importance import gate_mass, most_important
+from moe_edge.schedulers.policies.levels import HIGH, LevelPolicy
+from moe_edge.schedulers.policies.policy import Policy
 
 
 @dataclass(frozen=True)

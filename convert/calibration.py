@@ -15,8 +15,8 @@ import numpy.typing as npt
 from moe_edge.convert.gguf import GGUFFile, read_gguf
 from moe_edge.convert.keyvalues import ARRAY, KeyValues
 from moe_edge.convert.write import F32, U32, kv_f32s, kv_string, kv_strings, kv_u32, kv_u32s, replace_kvs
+from moe_edge.models.calibration import Calibration, Setting
 from moe_edge.models.errors import BadFile, UsageError
-from moe_edge.schedulers.calibration import Calibration, Setting
 
 VERSION = 1
 PREFIX = "moe_edge.calibration."

@@ -27,7 +27,7 @@ from moe_edge.convert.write import GGUFOutput, check_space, kv_string, kv_u32
 from moe_edge.models.errors import MissingFile, UsageError
 
 if TYPE_CHECKING:
-    from moe_edge.schedulers.calibration import Calibration
+    from moe_edge.models.calibration import Calibration
 
 Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
 

@@ -43,7 +43,7 @@ from moe_edge.convert.write import (
 from moe_edge.models.errors import BadChecksum, BadFile, MissingFile, UsageError, WrongStore
 
 if TYPE_CHECKING:
-    from moe_edge.schedulers.calibration import Calibration
+    from moe_edge.models.calibration import Calibration
 
 STORE_KIND = "experts"
 ALIGNMENT = 4096

@@ -47,12 +47,12 @@ from moe_edge.convert.source import Source, open_source
 from moe_edge.convert.stacked import write_stacked
 from moe_edge.convert.store import HIGH, LOW, store_path
 from moe_edge.convert.stream import SourceFiles
+from moe_edge.models.calibration import Calibration, FloatArray
 from moe_edge.models.errors import UsageError
 from moe_edge.runner.convert import prove
 from moe_edge.runner.engine import EngineOptions
 from moe_edge.runner.observe import LayerView, Observed, observe
 from moe_edge.runner.settings import measure_settings
-from moe_edge.schedulers.calibration import Calibration, FloatArray
 
 DEFAULT_TYPES = ("IQ2_XXS", "Q2_K", "IQ3_XXS", "Q3_K", "Q4_K", "Q6_K")
 MOST_ROWS = 512  # of an expert's tokens, for its errors; more move them by a few per cent (docs/LOG.md)

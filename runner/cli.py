@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import click
 from moe_edge.models.errors import MoeEdgeError, UsageError
 from moe_edge.schedulers.budget import parse_bytes
-from moe_edge.schedulers.options import PolicyOptions
+from moe_edge.schedulers.policies.options import PolicyOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -429,7 +429,7 @@ def simulate(
         run_simulations,
     )
     from moe_edge.runner.trace import load_trace
-    from moe_edge.schedulers.simulate import Costs
+    from moe_edge.schedulers.replay.simulate import Costs
 
     if plot is not None:
         need_matplotlib()

@@ -25,12 +25,12 @@ from moe_edge.runner.memory import auto_budget_bytes, current_rss_bytes
 from moe_edge.runner.native import Counters, NativeModel, ThreadPool
 from moe_edge.runner.warm import Preloaded, WarmStart, usage_path
 from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES, FixedSizes, MemoryPlan, plan_memory
-from moe_edge.schedulers.controller import Measured
 from moe_edge.schedulers.layout import Layout
-from moe_edge.schedulers.lookahead import LookAheadPolicy
-from moe_edge.schedulers.options import PolicyOptions
-from moe_edge.schedulers.policy import Policy, make_policy
-from moe_edge.schedulers.settings import choose_setting, describe_options, describe_setting, resolve_options
+from moe_edge.schedulers.lookahead.around import LookAheadPolicy
+from moe_edge.schedulers.lookahead.controller import Measured
+from moe_edge.schedulers.policies.options import PolicyOptions
+from moe_edge.schedulers.policies.policy import Policy, make_policy
+from moe_edge.schedulers.policies.settings import choose_setting, describe_options, describe_setting, resolve_options
 
 # llama.cpp's vocabulary with its maps and merges, and ours of the header: measured at 151,936 tokens (docs/LOG.md).
 VOCAB_BYTES_PER_TOKEN = 400

@@ -27,7 +27,7 @@ from moe_edge.models.errors import DiskFull, EngineError, MissingFile, UsageErro
 from moe_edge.runner.engine import Engine, EngineOptions
 from moe_edge.runner.show import NO_LIMIT
 from moe_edge.schedulers.budget import MIB, format_bytes
-from moe_edge.schedulers.options import PolicyOptions
+from moe_edge.schedulers.policies.options import PolicyOptions
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]

@@ -16,9 +16,9 @@ from moe_edge.runner.engine import Engine
 from moe_edge.runner.memory import peak_rss_bytes
 from moe_edge.runner.native import Counters
 from moe_edge.schedulers.budget import format_bytes
-from moe_edge.schedulers.levels import PolicyStats
-from moe_edge.schedulers.lookahead import LookAheadPolicy
-from moe_edge.schedulers.policy import Policy
+from moe_edge.schedulers.lookahead.around import LookAheadPolicy
+from moe_edge.schedulers.policies.levels import PolicyStats
+from moe_edge.schedulers.policies.policy import Policy
 
 
 @dataclass(frozen=True)

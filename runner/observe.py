@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from moe_edge.models.calibration import FloatArray
 from moe_edge.runner.engine import Engine, EngineOptions
 from moe_edge.runner.evaluate import (
     IntArray,
@@ -26,7 +27,6 @@ from moe_edge.runner.evaluate import (
     read_text,
     tokenize_text,
 )
-from moe_edge.schedulers.calibration import FloatArray
 from moe_edge.schedulers.layout import Routing
 
 CHUNK = 512  # tokens

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from moe_edge.models.calibration import Calibration, Setting
 from moe_edge.runner.engine import Engine, EngineOptions
 from moe_edge.runner.evaluate import (
     ReferenceLogits,
@@ -17,10 +18,9 @@ from moe_edge.runner.evaluate import (
 )
 from moe_edge.runner.observe import spread_chunks
 from moe_edge.schedulers.budget import MIB
-from moe_edge.schedulers.calibration import Calibration, Setting
 from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
-from moe_edge.schedulers.options import PolicyOptions
-from moe_edge.schedulers.policy import Policy
+from moe_edge.schedulers.policies.options import PolicyOptions
+from moe_edge.schedulers.policies.policy import Policy
 
 CHUNK = 512
 RETENTIONS = {"low": (0.9, 0.75, 0.5, 0.25), "skip": (0.9, 0.75)}

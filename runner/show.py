@@ -14,12 +14,12 @@ import numpy as np
 from moe_edge.convert.ggml_types import type_name
 from moe_edge.convert.plan import level_of
 from moe_edge.convert.store import ExpertModel, open_model
+from moe_edge.models.calibration import Calibration, FloatArray
 from moe_edge.models.errors import UsageError
 from moe_edge.runner.engine import Engine, EngineOptions
 from moe_edge.schedulers.budget import format_bytes
-from moe_edge.schedulers.calibration import Calibration, FloatArray
-from moe_edge.schedulers.depth import calibrated, cosine
-from moe_edge.schedulers.hobbit import fit_thresholds
+from moe_edge.schedulers.policies.depth import calibrated, cosine
+from moe_edge.schedulers.policies.hobbit import fit_thresholds
 
 NO_LIMIT = 1 << 62
 SHOWN_RETENTION = 0.75

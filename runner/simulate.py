@@ -12,16 +12,16 @@ from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
+from moe_edge.models.calibration import Calibration
 from moe_edge.models.errors import BudgetTooSmall, UnknownName, UsageError
-from moe_edge.schedulers.belady import has_one_size, simulate_belady
 from moe_edge.schedulers.budget import MIB, arena_floor_bytes, format_arg, format_bytes, plan_memory
-from moe_edge.schedulers.cache import RULES, named_rule
-from moe_edge.schedulers.calibration import Calibration
-from moe_edge.schedulers.options import LOOKAHEADS, POLICY_NAMES, PolicyOptions
-from moe_edge.schedulers.policy import make_policy
-from moe_edge.schedulers.prediction import Quality, missed_uses, prediction_quality
-from moe_edge.schedulers.simulate import Costs, SimResult, simulate_policy
-from moe_edge.schedulers.trace import Trace
+from moe_edge.schedulers.eviction.cache import RULES, named_rule
+from moe_edge.schedulers.policies.options import LOOKAHEADS, POLICY_NAMES, PolicyOptions
+from moe_edge.schedulers.policies.policy import make_policy
+from moe_edge.schedulers.replay.belady import has_one_size, simulate_belady
+from moe_edge.schedulers.replay.prediction import Quality, missed_uses, prediction_quality
+from moe_edge.schedulers.replay.simulate import Costs, SimResult, simulate_policy
+from moe_edge.schedulers.replay.trace import Trace
 
 BELADY = "belady"
 SLACK = 0.15  # what the default cache rule may read above the best one without a note

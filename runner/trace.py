@@ -26,8 +26,8 @@ from moe_edge.runner.evaluate import bos_token, tokenize_text
 from moe_edge.runner.native import Counters
 from moe_edge.schedulers.budget import FixedSizes
 from moe_edge.schedulers.layout import Routing
-from moe_edge.schedulers.options import PolicyOptions
-from moe_edge.schedulers.trace import NO_EXPERT, TRACE_VERSION, Array, Recorded, Trace
+from moe_edge.schedulers.policies.options import PolicyOptions
+from moe_edge.schedulers.replay.trace import NO_EXPERT, TRACE_VERSION, Array, Recorded, Trace
 
 FloatArray = npt.NDArray[np.float32]
 Predict = Callable[[int, FloatArray], tuple[Array, Array]]

@@ -36,9 +36,9 @@ from moe_edge.convert.keyvalues import parse_records
 from moe_edge.convert.quantize import dequantize, quantize
 from moe_edge.convert.store import open_model
 from moe_edge.models.architectures import ARCHITECTURES
+from moe_edge.models.calibration import Calibration, Setting
 from moe_edge.models.errors import BadFile, MoeEdgeError, UnknownName, UsageError
-from moe_edge.schedulers import options
-from moe_edge.schedulers.calibration import Calibration, Setting
+from moe_edge.schedulers.policies import options
 
 FIELDS = ("counts", "mean_gate", "squares", "sensitivity", "error", "cumulated", "use_damage")
 LEVELS = b"calibration.levels\x09\0\0\0\x08\0\0\0\x02\0\0\0\0\0\0\0\x04\0\0\0\0\0\0\0"

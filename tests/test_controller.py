@@ -8,7 +8,9 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
-from moe_edge.schedulers.controller import (
+from moe_edge.schedulers.layout import Layout
+from moe_edge.schedulers.lookahead.around import LookAheadPolicy, with_lookahead
+from moe_edge.schedulers.lookahead.controller import (
     HOLD_TOKENS,
     LONGEST_HOLD_TOKENS,
     TRIAL_PAIRS,
@@ -18,11 +20,9 @@ from moe_edge.schedulers.controller import (
     Measured,
     _compare,
 )
-from moe_edge.schedulers.layout import Layout
-from moe_edge.schedulers.lookahead import LookAheadPolicy, with_lookahead
-from moe_edge.schedulers.policy import ExactLru
-from moe_edge.schedulers.simulate import Costs, SimResult, simulate
-from moe_edge.schedulers.trace import Trace
+from moe_edge.schedulers.policies.policy import ExactLru
+from moe_edge.schedulers.replay.simulate import Costs, SimResult, simulate
+from moe_edge.schedulers.replay.trace import Trace
 
 N_LAYERS, N_EXPERTS, N_USED, UNIT = 8, 16, 2, 1000
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from moe_edge.models.errors import EngineError
 from moe_edge.runner.engine import Engine
-from moe_edge.schedulers.controller import Controller
 from moe_edge.schedulers.layout import Layout, Prefetch, Step, StepPlan
-from moe_edge.schedulers.lookahead import LookAheadPolicy, with_lookahead
-from moe_edge.schedulers.policy import ExactLru
-from moe_edge.schedulers.simulate import SimArena
+from moe_edge.schedulers.lookahead.around import LookAheadPolicy, with_lookahead
+from moe_edge.schedulers.lookahead.controller import Controller
+from moe_edge.schedulers.policies.policy import ExactLru
+from moe_edge.schedulers.replay.simulate import SimArena
 from random_models import ARCHITECTURES, Shape, write_random_model
 from reference import stock_logits
 from test_lookahead import TOKENS, check_prefetch_counts, logits, small, use

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import pytest
 from moe_edge.models.errors import BudgetTooSmall, UnknownName
-from moe_edge.schedulers.cache import RULES, ExpertCache, make_rule
-from moe_edge.schedulers.eviction import Decayed, Hobbit, LruAdmit, NextUse, distances, fitting_half_life
+from moe_edge.schedulers.eviction.cache import RULES, ExpertCache, make_rule
+from moe_edge.schedulers.eviction.learned import Learned, learned_half_life
+from moe_edge.schedulers.eviction.rules import Decayed, Hobbit, LruAdmit, NextUse, distances, fitting_half_life
+from moe_edge.schedulers.eviction.usage import HALF_LIFE_TOKENS, DecayedUses, Usage, preload_order
 from moe_edge.schedulers.layout import Layout, Step
-from moe_edge.schedulers.learned import Learned, learned_half_life
-from moe_edge.schedulers.usage import HALF_LIFE_TOKENS, DecayedUses, Usage, preload_order
 
 ONE = Layout((8,), 1, (10,) * 8)  # one layer, 8 experts of 10 bytes: expert e is unit e
 TWO = Layout((4, 4), 1, (10,) * 8)  # two layers: expert e of layer l is unit 4 l + e

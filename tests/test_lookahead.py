@@ -22,13 +22,13 @@ from moe_edge.runner.engine import Engine, EngineOptions
 from moe_edge.runner.generate import Generation, LookAheadState, Sampling, generate
 from moe_edge.runner.native import Counters
 from moe_edge.runner.trace import record_trace
-from moe_edge.schedulers.controller import Controller, Setting
-from moe_edge.schedulers.foresight import Predicted, make_rule
 from moe_edge.schedulers.layout import Ahead, ExpertKey, Layout, Prefetch, Step, StepPlan
-from moe_edge.schedulers.lookahead import LookAheadPolicy, with_lookahead
-from moe_edge.schedulers.options import PolicyOptions
-from moe_edge.schedulers.policy import ExactLru, Policy
-from moe_edge.schedulers.simulate import SimArena, simulate
+from moe_edge.schedulers.lookahead.around import LookAheadPolicy, with_lookahead
+from moe_edge.schedulers.lookahead.controller import Controller, Setting
+from moe_edge.schedulers.lookahead.foresight import Predicted, make_rule
+from moe_edge.schedulers.policies.options import PolicyOptions
+from moe_edge.schedulers.policies.policy import ExactLru, Policy
+from moe_edge.schedulers.replay.simulate import SimArena, simulate
 from random_models import Shape, write_random_model
 from reference import logits_of_context, stock_logits
 

@@ -23,8 +23,8 @@ from moe_edge.convert.store import open_model
 from moe_edge.models.errors import EngineError
 from moe_edge.runner.engine import Engine
 from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
-from moe_edge.schedulers.levels import HIGH, LOW, LevelPolicy
-from moe_edge.schedulers.options import PolicyOptions
+from moe_edge.schedulers.policies.levels import HIGH, LOW, LevelPolicy
+from moe_edge.schedulers.policies.options import PolicyOptions
 from random_models import Shape, write_random_model
 from reference import logits_of_context, stock_logits, stock_model
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from moe_edge.convert.convert import convert
+from moe_edge.models.calibration import Calibration
 from moe_edge.models.embedded import tiny_model_path
 from moe_edge.models.errors import CutFile, MissingFile, NotMoE, UsageError
 from moe_edge.runner import plan as plan_module
@@ -19,10 +20,9 @@ from moe_edge.runner.engine import Engine, EngineOptions
 from moe_edge.runner.memory import AutoBudget
 from moe_edge.runner.plan import dense_bytes_used, plan
 from moe_edge.runner.show import describe
-from moe_edge.schedulers.calibration import Calibration
 from moe_edge.schedulers.estimate import MachineSpeeds
 from moe_edge.schedulers.layout import Layout
-from moe_edge.schedulers.trace import Trace
+from moe_edge.schedulers.replay.trace import Trace
 from random_models import Shape, write_random_model
 
 MIB, GIB = 1 << 20, 1 << 30

@@ -8,17 +8,17 @@ from math import ceil, cos, pi
 
 import numpy as np
 import pytest
+from moe_edge.models.calibration import Calibration, FloatArray, Setting
 from moe_edge.models.errors import UnknownName, UsageError
-from moe_edge.schedulers.calibration import Calibration, FloatArray, Setting
-from moe_edge.schedulers.depth import at_least_one, calibrated, cosine, depth_schedule
-from moe_edge.schedulers.dymoe import DyMoE
-from moe_edge.schedulers.hobbit import Hobbit, fit_thresholds
-from moe_edge.schedulers.importance import expected_damage, gate_mass, heavy_hitters, most_important
 from moe_edge.schedulers.layout import SKIP, Layout, Routing, Step
-from moe_edge.schedulers.levels import HIGH, LOW, PolicyStats
-from moe_edge.schedulers.options import PolicyOptions
-from moe_edge.schedulers.policy import ExactLru, Policy, make_policy
-from moe_edge.schedulers.settings import choose_setting, describe_setting, resolve_options
+from moe_edge.schedulers.policies.depth import at_least_one, calibrated, cosine, depth_schedule
+from moe_edge.schedulers.policies.dymoe import DyMoE
+from moe_edge.schedulers.policies.hobbit import Hobbit, fit_thresholds
+from moe_edge.schedulers.policies.importance import expected_damage, gate_mass, heavy_hitters, most_important
+from moe_edge.schedulers.policies.levels import HIGH, LOW, PolicyStats
+from moe_edge.schedulers.policies.options import PolicyOptions
+from moe_edge.schedulers.policies.policy import ExactLru, Policy, make_policy
+from moe_edge.schedulers.policies.settings import choose_setting, describe_setting, resolve_options
 
 
 def layout(n_layers: int = 1, n_experts: int = 4, n_levels: int = 2) -> Layout:

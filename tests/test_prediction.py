@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from moe_edge.schedulers.cache import RULES
-from moe_edge.schedulers.options import PolicyOptions
-from moe_edge.schedulers.prediction import missed_uses, prediction_quality, prediction_widths
-from moe_edge.schedulers.simulate import simulate_policy
-from moe_edge.schedulers.trace import NO_EXPERT, Trace
+from moe_edge.schedulers.eviction.cache import RULES
+from moe_edge.schedulers.policies.options import PolicyOptions
+from moe_edge.schedulers.replay.prediction import missed_uses, prediction_quality, prediction_widths
+from moe_edge.schedulers.replay.simulate import simulate_policy
+from moe_edge.schedulers.replay.trace import NO_EXPERT, Trace
 from test_trace import decode_trace, prefill_trace
 
 

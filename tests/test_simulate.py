@@ -28,13 +28,13 @@ from moe_edge.runner.simulate import (
     run_simulations,
 )
 from moe_edge.runner.trace import record_trace
-from moe_edge.schedulers.belady import has_one_size, simulate_belady
 from moe_edge.schedulers.budget import FixedSizes
-from moe_edge.schedulers.cache import RULES
+from moe_edge.schedulers.eviction.cache import RULES
 from moe_edge.schedulers.layout import SKIP, ExpertKey, Layout, Step, StepPlan
-from moe_edge.schedulers.options import LOOKAHEADS, POLICY_NAMES, PolicyOptions
-from moe_edge.schedulers.simulate import Costs, Planner, SimResult, simulate, simulate_policy
-from moe_edge.schedulers.trace import Trace
+from moe_edge.schedulers.policies.options import LOOKAHEADS, POLICY_NAMES, PolicyOptions
+from moe_edge.schedulers.replay.belady import has_one_size, simulate_belady
+from moe_edge.schedulers.replay.simulate import Costs, Planner, SimResult, simulate, simulate_policy
+from moe_edge.schedulers.replay.trace import Trace
 from test_prediction import ahead_trace
 from test_trace import decode_trace, prefill_trace
 

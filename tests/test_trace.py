@@ -18,7 +18,7 @@ from moe_edge.models.embedded import tiny_model_path
 from moe_edge.models.errors import BadFile, CutFile, DiskFull, MissingFile, UsageError
 from moe_edge.runner.trace import load_trace, record_trace, save_trace
 from moe_edge.schedulers.budget import FixedSizes
-from moe_edge.schedulers.trace import NO_EXPERT, Recorded, Trace
+from moe_edge.schedulers.replay.trace import NO_EXPERT, Recorded, Trace
 
 TEXT = b"In the beginning God created the heaven and the earth. And the earth was without form, and void; and darkness"
 
@@ -108,7 +108,7 @@ def test_steps_are_the_same_however_many_are_turned_into_lists_at_a_time(monkeyp
     rng = np.random.default_rng(0)
     trace = decode_trace(np.argsort(rng.random((50, 3, 6)), -1)[..., :2].tolist(), [6, 6, 6])
     at_once = list(trace.steps())
-    monkeypatch.setattr("moe_edge.schedulers.trace._BLOCK_VALUES", 7 * 6)
+    monkeypatch.setattr("moe_edge.schedulers.replay.trace._BLOCK_VALUES", 7 * 6)
     assert list(trace.steps()) == at_once and len(at_once) == 150
 
 

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from moe_edge.schedulers.policy import ExactLru
-from moe_edge.schedulers.trace import Trace
+from moe_edge.schedulers.policies.policy import ExactLru
+from moe_edge.schedulers.replay.trace import Trace
 
 Bools: TypeAlias = npt.NDArray[np.bool_]
 

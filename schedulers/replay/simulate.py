@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from math import inf
 from typing import Protocol
 
+from moe_edge.models.calibration import Calibration
 from moe_edge.models.errors import EngineError
-from moe_edge.schedulers.calibration import Calibration
-from moe_edge.schedulers.controller import Measured
 from moe_edge.schedulers.layout import SKIP, Layout, Prefetch, Step, StepPlan
-from moe_edge.schedulers.options import PolicyOptions
-from moe_edge.schedulers.policy import make_policy
-from moe_edge.schedulers.trace import Array, Trace
+from moe_edge.schedulers.lookahead.controller import Measured
+from moe_edge.schedulers.policies.options import PolicyOptions
+from moe_edge.schedulers.policies.policy import make_policy
+from moe_edge.schedulers.replay.trace import Array, Trace
 
 PIECES = 3  # that a unit is read in
 MEMORY_BYTES_PER_SECOND = 10e9  # a decode step's experts are bound by memory; two channels of DDR4 give 20 to 30

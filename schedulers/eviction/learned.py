@@ -13,9 +13,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from moe_edge.schedulers.eviction import NextUse, Units, distances
+from moe_edge.schedulers.eviction.rules import NextUse, Units, distances
+from moe_edge.schedulers.eviction.usage import DecayedUses, Usage
 from moe_edge.schedulers.layout import Layout, Step
-from moe_edge.schedulers.usage import DecayedUses, Usage
 
 Floats: TypeAlias = npt.NDArray[Any]  # float64; the table is float32
 

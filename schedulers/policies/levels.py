@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 
-from moe_edge.schedulers.cache import ExpertCache
-from moe_edge.schedulers.calibration import Calibration
+from moe_edge.models.calibration import Calibration
+from moe_edge.schedulers.eviction.cache import ExpertCache
+from moe_edge.schedulers.eviction.usage import Usage
 from moe_edge.schedulers.layout import SKIP, Layout, Prefetch, Step, StepPlan
-from moe_edge.schedulers.usage import Usage
 
 HIGH, LOW = 0, 1
 

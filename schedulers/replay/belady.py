@@ -21,8 +21,8 @@ from heapq import heapify, heappop, heappush
 import numpy as np
 from moe_edge.models.errors import BudgetTooSmall
 from moe_edge.schedulers.layout import Layout, Prefetch, Step, StepPlan
-from moe_edge.schedulers.simulate import Costs, SimResult, simulate
-from moe_edge.schedulers.trace import Ints, Trace
+from moe_edge.schedulers.replay.simulate import Costs, SimResult, simulate
+from moe_edge.schedulers.replay.trace import Ints, Trace
 
 
 def simulate_belady(

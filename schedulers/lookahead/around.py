@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
-from moe_edge.schedulers.cache import ExpertCache
-from moe_edge.schedulers.controller import Controller, Measured
-from moe_edge.schedulers.foresight import MOST_DEPTH, Predicted, Rule, make_rule
+from moe_edge.schedulers.eviction.cache import ExpertCache
 from moe_edge.schedulers.layout import SKIP, Ahead, Layout, Prefetch, Step, StepPlan
-from moe_edge.schedulers.levels import LOW, PolicyStats
+from moe_edge.schedulers.lookahead.controller import Controller, Measured
+from moe_edge.schedulers.lookahead.foresight import MOST_DEPTH, Predicted, Rule, make_rule
+from moe_edge.schedulers.policies.levels import LOW, PolicyStats
 
 MOST_TOKENS = 4  # of a step that is looked ahead from (native/router.h)
 ARENA_SHARE = 0.25  # of the arena that guesses may hold

@@ -19,8 +19,8 @@ from math import inf
 from operator import add
 from typing import Protocol
 
+from moe_edge.schedulers.eviction.usage import DecayedUses, Usage
 from moe_edge.schedulers.layout import Layout, Step
-from moe_edge.schedulers.usage import DecayedUses, Usage
 
 Units = OrderedDict[int, int]  # unit in memory -> its bytes, the one used longest ago first
 

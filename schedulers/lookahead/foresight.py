@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 from moe_edge.models.errors import UnknownName
 from moe_edge.schedulers.layout import Ahead
-from moe_edge.schedulers.options import LOOKAHEADS
+from moe_edge.schedulers.policies.options import LOOKAHEADS
 
 MOST_DEPTH = 3
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from moe_edge.schedulers.calibration import Calibration
-from moe_edge.schedulers.depth import at_least_one, depth_schedule
-from moe_edge.schedulers.importance import expected_damage, gate_mass, heavy_hitters, most_important
+from moe_edge.models.calibration import Calibration
 from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
-from moe_edge.schedulers.levels import HIGH, LOW, LevelPolicy
-from moe_edge.schedulers.options import PolicyOptions
+from moe_edge.schedulers.policies.depth import at_least_one, depth_schedule
+from moe_edge.schedulers.policies.importance import expected_damage, gate_mass, heavy_hitters, most_important
+from moe_edge.schedulers.policies.levels import HIGH, LOW, LevelPolicy
+from moe_edge.schedulers.policies.options import PolicyOptions
 
 GOLDEN = 0.618034
 

@@ -8,11 +8,11 @@ rule of PAPERS.md, section 5: lower what has the least damage for each byte save
 
 from __future__ import annotations
 
+from moe_edge.models.calibration import Calibration
 from moe_edge.models.errors import UsageError
-from moe_edge.schedulers.calibration import Calibration
 from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
-from moe_edge.schedulers.levels import HIGH, LOW, LevelPolicy
-from moe_edge.schedulers.options import PolicyOptions
+from moe_edge.schedulers.policies.levels import HIGH, LOW, LevelPolicy
+from moe_edge.schedulers.policies.options import PolicyOptions
 
 MIB = 1 << 20
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from moe_edge.schedulers.calibration import Calibration
+from moe_edge.models.calibration import Calibration
 
 _PERCENT = np.linspace(0.0, 1.0, 101)
 

@@ -9,10 +9,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 from moe_edge.models.errors import BudgetTooSmall, UnknownName
-from moe_edge.schedulers.eviction import Decayed, EvictionRule, Hobbit, Lru, LruAdmit, NextUse
+from moe_edge.schedulers.eviction.learned import LARGEST_TABLE_BYTES, Learned, table_bytes
+from moe_edge.schedulers.eviction.rules import Decayed, EvictionRule, Hobbit, Lru, LruAdmit, NextUse
+from moe_edge.schedulers.eviction.usage import Usage
 from moe_edge.schedulers.layout import Layout, Step
-from moe_edge.schedulers.learned import LARGEST_TABLE_BYTES, Learned, table_bytes
-from moe_edge.schedulers.usage import Usage
 
 RULES = ("auto", "learned", "next-use", "decayed", "lru", "lru-admit", "hobbit")
 

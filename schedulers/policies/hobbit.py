@@ -5,11 +5,11 @@ Source: HOBBIT, PAPERS.md, section 2. Its prefetch and its eviction score are no
 
 from __future__ import annotations
 
-from moe_edge.schedulers.calibration import Calibration
-from moe_edge.schedulers.importance import gate_mass, most_important
+from moe_edge.models.calibration import Calibration
 from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
-from moe_edge.schedulers.levels import HIGH, LOW, LevelPolicy
-from moe_edge.schedulers.options import PolicyOptions
+from moe_edge.schedulers.policies.importance import gate_mass, most_important
+from moe_edge.schedulers.policies.levels import HIGH, LOW, LevelPolicy
+from moe_edge.schedulers.policies.options import PolicyOptions
 
 PAPER_T1, PAPER_T2 = 0.6, 0.9  # fitted to Mixtral, where they make 67 % of uses high, 30 % low, 3 % skipped
 FITTED_HIGH_PERCENT, FITTED_NOT_SKIPPED_PERCENT = 67, 97
