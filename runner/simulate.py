@@ -15,7 +15,7 @@ from typing import Any
 from moe_edge.models.calibration import Calibration
 from moe_edge.models.errors import BudgetTooSmall, UnknownName, UsageError
 from moe_edge.schedulers.budget import MIB, arena_floor_bytes, format_arg, format_bytes, plan_memory
-from moe_edge.schedulers.eviction.cache import RULES, named_rule
+from moe_edge.schedulers.eviction import RULES, named_rule
 from moe_edge.schedulers.policies.options import LOOKAHEADS, POLICY_NAMES, PolicyOptions
 from moe_edge.schedulers.policies.policy import make_policy
 from moe_edge.schedulers.replay.belady import has_one_size, simulate_belady

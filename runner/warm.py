@@ -23,8 +23,8 @@ import numpy as np
 from moe_edge.convert.skeleton import cache_folder
 from moe_edge.runner.native import Counters
 from moe_edge.schedulers.budget import MIB, format_bytes
-from moe_edge.schedulers.eviction.usage import Usage, preload_order
 from moe_edge.schedulers.layout import Layout
+from moe_edge.schedulers.usage import Usage, preload_order
 
 USAGE_VERSION = 1
 BATCH_BYTES = 64 * MIB  # of one call to the library; Ctrl-C is heard between two

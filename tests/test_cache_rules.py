@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 from moe_edge.models.errors import BudgetTooSmall
 from moe_edge.schedulers.budget import arena_floor_bytes
-from moe_edge.schedulers.eviction.cache import ExpertCache
+from moe_edge.schedulers.cache import ExpertCache
 from moe_edge.schedulers.layout import SKIP, ExpertKey, Layout, Step, StepPlan
 from moe_edge.schedulers.policies.levels import HIGH, LOW, LevelPolicy
 from moe_edge.schedulers.policies.options import PolicyOptions

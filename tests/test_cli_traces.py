@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from moe_edge.runner.trace import load_trace
-from moe_edge.schedulers.eviction.cache import RULES
+from moe_edge.schedulers.eviction import RULES
 from test_cli import fails, run
 
 TEXT = "In the beginning God created the heaven and the earth. And the earth was without form, and void. "

@@ -7,11 +7,16 @@ from collections.abc import Sequence
 
 import pytest
 from moe_edge.models.errors import BudgetTooSmall, UnknownName
-from moe_edge.schedulers.eviction.cache import RULES, ExpertCache, make_rule
+from moe_edge.schedulers.cache import ExpertCache
+from moe_edge.schedulers.eviction import RULES, make_rule
+from moe_edge.schedulers.eviction.decayed import Decayed
+from moe_edge.schedulers.eviction.hobbit_score import HobbitScore
 from moe_edge.schedulers.eviction.learned import Learned, learned_half_life
-from moe_edge.schedulers.eviction.rules import Decayed, Hobbit, LruAdmit, NextUse, distances, fitting_half_life
-from moe_edge.schedulers.eviction.usage import HALF_LIFE_TOKENS, DecayedUses, Usage, preload_order
+from moe_edge.schedulers.eviction.lru_admit import LruAdmit
+from moe_edge.schedulers.eviction.next_use import NextUse, fitting_half_life
+from moe_edge.schedulers.eviction.ranked import distances
 from moe_edge.schedulers.layout import Layout, Step
+from moe_edge.schedulers.usage import HALF_LIFE_TOKENS, DecayedUses, Usage, preload_order
 
 ONE = Layout((8,), 1, (10,) * 8)  # one layer, 8 experts of 10 bytes: expert e is unit e
 TWO = Layout((4, 4), 1, (10,) * 8)  # two layers: expert e of layer l is unit 4 l + e
@@ -405,21 +410,21 @@ def test_a_refused_expert_is_the_first_victim_until_it_is_used_again() -> None:
 
 def test_hobbits_terms_one_by_one() -> None:
     tokens = [0], [0], [0], [1], [2]
-    assert run(ExpertCache(ONE, 20, Hobbit(ONE, (1, 0, 0, 0))), *tokens) == [0]  # R
-    assert run(ExpertCache(ONE, 20, Hobbit(ONE, (0, 1, 0, 0))), *tokens) == [1]  # F
+    assert run(ExpertCache(ONE, 20, HobbitScore(ONE, (1, 0, 0, 0))), *tokens) == [0]  # R
+    assert run(ExpertCache(ONE, 20, HobbitScore(ONE, (0, 1, 0, 0))), *tokens) == [1]  # F
     # 3/5 w1 + 3/5 w2 against 4/5 w1 + 1/5 w2
-    assert run(ExpertCache(ONE, 20, Hobbit(ONE, (0.6, 0.4, 0, 0))), *tokens) == [1]
-    assert run(ExpertCache(ONE, 20, Hobbit(ONE, (0.7, 0.3, 0, 0))), *tokens) == [0]
+    assert run(ExpertCache(ONE, 20, HobbitScore(ONE, (0.6, 0.4, 0, 0))), *tokens) == [1]
+    assert run(ExpertCache(ONE, 20, HobbitScore(ONE, (0.7, 0.3, 0, 0))), *tokens) == [0]
     # the layer just passed is the last to come again: at layer 0 of three it is layer 2
     layout = Layout((4,) * 3, 1, (10,) * 12)
-    cache = ExpertCache(layout, 30, Hobbit(layout, (0, 0, 0, 1)))
+    cache = ExpertCache(layout, 30, HobbitScore(layout, (0, 0, 0, 1)))
     cache.reset([0, 4, 8])
     assert serve(cache, layout, step(0, [1])) == [(1, [8])]
 
 
 def test_hobbit_counts_high_uses_apart() -> None:
     layout = Layout((4,), 2, (10, 10) * 4)
-    cache = ExpertCache(layout, 20, Hobbit(layout, (0, 0, 1, 0)))
+    cache = ExpertCache(layout, 20, HobbitScore(layout, (0, 0, 1, 0)))
     for _ in range(3):
         serve(cache, layout, step(0, [0]), level=1)
     serve(cache, layout, step(0, [1]), level=0)
@@ -427,7 +432,7 @@ def test_hobbit_counts_high_uses_apart() -> None:
 
 
 def test_hobbit_counts_a_conversation_at_a_time() -> None:
-    cache = ExpertCache(ONE, 20, Hobbit(ONE, (0, 1, 0, 0)))
+    cache = ExpertCache(ONE, 20, HobbitScore(ONE, (0, 1, 0, 0)))
     run(cache, [0], [0], [0], [1])
     cache.new_conversation()
     assert run(cache, [1], [2]) == [0]

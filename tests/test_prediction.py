@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-from moe_edge.schedulers.eviction.cache import RULES
+from moe_edge.schedulers.eviction import RULES
 from moe_edge.schedulers.policies.options import PolicyOptions
 from moe_edge.schedulers.replay.prediction import missed_uses, prediction_quality, prediction_widths
 from moe_edge.schedulers.replay.simulate import simulate_policy

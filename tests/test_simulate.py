@@ -29,7 +29,7 @@ from moe_edge.runner.simulate import (
 )
 from moe_edge.runner.trace import record_trace
 from moe_edge.schedulers.budget import FixedSizes
-from moe_edge.schedulers.eviction.cache import RULES
+from moe_edge.schedulers.eviction import RULES
 from moe_edge.schedulers.layout import SKIP, ExpertKey, Layout, Step, StepPlan
 from moe_edge.schedulers.policies.options import LOOKAHEADS, POLICY_NAMES, PolicyOptions
 from moe_edge.schedulers.replay.belady import has_one_size, simulate_belady

@@ -13,9 +13,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from moe_edge.schedulers.eviction.rules import NextUse, Units, distances
-from moe_edge.schedulers.eviction.usage import DecayedUses, Usage
+from moe_edge.schedulers.eviction.next_use import NextUse
+from moe_edge.schedulers.eviction.ranked import distances
+from moe_edge.schedulers.eviction.rule import RuleEntry, Units
 from moe_edge.schedulers.layout import Layout, Step
+from moe_edge.schedulers.usage import DecayedUses, Usage
 
 Floats: TypeAlias = npt.NDArray[Any]  # float64; the table is float32
 
@@ -212,3 +214,8 @@ class Learned:
             chance = chance * self.first_layer_weight
         self._chance[layer] = self._of_units(chance)
         self._set_least(layer, float(np.minimum.reduce(self._chance[layer] + self._absent[layer])))
+
+
+RULE = RuleEntry(
+    "learned", 10, "as next-use, with chances that learn which experts follow which", Learned
+)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
-from moe_edge.schedulers.eviction.cache import ExpertCache
+from moe_edge.schedulers.cache import ExpertCache
 from moe_edge.schedulers.layout import SKIP, Ahead, Layout, Prefetch, Step, StepPlan
 from moe_edge.schedulers.lookahead.controller import Controller, Measured
 from moe_edge.schedulers.lookahead.foresight import MOST_DEPTH, Predicted, Rule, make_rule

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 
 from moe_edge.models.calibration import Calibration
-from moe_edge.schedulers.eviction.cache import ExpertCache
-from moe_edge.schedulers.eviction.usage import Usage
+from moe_edge.schedulers.cache import ExpertCache
 from moe_edge.schedulers.layout import SKIP, Layout, Prefetch, Step, StepPlan
+from moe_edge.schedulers.usage import Usage
 
 HIGH, LOW = 0, 1
 
@@ -74,7 +74,7 @@ class LevelPolicy:
             self._skip_damage = calibration.unit_damage(SKIP).tolist()
 
     def use_cache(self, rule: str, usage: Usage | None = None, count: Usage | None = None) -> None:
-        """Evict by another rule of schedulers.cache.RULES than LRU; before the first step.
+        """Evict by another rule of schedulers.eviction.RULES than LRU; before the first step.
 
         usage, count: see ExpertCache.
         """

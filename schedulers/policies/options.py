@@ -22,8 +22,8 @@ class PolicyOptions:
     gate weights up to the old sum. reuse: a resident high level serves a low wish (DyMoE's conservative reuse).
     t1, t2: hobbit's thresholds on the cumulated gate weight; None: fitted from the calibration.
     price: damage, nats of expected KLD that a MiB read must save.
-    cache: which expert goes when another needs its place, a name of schedulers.cache.RULES. lookahead: how experts of
-    the next layers are predicted and read early.
+    cache: which expert goes when another needs its place, a name of schedulers.eviction.RULES. lookahead: how experts
+    of the next layers are predicted and read early.
     max_kld: choose the setting by this bound (nats per token, against exact) from the calibrated table.
     """
 

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from moe_edge.models.calibration import Calibration
-from moe_edge.schedulers.eviction.usage import Usage
 from moe_edge.schedulers.layout import Layout, Prefetch, Step, StepPlan
 from moe_edge.schedulers.lookahead.around import with_lookahead
 from moe_edge.schedulers.policies.damage import DamagePolicy
@@ -18,6 +17,7 @@ from moe_edge.schedulers.policies.hobbit import Hobbit
 from moe_edge.schedulers.policies.levels import HIGH, LevelPolicy, PolicyStats
 from moe_edge.schedulers.policies.options import PolicyOptions
 from moe_edge.schedulers.policies.settings import check_options, resolve_options
+from moe_edge.schedulers.usage import Usage
 
 
 class Policy(Protocol):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from moe_edge.models.calibration import Calibration, Setting
 from moe_edge.models.errors import UnknownName, UsageError
-from moe_edge.schedulers.eviction.cache import RULES
+from moe_edge.schedulers.eviction import RULES
 from moe_edge.schedulers.layout import Layout
 from moe_edge.schedulers.policies.hobbit import fit_thresholds
 from moe_edge.schedulers.policies.options import (

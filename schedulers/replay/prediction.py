@@ -74,7 +74,7 @@ def _quality(trace: Trace, distance: int, width: int, misses: Sequence[Bools]) -
 def missed_uses(trace: Trace, cache: str, arena_bytes: int) -> Bools:
     """[T, L, k]: the uses of `experts` that are not in memory when their step begins, in steps of one token.
 
-    Under the exact policy without look-ahead, from an empty arena; cache: a name of schedulers.cache.RULES.
+    Under the exact policy without look-ahead, from an empty arena; cache: a name of schedulers.eviction.RULES.
     Raises BudgetTooSmall.
     """
     layout = trace.layout()

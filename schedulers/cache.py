@@ -1,6 +1,6 @@
 """Which units are in the expert arena, and which goes next. Counts bytes; knows nothing of wishes or levels.
 
-The order of eviction is a rule's (eviction.py, learned.py); what is in use or protected goes last under every rule.
+The order of eviction is a rule's (rule.py); what is in use or protected goes last under every rule.
 """
 
 from __future__ import annotations
@@ -8,42 +8,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
-from moe_edge.models.errors import BudgetTooSmall, UnknownName
-from moe_edge.schedulers.eviction.learned import LARGEST_TABLE_BYTES, Learned, table_bytes
-from moe_edge.schedulers.eviction.rules import Decayed, EvictionRule, Hobbit, Lru, LruAdmit, NextUse
-from moe_edge.schedulers.eviction.usage import Usage
+from moe_edge.models.errors import BudgetTooSmall
+from moe_edge.schedulers.eviction import make_rule
+from moe_edge.schedulers.eviction.rule import EvictionRule
 from moe_edge.schedulers.layout import Layout, Step
-
-RULES = ("auto", "learned", "next-use", "decayed", "lru", "lru-admit", "hobbit")
-
-
-def named_rule(name: str, layout: Layout) -> str:
-    """The name itself; for auto the rule it stands for: learned, next-use where learned's table would be large."""
-    if name != "auto":
-        return name
-    return "learned" if table_bytes(layout) <= LARGEST_TABLE_BYTES else "next-use"
-
-
-def make_rule(name: str, layout: Layout, arena_bytes: int, usage: Usage | None = None) -> EvictionRule:
-    """The rule of this name.
-
-    usage: what earlier runs used, where the scores of learned, next-use and decayed start; the other rules, which rank
-    by recency or by the conversation, take no notice. Raises UnknownName.
-    """
-    name = named_rule(name, layout)
-    if name == "learned":
-        return Learned(layout, arena_bytes, usage)
-    if name == "next-use":
-        return NextUse(layout, arena_bytes, usage)
-    if name == "decayed":
-        return Decayed(layout, usage=usage)
-    if name == "hobbit":
-        return Hobbit(layout)
-    if name == "lru-admit":
-        return LruAdmit(layout)
-    if name == "lru":
-        return Lru()
-    raise UnknownName(f"unknown eviction rule '{name}'; known: {', '.join(RULES)}")
+from moe_edge.schedulers.usage import Usage
 
 
 class ExpertCache:
