@@ -46,9 +46,10 @@ from moe_edge.runner.trace import record_trace
 from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES
 from moe_edge.schedulers.layout import Ahead, Layout, Step, StepPlan
 from moe_edge.schedulers.lookahead.around import LookAheadPolicy
-from moe_edge.schedulers.lookahead.foresight import Predicted, Served
-from moe_edge.schedulers.policies.options import LOOKAHEADS, PolicyOptions
-from moe_edge.schedulers.policies.policy import Policy, make_policy
+from moe_edge.schedulers.lookahead.rules import LOOKAHEADS
+from moe_edge.schedulers.lookahead.rules.rule import Predicted, Served
+from moe_edge.schedulers.options import PolicyOptions
+from moe_edge.schedulers.policy import Policy, make_policy
 from moe_edge.schedulers.replay.trace import Trace
 from worker import Decoder, die_with_parent
 

@@ -55,7 +55,7 @@ from moe_edge.runner.evaluate import (
 from moe_edge.runner.observe import spread_chunks
 from moe_edge.runner.show import NO_LIMIT
 from moe_edge.schedulers.budget import format_bytes
-from moe_edge.schedulers.policies.options import PolicyOptions
+from moe_edge.schedulers.options import PolicyOptions
 from rivals import Rival, make_rival
 
 PARTS = ("static", "dynamic", "ablation")

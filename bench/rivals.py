@@ -15,7 +15,7 @@ from moe_edge.models.errors import UnknownName
 from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
 from moe_edge.schedulers.policies.importance import gate_mass, most_important
 from moe_edge.schedulers.policies.levels import HIGH, LevelPolicy
-from moe_edge.schedulers.policies.policy import Policy
+from moe_edge.schedulers.policy import Policy
 
 
 @dataclass(frozen=True)

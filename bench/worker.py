@@ -210,7 +210,7 @@ def _stock(job: Job) -> Opened:
 @contextmanager
 def _moe_edge(job: Job) -> Opened:
     from moe_edge.runner.engine import Engine, EngineOptions
-    from moe_edge.schedulers.policies.options import PolicyOptions
+    from moe_edge.schedulers.options import PolicyOptions
 
     options = EngineOptions(
         ram_bytes=job.ram_bytes, n_ctx=job.n_ctx, n_ubatch=job.n_ubatch, n_threads=job.n_threads, flash_attn=False,

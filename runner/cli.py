@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,10 @@ from typing import Any, TypeVar
 import click
 from moe_edge.models.errors import MoeEdgeError, UsageError
 from moe_edge.schedulers.budget import parse_bytes
-from moe_edge.schedulers.policies.options import PolicyOptions
+from moe_edge.schedulers.eviction import ENTRIES as RULE_ENTRIES
+from moe_edge.schedulers.lookahead.rules import ENTRIES as LOOKAHEAD_ENTRIES
+from moe_edge.schedulers.options import Knob, PolicyOptions
+from moe_edge.schedulers.policies import KNOBS, POLICIES, who_listens
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -60,6 +63,20 @@ def read_stdin() -> str:
     return sys.stdin.buffer.read().decode(errors="surrogateescape")
 
 
+def _words(entries: Mapping[str, Any]) -> str:
+    """`lru: the one used longest ago; ...` of a registry, for a help text."""
+    return "; ".join(f"{name}: {entry.words}" for name, entry in entries.items()) + "."
+
+
+def _knob_option(knob: Knob) -> Callable[[F], F]:
+    """The option of a policy's knob. It gives None when it is not named, so that what was asked for is known."""
+    words = f"{', '.join(who_listens(knob))}: {knob.words}."
+    if isinstance(knob.default, bool):
+        return click.option(knob.option, knob.name, is_flag=True, default=None, help=words)
+    default = "" if knob.default is None else f"  [default: {knob.default}]"
+    return click.option(knob.option, knob.name, type=str if knob.choices else float, help=words + default)
+
+
 def model_options(f: F) -> F:
     for option in reversed(
         [
@@ -74,26 +91,12 @@ def model_options(f: F) -> F:
             click.option("--flash-attn/--no-flash-attn", "flash_attn", default=None,
                          help="Default: on when plain attention would need over 64 MiB."),
             click.option("--policy", default="exact", show_default=True,
-                         help="How experts are scheduled: exact; lossy: dymoe, hobbit, damage."),
-            click.option("--retention", type=float, default=0.9, show_default=True,
-                         help="dymoe: mean share of expert uses at the high level."),
-            click.option("--low-level", default="low", show_default=True,
-                         help="dymoe: what the others get: low, skip."),
-            click.option("--depth", default="auto", show_default=True,
-                         help="dymoe: how the share changes with depth: cosine, calibrated, flat."),
-            click.option("--importance", default="auto", show_default=True,
-                         help="dymoe, decode: gate, damage (calibrated)."),
-            click.option("--prefill-importance", default="auto", show_default=True,
-                         help="dymoe, prefill: mass (gate weights), attention, damage (calibrated)."),
-            click.option("--renormalise", is_flag=True, help="After a skip, scale the token's other gate weights up."),
-            click.option("--t1", type=float, help="hobbit: cumulated gate weight up to which misses stay high."),
-            click.option("--t2", type=float, help="hobbit: and up to which they are low; beyond, skipped."),
-            click.option("--price", type=float, default=0.001, show_default=True,
-                         help="damage: nats of expected KLD that reading a MiB must save."),
+                         help=f"How experts are scheduled; all but exact are lossy. {_words(POLICIES)}"),
+            *(_knob_option(knob) for knob in KNOBS.values() if not knob.hidden),
             click.option("--cache", default="auto", show_default=True,
-                         help="Which expert goes when another needs its place: auto, next-use, decayed, lru, ..."),
+                         help=f"Which expert goes when another needs its place. {_words(RULE_ENTRIES)}"),
             click.option("--lookahead", default="off", show_default=True,
-                         help="Read experts of the next layers early: single, stacked, votes, auto."),
+                         help=f"Read experts of the next layers early: off, auto. {_words(LOOKAHEAD_ENTRIES)}"),
             click.option("--max-kld", type=float,
                          help="The fastest measured setting with at most this KLD (nats a token)."),
             click.option("--warm-start/--no-warm-start", "warm_start", default=False, show_default=True,
@@ -127,11 +130,8 @@ def _sampling(o: dict[str, Any]) -> Any:
 
 
 def _policy(o: dict[str, Any]) -> PolicyOptions:
-    return PolicyOptions(
-        name=o["policy"], retention=o["retention"], low_level=o["low_level"], depth=o["depth"],
-        importance=o["importance"], prefill_importance=o["prefill_importance"], renormalise=o["renormalise"],
-        t1=o["t1"], t2=o["t2"], price=o["price"], cache=o["cache"], lookahead=o["lookahead"], max_kld=o["max_kld"],
-    )  # fmt: skip
+    turned = {name: o[name] for name in KNOBS if o.get(name) is not None}
+    return PolicyOptions(o["policy"], cache=o["cache"], lookahead=o["lookahead"], max_kld=o["max_kld"], **turned)
 
 
 def _engine_options(o: dict[str, Any]) -> Any:

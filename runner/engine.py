@@ -28,9 +28,9 @@ from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES, FixedSizes,
 from moe_edge.schedulers.layout import Layout
 from moe_edge.schedulers.lookahead.around import LookAheadPolicy
 from moe_edge.schedulers.lookahead.controller import Measured
-from moe_edge.schedulers.policies.options import PolicyOptions
-from moe_edge.schedulers.policies.policy import Policy, make_policy
-from moe_edge.schedulers.policies.settings import choose_setting, describe_options, describe_setting, resolve_options
+from moe_edge.schedulers.options import RENORMALISE, PolicyOptions
+from moe_edge.schedulers.policy import Policy, make_policy
+from moe_edge.schedulers.settings import choose_setting, describe_options, describe_setting, resolve_options
 
 # llama.cpp's vocabulary with its maps and merges, and ours of the header: measured at 151,936 tokens (docs/LOG.md).
 VOCAB_BYTES_PER_TOKEN = 400
@@ -336,7 +336,7 @@ class Engine:
         usage = self._warm.usage if self._warm is not None else None
         policy = make_policy(options, self.layout, self.plan.arena_bytes, self.model.calibration, usage)
         self._use(policy)
-        self.native.set_renormalise(options.renormalise)
+        self.native.set_renormalise(options[RENORMALISE])
         return policy
 
     def lines(self) -> list[str]:

@@ -27,7 +27,8 @@ from moe_edge.models.errors import DiskFull, EngineError, MissingFile, UsageErro
 from moe_edge.runner.engine import Engine, EngineOptions
 from moe_edge.runner.show import NO_LIMIT
 from moe_edge.schedulers.budget import MIB, format_bytes
-from moe_edge.schedulers.policies.options import PolicyOptions
+from moe_edge.schedulers.options import PolicyOptions
+from moe_edge.schedulers.policies import DEFAULTS
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
@@ -365,7 +366,7 @@ class Evaluation:
 
 def _knobs(options: dict[str, Any]) -> str:
     """The knobs that are not at their default."""
-    default = asdict(PolicyOptions())
+    default = PolicyOptions().to_json(DEFAULTS)
     set_ = [f"{k} {v}" for k, v in options.items() if k != "name" and v != default.get(k)]
     return f" ({', '.join(set_)})" if set_ else ""
 
@@ -505,7 +506,7 @@ class _Run:
             model=model,
             text_sha256=hashlib.sha256(self.data).hexdigest(),
             policy=engine.policy.name,
-            policy_options=asdict(engine.options.policy),
+            policy_options=engine.options.policy.to_json(DEFAULTS),
             ram_budget_bytes=engine.plan.budget_bytes,
             arena_bytes=engine.plan.arena_bytes,
             one_by_one=self.one_by_one,

@@ -17,8 +17,9 @@ from moe_edge.runner.memory import peak_rss_bytes
 from moe_edge.runner.native import Counters
 from moe_edge.schedulers.budget import format_bytes
 from moe_edge.schedulers.lookahead.around import LookAheadPolicy
+from moe_edge.schedulers.policies import DEFAULTS
 from moe_edge.schedulers.policies.levels import PolicyStats
-from moe_edge.schedulers.policies.policy import Policy
+from moe_edge.schedulers.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ class Generation:
             "peak_rss_bytes": peak_rss_bytes(),
             "warm_start": asdict(engine.preloaded) if engine.preloaded is not None else None,
             "policy": engine.policy.name,
-            "policy_options": asdict(engine.options.policy),
+            "policy_options": engine.options.policy.to_json(DEFAULTS),
         }
 
 

@@ -26,7 +26,7 @@ from moe_edge.runner.memory import auto_budget, usable_bytes
 from moe_edge.runner.probe import BLOCK_BYTES, Unmeasured
 from moe_edge.schedulers.budget import MemoryPlan, format_arg, format_bytes, plan_memory
 from moe_edge.schedulers.estimate import Band, Estimate, MachineSpeeds, ModelWork, enough_arena_bytes, estimate
-from moe_edge.schedulers.policies.options import PolicyOptions
+from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.replay.simulate import simulate_policy
 from moe_edge.schedulers.replay.trace import Trace
 

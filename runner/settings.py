@@ -17,14 +17,12 @@ from moe_edge.runner.evaluate import (
     tokenize_text,
 )
 from moe_edge.runner.observe import spread_chunks
-from moe_edge.schedulers.budget import MIB
 from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
-from moe_edge.schedulers.policies.options import PolicyOptions
-from moe_edge.schedulers.policies.policy import Policy
+from moe_edge.schedulers.options import LOW_LEVEL, PolicyOptions
+from moe_edge.schedulers.policies import POLICIES, find_policy
+from moe_edge.schedulers.policy import Policy
 
 CHUNK = 512
-RETENTIONS = {"low": (0.9, 0.75, 0.5, 0.25), "skip": (0.9, 0.75)}
-LOW_PERCENTS = (20, 40, 60, 80, 90, 95)
 
 
 def measure_settings(
@@ -56,11 +54,13 @@ def measure_settings(
             kld = kept.kld(engine, chunks, one_by_one=True)
             share = used.bytes / max(1, used.exact_bytes)
             mean = max(0.0, float(kld.mean()))
-            knob = asked.price if asked.name == "damage" else asked.retention
+            turned = find_policy(asked.name).main_knob
+            assert turned is not None, "a policy with settings has a knob that they turn"
+            knob, low_level = asked[turned], asked[LOW_LEVEL]
             expected = (policy.stats.expected_damage or 0.0) / chunks.size
-            settings.append(Setting(asked.name, asked.low_level, knob, mean, share, expected))
+            settings.append(Setting(asked.name, low_level, knob, mean, share, expected))
             tell(
-                f"setting: {asked.name} {knob:.3g}, {asked.low_level}: KLD {mean:.4g}, {100 * share:.0f} % of the bytes"
+                f"setting: {asked.name} {knob:.3g}, {low_level}: KLD {mean:.4g}, {100 * share:.0f} % of the bytes"
             )
     return tuple(sorted(settings, key=lambda s: s.bytes_share))
 
@@ -88,19 +88,10 @@ class _BytesUsed:
 
 
 def _grid(calibration: Calibration | None, high_bytes: float, low_bytes: float) -> list[PolicyOptions]:
-    """The settings to measure: at most SETTING_ROWS. Prices are those at which a share of the uses goes low."""
-    levels = ("low", "skip") if low_bytes else ("skip",)
-    grid = [
-        PolicyOptions("dymoe", retention=retention, low_level=level, reuse=False)
-        for level in levels
-        for retention in RETENTIONS[level]
+    """The settings to measure, those of every policy that has some: at most SETTING_ROWS."""
+    return [
+        options for policy in POLICIES.values() for options in policy.settings(calibration, high_bytes, low_bytes)
     ]
-    saved_mib = (high_bytes - low_bytes) / MIB
-    if calibration is not None and saved_mib > 0:
-        shares = np.quantile(calibration.use_damage, np.array(LOW_PERCENTS) / 100)
-        prices = sorted({float(damage) / saved_mib for damage in shares} - {0.0})  # at 0 nothing is lowered
-        grid += [PolicyOptions("damage", price=price, low_level=levels[0], reuse=False) for price in prices]
-    return grid
 
 
 def _level_bytes(engine: Engine) -> tuple[float, float]:

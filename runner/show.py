@@ -18,6 +18,7 @@ from moe_edge.models.calibration import Calibration, FloatArray
 from moe_edge.models.errors import UsageError
 from moe_edge.runner.engine import Engine, EngineOptions
 from moe_edge.schedulers.budget import format_bytes
+from moe_edge.schedulers.policies import find_policy
 from moe_edge.schedulers.policies.depth import calibrated, cosine
 from moe_edge.schedulers.policies.hobbit import fit_thresholds
 
@@ -226,7 +227,8 @@ def _layer_line(each: dict[str, Any], columns: list[str]) -> str:
 
 
 def _setting_line(each: dict[str, Any]) -> str:
-    knob = "price" if each["policy"] == "damage" else "retention"
+    main = find_policy(each["policy"]).main_knob
+    knob = main.name if main is not None else "knob"
     return (
         f"{each['policy']:<7} {knob:<9} {each['knob']:<7.3g} {each['low_level']:<5} {each['kld']:>9.3g}  "
         f"{each['bytes_share']:.0%}"

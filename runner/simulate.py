@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from moe_edge.models.calibration import Calibration
 from moe_edge.models.errors import BudgetTooSmall, UnknownName, UsageError
 from moe_edge.schedulers.budget import MIB, arena_floor_bytes, format_arg, format_bytes, plan_memory
 from moe_edge.schedulers.eviction import RULES, named_rule
-from moe_edge.schedulers.policies.options import LOOKAHEADS, POLICY_NAMES, PolicyOptions
-from moe_edge.schedulers.policies.policy import make_policy
+from moe_edge.schedulers.lookahead.rules import LOOKAHEADS
+from moe_edge.schedulers.options import PolicyOptions
+from moe_edge.schedulers.policies import DEFAULTS, POLICY_NAMES
+from moe_edge.schedulers.policy import make_policy
 from moe_edge.schedulers.replay.belady import has_one_size, simulate_belady
 from moe_edge.schedulers.replay.prediction import Quality, missed_uses, prediction_quality
 from moe_edge.schedulers.replay.simulate import Costs, SimResult, simulate_policy
@@ -339,13 +341,10 @@ def _predict(trace: Trace, cache: str, budgets: Sequence[SimBudget]) -> Predicti
 
 def policy_label(options: PolicyOptions) -> str:
     """`dymoe`, or `dymoe retention=0.75` where options differ from the default ones; cache and look-ahead apart."""
-    default = PolicyOptions(options.name)
-    changed = [
-        f"{field.name}={getattr(options, field.name)}"
-        for field in fields(options)
-        if field.name not in ("cache", "lookahead") and getattr(options, field.name) != getattr(default, field.name)
-    ]
-    return " ".join([options.name, *changed])
+    turned = dict(options.turned())
+    changed = [f"{name}={turned[name]}" for name in DEFAULTS if turned.get(name, DEFAULTS[name]) != DEFAULTS[name]]
+    bound = [] if options.max_kld is None else [f"max_kld={options.max_kld}"]
+    return " ".join([options.name, *changed, *bound])
 
 
 def _full_label(options: PolicyOptions) -> str:

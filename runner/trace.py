@@ -26,7 +26,7 @@ from moe_edge.runner.evaluate import bos_token, tokenize_text
 from moe_edge.runner.native import Counters
 from moe_edge.schedulers.budget import FixedSizes
 from moe_edge.schedulers.layout import Routing
-from moe_edge.schedulers.policies.options import PolicyOptions
+from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.replay.trace import NO_EXPERT, TRACE_VERSION, Array, Recorded, Trace
 
 FloatArray = npt.NDArray[np.float32]

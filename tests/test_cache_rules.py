@@ -10,9 +10,9 @@ from moe_edge.models.errors import BudgetTooSmall
 from moe_edge.schedulers.budget import arena_floor_bytes
 from moe_edge.schedulers.cache import ExpertCache
 from moe_edge.schedulers.layout import SKIP, ExpertKey, Layout, Step, StepPlan
+from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policies.levels import HIGH, LOW, LevelPolicy
-from moe_edge.schedulers.policies.options import PolicyOptions
-from moe_edge.schedulers.policies.policy import Policy, make_policy
+from moe_edge.schedulers.policy import Policy, make_policy
 
 # One layer of 4 experts, 10 bytes high and 4 low: expert e is unit 2e at the high level and 2e + 1 at the low one.
 LAYOUT = Layout((4,), 2, (10, 4) * 4)

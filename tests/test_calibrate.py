@@ -25,6 +25,7 @@ from moe_edge.runner.engine import Engine, EngineOptions
 from moe_edge.runner.evaluate import cut_chunks, eval_options, kld_of_rows, logits_pass, tokenize_text
 from moe_edge.runner.observe import LayerView, measure_sensitivity, spread_chunks
 from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
+from moe_edge.schedulers.policies.damage import PRICE
 from random_models import Shape, write_random_model
 from test_calibration import make_calibration
 from test_imatrix import write_imatrix
@@ -268,7 +269,8 @@ def test_a_low_level_that_saves_nothing_has_no_price() -> None:
     made = make_calibration()
     assert all(o.name == "dymoe" for o in settings_module._grid(made, 1e6, 1e6))
     assert all(o.name == "dymoe" for o in settings_module._grid(made, 1e6, 2e6))
-    assert [o.price > 0 for o in settings_module._grid(made, 2e6, 1e6) if o.name == "damage"] == [True] * 6
+    priced = [o for o in settings_module._grid(made, 2e6, 1e6) if o.name == "damage"]
+    assert len(priced) == 6 and all(o[PRICE] > 0 for o in priced)
     assert len(settings_module._grid(made, 2e6, 1e6)) <= 16
     harmless = replace(made, use_damage=0 * made.use_damage)
     assert all(o.name == "dymoe" for o in settings_module._grid(harmless, 2e6, 1e6))

@@ -38,7 +38,8 @@ from moe_edge.convert.store import open_model
 from moe_edge.models.architectures import ARCHITECTURES
 from moe_edge.models.calibration import Calibration, Setting
 from moe_edge.models.errors import BadFile, MoeEdgeError, UnknownName, UsageError
-from moe_edge.schedulers.policies import options
+from moe_edge.schedulers.options import LOW_LEVEL
+from moe_edge.schedulers.policies import POLICY_NAMES
 
 FIELDS = ("counts", "mean_gate", "squares", "sensitivity", "error", "cumulated", "use_damage")
 LEVELS = b"calibration.levels\x09\0\0\0\x08\0\0\0\x02\0\0\0\0\0\0\0\x04\0\0\0\0\0\0\0"
@@ -133,7 +134,7 @@ def test_settings_that_do_not_fit_are_refused(calibrated: Path, stock: Path, tmp
 
 
 def test_every_policy_and_low_level_has_a_number() -> None:
-    assert set(options.POLICY_NAMES) <= set(POLICIES) and set(options.LOW_LEVELS) <= set(LOW_LEVELS)
+    assert set(POLICY_NAMES) <= set(POLICIES) and set(LOW_LEVEL.choices) <= set(LOW_LEVELS)
     assert POLICIES[:3] == ("exact", "dymoe", "hobbit") and LOW_LEVELS[:3] == ("low", "skip", "")  # in files for ever
 
 

@@ -14,8 +14,9 @@ from moe_edge.runner.engine import Engine
 from moe_edge.runner.generate import Sampling
 from moe_edge.schedulers.layout import Layout, Step
 from moe_edge.schedulers.lookahead.around import with_lookahead
-from moe_edge.schedulers.policies.options import PolicyOptions
-from moe_edge.schedulers.policies.policy import ExactLru, make_policy
+from moe_edge.schedulers.options import PolicyOptions
+from moe_edge.schedulers.policies.exact import ExactLru
+from moe_edge.schedulers.policy import make_policy
 
 
 def chat_with(engine: Any, **more: Any) -> tuple[Chat, io.StringIO]:

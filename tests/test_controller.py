@@ -20,7 +20,7 @@ from moe_edge.schedulers.lookahead.controller import (
     Measured,
     _compare,
 )
-from moe_edge.schedulers.policies.policy import ExactLru
+from moe_edge.schedulers.policies.exact import ExactLru
 from moe_edge.schedulers.replay.simulate import Costs, SimResult, simulate
 from moe_edge.schedulers.replay.trace import Trace
 

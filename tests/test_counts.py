@@ -12,7 +12,7 @@ from moe_edge.runner.engine import Engine, EngineOptions
 from moe_edge.runner.native import Counters
 from moe_edge.runner.show import NO_LIMIT
 from moe_edge.schedulers.layout import Step, StepPlan
-from moe_edge.schedulers.policies.options import PolicyOptions
+from moe_edge.schedulers.options import PolicyOptions
 
 N_LAYERS, TOP_K, PIECES = 4, 4, 3
 TEXT = "In the beginning God created the heaven and the earth. And the earth was without form, and void; and darkness"

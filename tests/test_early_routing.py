@@ -13,7 +13,7 @@ from moe_edge.runner.engine import Engine
 from moe_edge.schedulers.layout import Layout, Prefetch, Step, StepPlan
 from moe_edge.schedulers.lookahead.around import LookAheadPolicy, with_lookahead
 from moe_edge.schedulers.lookahead.controller import Controller
-from moe_edge.schedulers.policies.policy import ExactLru
+from moe_edge.schedulers.policies.exact import ExactLru
 from moe_edge.schedulers.replay.simulate import SimArena
 from random_models import ARCHITECTURES, Shape, write_random_model
 from reference import stock_logits

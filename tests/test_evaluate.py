@@ -33,8 +33,8 @@ from moe_edge.runner.evaluate import (
     nll_of_rows,
     scored_positions,
 )
-from moe_edge.schedulers.policies.options import PolicyOptions
-from moe_edge.schedulers.policies.policy import ExactLru
+from moe_edge.schedulers.options import PolicyOptions
+from moe_edge.schedulers.policies.exact import ExactLru
 from random_models import Shape, write_random_model
 from reference import logits_of_context, stock_context, stock_model
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import BUDGETS, open_engine
 from moe_edge.convert.convert import convert
 from moe_edge.runner.generate import Sampling, generate
-from moe_edge.schedulers.policies.options import PolicyOptions
+from moe_edge.schedulers.options import PolicyOptions
 from random_models import ARCHITECTURES, Shape, write_random_model
 from reference import logits_of_context, stock_logits
 

@@ -25,9 +25,11 @@ from moe_edge.runner.trace import record_trace
 from moe_edge.schedulers.layout import Ahead, ExpertKey, Layout, Prefetch, Step, StepPlan
 from moe_edge.schedulers.lookahead.around import LookAheadPolicy, with_lookahead
 from moe_edge.schedulers.lookahead.controller import Controller, Setting
-from moe_edge.schedulers.lookahead.foresight import Predicted, make_rule
-from moe_edge.schedulers.policies.options import PolicyOptions
-from moe_edge.schedulers.policies.policy import ExactLru, Policy
+from moe_edge.schedulers.lookahead.rules import make_rule
+from moe_edge.schedulers.lookahead.rules.rule import Predicted
+from moe_edge.schedulers.options import PolicyOptions
+from moe_edge.schedulers.policies.exact import ExactLru
+from moe_edge.schedulers.policy import Policy
 from moe_edge.schedulers.replay.simulate import SimArena, simulate
 from random_models import Shape, write_random_model
 from reference import logits_of_context, stock_logits

@@ -23,8 +23,8 @@ from moe_edge.convert.store import open_model
 from moe_edge.models.errors import EngineError
 from moe_edge.runner.engine import Engine
 from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
+from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policies.levels import HIGH, LOW, LevelPolicy
-from moe_edge.schedulers.policies.options import PolicyOptions
 from random_models import Shape, write_random_model
 from reference import logits_of_context, stock_logits, stock_model
 
@@ -442,7 +442,7 @@ LOSSY = [
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("options", LOSSY, ids=lambda o: f"{o.name}-{o.low_level}-{o.prefill_importance}")
+@pytest.mark.parametrize("options", LOSSY, ids=lambda o: "-".join([o.name, *(str(value) for _, value in o.turned())]))
 def test_the_engine_counts_what_the_policy_decided_within_the_memory(
     stores: Callable[[str], Path], budget: str, options: PolicyOptions
 ) -> None:

@@ -17,9 +17,9 @@ from moe_edge.models.errors import UnknownName, UsageError
 from moe_edge.runner.engine import Engine, EngineOptions
 from moe_edge.runner.evaluate import logits_pass
 from moe_edge.schedulers.layout import Layout, Step
+from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policies.levels import HIGH
-from moe_edge.schedulers.policies.options import PolicyOptions
-from moe_edge.schedulers.policies.policy import Policy
+from moe_edge.schedulers.policy import Policy
 from pareto import Saving, bytes_at_kld, front, kld_at_bytes, kld_ratio, saving
 from random_models import Shape, write_random_model
 from rivals import RULES, Rival, make_rival

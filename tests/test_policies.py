@@ -11,14 +11,15 @@ import pytest
 from moe_edge.models.calibration import Calibration, FloatArray, Setting
 from moe_edge.models.errors import UnknownName, UsageError
 from moe_edge.schedulers.layout import SKIP, Layout, Routing, Step
+from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policies.depth import at_least_one, calibrated, cosine, depth_schedule
 from moe_edge.schedulers.policies.dymoe import DyMoE
+from moe_edge.schedulers.policies.exact import ExactLru
 from moe_edge.schedulers.policies.hobbit import Hobbit, fit_thresholds
 from moe_edge.schedulers.policies.importance import expected_damage, gate_mass, heavy_hitters, most_important
 from moe_edge.schedulers.policies.levels import HIGH, LOW, PolicyStats
-from moe_edge.schedulers.policies.options import PolicyOptions
-from moe_edge.schedulers.policies.policy import ExactLru, Policy, make_policy
-from moe_edge.schedulers.policies.settings import choose_setting, describe_setting, resolve_options
+from moe_edge.schedulers.policy import Policy, make_policy
+from moe_edge.schedulers.settings import choose_setting, describe_setting, resolve_options
 
 
 def layout(n_layers: int = 1, n_experts: int = 4, n_levels: int = 2) -> Layout:
@@ -522,7 +523,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones(knobs: dict[str, str], 
         (PolicyOptions("dymoe", depth="calibrated"), "depth schedule 'calibrated' needs a calibration.*--calibrate"),
         (PolicyOptions("dymoe", importance="damage"), "importance 'damage' needs a calibration.*--calibrate"),
         (PolicyOptions("dymoe", prefill_importance="damage"), "prefill importance 'damage' needs.*--calibrate"),
-        (PolicyOptions("dymoe", t1=0.5), "t1 and t2 are hobbit's.*the policy is dymoe"),
+        (PolicyOptions("dymoe", t1=0.5), "--t1 is hobbit's and the policy is dymoe"),
         (PolicyOptions("hobbit", t1=0.9, t2=0.6), "t1 0.9 and t2 0.6 do not satisfy"),
         (PolicyOptions("hobbit", t1=0.95), "t1 0.95 and t2 0.9 do not satisfy"),
         (PolicyOptions("hobbit", t2=1.5), "t1 0.6 and t2 1.5 do not satisfy"),

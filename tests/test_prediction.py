@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 from moe_edge.schedulers.eviction import RULES
-from moe_edge.schedulers.policies.options import PolicyOptions
+from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.replay.prediction import missed_uses, prediction_quality, prediction_widths
 from moe_edge.schedulers.replay.simulate import simulate_policy
 from moe_edge.schedulers.replay.trace import NO_EXPERT, Trace

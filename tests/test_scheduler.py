@@ -7,8 +7,9 @@ import random
 import pytest
 from moe_edge.models.errors import BudgetTooSmall, UnknownName
 from moe_edge.schedulers.layout import ExpertKey, Layout, Step
-from moe_edge.schedulers.policies.options import PolicyOptions
-from moe_edge.schedulers.policies.policy import ExactLru, Policy, make_policy
+from moe_edge.schedulers.options import PolicyOptions
+from moe_edge.schedulers.policies.exact import ExactLru
+from moe_edge.schedulers.policy import Policy, make_policy
 
 
 def layout(n_layers: int = 2, n_experts: int = 4, unit_bytes: int = 10) -> Layout:

@@ -31,7 +31,9 @@ from moe_edge.runner.trace import record_trace
 from moe_edge.schedulers.budget import FixedSizes
 from moe_edge.schedulers.eviction import RULES
 from moe_edge.schedulers.layout import SKIP, ExpertKey, Layout, Step, StepPlan
-from moe_edge.schedulers.policies.options import LOOKAHEADS, POLICY_NAMES, PolicyOptions
+from moe_edge.schedulers.lookahead.rules import LOOKAHEADS
+from moe_edge.schedulers.options import PolicyOptions
+from moe_edge.schedulers.policies import POLICY_NAMES
 from moe_edge.schedulers.replay.belady import has_one_size, simulate_belady
 from moe_edge.schedulers.replay.simulate import Costs, Planner, SimResult, simulate, simulate_policy
 from moe_edge.schedulers.replay.trace import Trace

@@ -23,7 +23,7 @@ from moe_edge.runner.native import Counters
 from moe_edge.runner.warm import BATCH_BYTES, WarmStart, load_usage, save_usage, usage_path
 from moe_edge.schedulers.eviction import RULES
 from moe_edge.schedulers.layout import Layout, Step
-from moe_edge.schedulers.policies.options import PolicyOptions
+from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.usage import Usage, preload_order
 from random_models import write_random_model
 from reference import logits_of_context

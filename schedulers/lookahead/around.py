@@ -1,6 +1,6 @@
 """A policy around another one that fetches early what the next layers are expected to use.
 
-Rules: see foresight.py; auto: stacked, as far and as wide as controller.py finds to pay, and not at all where it does
+Rules: see rules/; auto: stacked, as far and as wide as controller.py finds to pay, and not at all where it does
 not. The level that a predicted expert is fetched at is what the policy's own rule wishes for at the predicted weights.
 What was fetched and not used makes room for the next guess before anything else does, so wrong guesses displace little.
 """
@@ -15,7 +15,8 @@ from typing import Protocol, TypeVar
 from moe_edge.schedulers.cache import ExpertCache
 from moe_edge.schedulers.layout import SKIP, Ahead, Layout, Prefetch, Step, StepPlan
 from moe_edge.schedulers.lookahead.controller import Controller, Measured
-from moe_edge.schedulers.lookahead.foresight import MOST_DEPTH, Predicted, Rule, make_rule
+from moe_edge.schedulers.lookahead.rules import make_rule
+from moe_edge.schedulers.lookahead.rules.rule import MOST_DEPTH, Predicted, Rule
 from moe_edge.schedulers.policies.levels import LOW, PolicyStats
 
 MOST_TOKENS = 4  # of a step that is looked ahead from (native/router.h)

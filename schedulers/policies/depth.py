@@ -11,11 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 from moe_edge.models.calibration import Calibration
 
+DEPTHS = ("auto", "cosine", "calibrated", "flat")
+
 _PERCENT = np.linspace(0.0, 1.0, 101)
 
 
 def depth_schedule(kind: str, retention: float, n_layers: int, calibration: Calibration | None) -> tuple[float, ...]:
-    """r(l) by one of options.DEPTHS; 'auto' is calibrated where there is a calibration, else cosine.
+    """r(l) by one of DEPTHS; 'auto' is calibrated where there is a calibration, else cosine.
 
     Retention 1 gives exactly 1 everywhere, 0 exactly 0. 'calibrated' needs a calibration.
     """

@@ -9,13 +9,35 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from moe_edge.models.calibration import Calibration
+from moe_edge.models.errors import UsageError
 from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
-from moe_edge.schedulers.policies.depth import at_least_one, depth_schedule
+from moe_edge.schedulers.options import LOW_LEVEL, REUSE, SHARED_KNOBS, Knob, PolicyOptions
+from moe_edge.schedulers.policies.depth import DEPTHS, at_least_one, depth_schedule
+from moe_edge.schedulers.policies.entry import PolicyEntry
 from moe_edge.schedulers.policies.importance import expected_damage, gate_mass, heavy_hitters, most_important
 from moe_edge.schedulers.policies.levels import HIGH, LOW, LevelPolicy
-from moe_edge.schedulers.policies.options import PolicyOptions
 
 GOLDEN = 0.618034
+
+RETENTION = Knob(
+    "retention", 0.9, "mean share of expert uses at the high level", most=1.0, is_what="a share of expert uses"
+)
+DEPTH = Knob(
+    "depth", "auto", "how the share changes with depth: cosine, calibrated, flat", choices=DEPTHS,
+    label="depth schedule",
+)  # fmt: skip
+IMPORTANCE = Knob(
+    "importance", "auto", "what ranks experts in decode: gate (weights), damage (calibrated)",
+    choices=("auto", "gate", "damage"),
+)  # fmt: skip
+PREFILL_IMPORTANCE = Knob(
+    "prefill_importance", "auto", "what ranks experts in prefill: mass (gate weights), attention, damage (calibrated)",
+    choices=("auto", "mass", "attention", "damage"), label="prefill importance",
+)  # fmt: skip
+HEAVY_SHARE = Knob(
+    "heavy_share", 0.1, "share of a micro-batch's tokens that count as heavy hitters", most=1.0, least_too=False,
+    is_what="a share of a micro-batch's tokens", label="heavy share", hidden=True,
+)  # fmt: skip
 
 
 class DyMoE(LevelPolicy):
@@ -26,16 +48,16 @@ class DyMoE(LevelPolicy):
     def __init__(
         self, layout: Layout, arena_bytes: int, options: PolicyOptions, calibration: Calibration | None = None
     ) -> None:
-        super().__init__(layout, arena_bytes, calibration, options.reuse)
-        self.retention = depth_schedule(options.depth, options.retention, layout.n_layers, calibration)
+        super().__init__(layout, arena_bytes, calibration, options[REUSE])
+        self.retention = depth_schedule(options[DEPTH], options[RETENTION], layout.n_layers, calibration)
         auto = "damage" if calibration else "gate"
-        self._rest = SKIP if options.low_level == "skip" else LOW
+        self._rest = SKIP if options[LOW_LEVEL] == "skip" else LOW
         self._damage = self._skip_damage if self._rest == SKIP else self._low_damage
-        self._decode = auto if options.importance == "auto" else options.importance
-        self._prefill = auto if options.prefill_importance == "auto" else options.prefill_importance
-        self._heavy_share = options.heavy_share
+        self._decode = auto if options[IMPORTANCE] == "auto" else options[IMPORTANCE]
+        self._prefill = auto if options[PREFILL_IMPORTANCE] == "auto" else options[PREFILL_IMPORTANCE]
+        self._heavy_share = options[HEAVY_SHARE]
         # with everything at the high level nothing is ranked, so nothing needs watching
-        self.wants_attention = self.wants_routing = self._prefill == "attention" and options.retention < 1
+        self.wants_attention = self.wants_routing = self._prefill == "attention" and options[RETENTION] < 1
         self._carry = self._no_debts()  # experts owed to the high level, for decode and prefill, for each layer
         self._shares: dict[int, tuple[float, ...]] = {}  # experts of a step -> r(l) with the guard of one expert
 
@@ -96,3 +118,39 @@ class DyMoE(LevelPolicy):
         if rule == "attention":
             return heavy_hitters(step, self._heavy_share)
         return gate_mass(step)
+
+
+def _check(options: PolicyOptions, layout: Layout, calibration: Calibration | None) -> None:
+    if options[LOW_LEVEL] == "low" and options[RETENTION] < 1 and layout.n_levels < 2:
+        raise UsageError(
+            "the model has no low level; convert it with --low TYPE, or use --low-level skip, or --retention 1"
+        )
+    if calibration is None:
+        for knob, needs in ((DEPTH, "calibrated"), (IMPORTANCE, "damage"), (PREFILL_IMPORTANCE, "damage")):
+            if options[knob] == needs:
+                raise UsageError(
+                    f"{knob.label or knob.name} '{needs}' needs a calibration and this model has none; "
+                    "convert it with --calibrate"
+                )
+
+
+def _describe(options: PolicyOptions, calibration: Calibration | None) -> str:
+    measured = "calibrated" if calibration else "cosine"
+    depth = measured if options[DEPTH] == "auto" else options[DEPTH]
+    return f"dymoe, retention {options[RETENTION]:g} ({depth} depth schedule), the rest {options[LOW_LEVEL]}"
+
+
+def _settings(calibration: Calibration | None, high_bytes: float, low_bytes: float) -> list[PolicyOptions]:
+    retentions = {"low": (0.9, 0.75, 0.5, 0.25), "skip": (0.9, 0.75)}
+    return [
+        PolicyOptions("dymoe", retention=retention, low_level=level, reuse=False)
+        for level in (("low", "skip") if low_bytes else ("skip",))
+        for retention in retentions[level]
+    ]
+
+
+POLICY = PolicyEntry(
+    "dymoe", 10, "a share of the uses high, the most important ones, by a depth schedule (after DyMoE)", DyMoE,
+    knobs=(RETENTION, DEPTH, IMPORTANCE, PREFILL_IMPORTANCE, HEAVY_SHARE, *SHARED_KNOBS),
+    check=_check, describe=_describe, main_knob=RETENTION, settings=_settings,
+)  # fmt: skip

@@ -5,14 +5,22 @@ Source: HOBBIT, PAPERS.md, section 2. Its prefetch and its eviction score are no
 
 from __future__ import annotations
 
+from math import inf
+
 from moe_edge.models.calibration import Calibration
+from moe_edge.models.errors import UsageError
 from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
+from moe_edge.schedulers.options import RENORMALISE, Knob, PolicyOptions
+from moe_edge.schedulers.policies.entry import PolicyEntry
 from moe_edge.schedulers.policies.importance import gate_mass, most_important
 from moe_edge.schedulers.policies.levels import HIGH, LOW, LevelPolicy
-from moe_edge.schedulers.policies.options import PolicyOptions
 
 PAPER_T1, PAPER_T2 = 0.6, 0.9  # fitted to Mixtral, where they make 67 % of uses high, 30 % low, 3 % skipped
 FITTED_HIGH_PERCENT, FITTED_NOT_SKIPPED_PERCENT = 67, 97
+
+# their ranges hang together: _check looks at both
+T1 = Knob("t1", None, "cumulated gate weight up to which misses stay high", least=-inf)
+T2 = Knob("t2", None, "and up to which they are low; beyond, skipped", least=-inf)
 
 
 def fit_thresholds(calibration: Calibration | None) -> tuple[float, float]:
@@ -26,6 +34,12 @@ def fit_thresholds(calibration: Calibration | None) -> tuple[float, float]:
     return float(s[FITTED_HIGH_PERCENT]), float(s[FITTED_NOT_SKIPPED_PERCENT])
 
 
+def thresholds(options: PolicyOptions, calibration: Calibration | None) -> tuple[float, float]:
+    """T1 and T2 as asked for, else fitted."""
+    t1, t2 = fit_thresholds(calibration)
+    return (t1 if options[T1] is None else options[T1]), (t2 if options[T2] is None else options[T2])
+
+
 class Hobbit(LevelPolicy):
     """t1, t2: the thresholds in use. Made by make_policy, which checks the options; reuse is always on."""
 
@@ -36,9 +50,7 @@ class Hobbit(LevelPolicy):
         self, layout: Layout, arena_bytes: int, options: PolicyOptions, calibration: Calibration | None = None
     ) -> None:
         super().__init__(layout, arena_bytes, calibration)
-        t1, t2 = fit_thresholds(calibration)
-        self.t1 = t1 if options.t1 is None else options.t1
-        self.t2 = t2 if options.t2 is None else options.t2
+        self.t1, self.t2 = thresholds(options, calibration)
 
     def plan(self, step: Step) -> StepPlan | None:
         if self._all_high(step):
@@ -69,3 +81,20 @@ class Hobbit(LevelPolicy):
                 wishes[i] = low if before <= t2 else SKIP
             before += mass[i]
         return wishes
+
+
+def _check(options: PolicyOptions, layout: Layout, calibration: Calibration | None) -> None:
+    t1, t2 = thresholds(options, calibration)
+    if not 0 <= t1 <= t2 <= 1:
+        raise UsageError(f"thresholds t1 {t1:g} and t2 {t2:g} do not satisfy 0 <= t1 <= t2 <= 1")
+
+
+def _describe(options: PolicyOptions, calibration: Calibration | None) -> str:
+    t1, t2 = thresholds(options, calibration)
+    return f"hobbit, t1 {t1:.2f}, t2 {t2:.2f}"
+
+
+POLICY = PolicyEntry(
+    "hobbit", 20, "only misses are degraded, by cumulated gate weight (after HOBBIT)", Hobbit,
+    knobs=(T1, T2, RENORMALISE), check=_check, describe=_describe,
+)  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from moe_edge.schedulers.policies.policy import ExactLru
+from moe_edge.schedulers.policies.exact import ExactLru
 from moe_edge.schedulers.replay.trace import Trace
 
 Bools: TypeAlias = npt.NDArray[np.bool_]

@@ -26,8 +26,8 @@ from moe_edge.models.calibration import Calibration
 from moe_edge.models.errors import EngineError
 from moe_edge.schedulers.layout import SKIP, Layout, Prefetch, Step, StepPlan
 from moe_edge.schedulers.lookahead.controller import Measured
-from moe_edge.schedulers.policies.options import PolicyOptions
-from moe_edge.schedulers.policies.policy import make_policy
+from moe_edge.schedulers.options import PolicyOptions
+from moe_edge.schedulers.policy import make_policy
 from moe_edge.schedulers.replay.trace import Array, Trace
 
 PIECES = 3  # that a unit is read in

@@ -1,6 +1,7 @@
-"""The policy interface, and the exact policy: every expert at the level the model has, cached by recency.
+"""What a policy is to the engine, and how one is made from what the user asked for.
 
-Called once for each MoE layer and micro-batch. Pure Python: no I/O, no ctypes; tests drive it without a model.
+A policy is called once for each MoE layer and micro-batch. Pure Python: no I/O, no ctypes; tests drive it without a
+model.
 """
 
 from __future__ import annotations
@@ -11,12 +12,10 @@ from typing import Protocol
 from moe_edge.models.calibration import Calibration
 from moe_edge.schedulers.layout import Layout, Prefetch, Step, StepPlan
 from moe_edge.schedulers.lookahead.around import with_lookahead
-from moe_edge.schedulers.policies.damage import DamagePolicy
-from moe_edge.schedulers.policies.dymoe import DyMoE
-from moe_edge.schedulers.policies.hobbit import Hobbit
-from moe_edge.schedulers.policies.levels import HIGH, LevelPolicy, PolicyStats
-from moe_edge.schedulers.policies.options import PolicyOptions
-from moe_edge.schedulers.policies.settings import check_options, resolve_options
+from moe_edge.schedulers.options import PolicyOptions
+from moe_edge.schedulers.policies import find_policy
+from moe_edge.schedulers.policies.levels import PolicyStats
+from moe_edge.schedulers.settings import check_options, resolve_options
 from moe_edge.schedulers.usage import Usage
 
 
@@ -73,28 +72,6 @@ class Policy(Protocol):
         ...
 
 
-class ExactLru(LevelPolicy):
-    """Full precision; evicts the expert used longest ago, or by the rule of use_cache().
-
-    An expert needed in the present step is evicted only when nothing else is left, and then after it has been
-    computed: with a budget below one step's working set the step streams through the arena. A low copy that another
-    policy left behind goes when its expert is used.
-    """
-
-    name = "exact"
-    wants_routing = wants_attention = False
-
-    def __init__(self, layout: Layout, arena_bytes: int) -> None:
-        super().__init__(layout, arena_bytes)
-        self.stats.expected_damage = 0.0
-
-    def plan(self, step: Step) -> StepPlan | None:
-        self.stats.wanted_high += len(step.experts)
-        if self._all_high(step):
-            return None
-        return self.serve(step, [HIGH] * len(step.experts))
-
-
 def make_policy(
     options: PolicyOptions,
     layout: Layout,
@@ -104,22 +81,12 @@ def make_policy(
 ) -> Policy:
     """The policy that `options` ask for. Raises UnknownName, and UsageError for knobs that do not go together.
 
-    usage: what earlier runs used, where eviction rules that count start (cache.make_rule); this run is counted in it.
+    usage: what earlier runs used, where eviction rules that count start (eviction.make_rule). This run is counted in
+    it too.
     """
     options = resolve_options(options, calibration)
     check_options(options, layout, calibration)
-    policy = _make_inner(options, layout, arena_bytes, calibration)
+    policy = find_policy(options.name).make(layout, arena_bytes, options, calibration)
     policy.use_cache(options.cache, usage, usage)
-    return with_lookahead(policy, layout, options.lookahead)
-
-
-def _make_inner(
-    options: PolicyOptions, layout: Layout, arena_bytes: int, calibration: Calibration | None
-) -> DyMoE | Hobbit | DamagePolicy | ExactLru:
-    if options.name == "dymoe":
-        return DyMoE(layout, arena_bytes, options, calibration)
-    if options.name == "hobbit":
-        return Hobbit(layout, arena_bytes, options, calibration)
-    if options.name == "damage":
-        return DamagePolicy(layout, arena_bytes, options, calibration)
-    return ExactLru(layout, arena_bytes)
+    made: Policy = with_lookahead(policy, layout, options.lookahead)
+    return made
