@@ -27,6 +27,7 @@ from moe_edge.convert.skeleton import cache_folder
 from moe_edge.models.embedded import tiny_model_path
 from moe_edge.models.errors import MissingFile, MoeEdgeError
 from moe_edge.runner import memory, probe
+from moe_edge.runner.crowd import usable_cores
 from moe_edge.runner.probe import DirectReads, ProductSpeeds, ReadSpeed, StorageSpeeds, Unmeasured
 from moe_edge.schedulers.budget import MIB, format_bytes
 from moe_edge.schedulers.estimate import LAYER_SECONDS, MachineSpeeds
@@ -70,8 +71,7 @@ def doctor(
 
 def n_cores() -> int:
     """Cores this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    return len(usable_cores())
 
 
 def _target(path: str | os.PathLike[str] | None, cache_dir: str | os.PathLike[str] | None) -> Path:

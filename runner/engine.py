@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import re
 import signal
 import threading
@@ -21,10 +20,12 @@ from typing import Any
 from moe_edge.convert.gguf import read_gguf
 from moe_edge.convert.store import ExpertModel, open_model
 from moe_edge.models.errors import EngineError, MoeEdgeError, Stopped
+from moe_edge.runner.crowd import CrowdWatch, usable_cores
 from moe_edge.runner.memory import auto_budget_bytes, current_rss_bytes
 from moe_edge.runner.native import Counters, NativeModel, ThreadPool
 from moe_edge.runner.warm import Preloaded, WarmStart, usage_path
 from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES, FixedSizes, MemoryPlan, plan_memory
+from moe_edge.schedulers.crowd import CrowdControl
 from moe_edge.schedulers.layout import Layout
 from moe_edge.schedulers.lookahead.around import LookAheadPolicy
 from moe_edge.schedulers.lookahead.controller import Measured
@@ -93,8 +94,7 @@ class EngineOptions:
     def threads(self) -> int:
         if self.n_threads > 0:
             return self.n_threads
-        affinity = getattr(os, "sched_getaffinity", None)
-        return len(affinity(0)) if affinity else os.cpu_count() or 1
+        return len(usable_cores())
 
 
 @contextlib.contextmanager
@@ -196,6 +196,7 @@ class Engine:
         )
         self.llama: Any = None
         self._pool: ThreadPool | None = None
+        self._crowd: CrowdWatch | None = None
         try:
             self.layout = Layout(
                 tuple(layer.n_expert for layer in self.model.layers), len(self.model.levels), self.native.unit_bytes()
@@ -314,10 +315,29 @@ class Engine:
             raise EngineError(f"{self.model.skeleton}: llama.cpp offered no expert tensor of it to the engine")
         if ThreadPool.is_needed() and self.options.threads() > 1:
             self._pool = ThreadPool(self.llama._ctx.ctx, self.options.threads())
+        self._watch_neighbours()
         if self._warm is not None:
             self._tell(self._warm.preload(self.native, self.policy, self.plan.arena_bytes))
         self.load_seconds = time.monotonic() - self.started
         return self.llama
+
+    def _watch_neighbours(self) -> None:
+        """Let other programs have their cores: fewer threads, or threads that sleep, while they are busy.
+
+        With flash attention the threads are not made fewer: over 512 cells it sums by thread, so bits would change.
+        """
+        n_threads, cores = self.options.threads(), usable_cores()
+        if n_threads < 2 or ThreadPool.is_needed():
+            return
+        control = CrowdControl(n_threads, len(cores), may_drop=not self.flash_attn)
+        self._crowd = CrowdWatch(control, cores, self._set_threads)
+        self.native.each_step = self._crowd.look
+
+    def _set_threads(self, n: int) -> None:
+        """From the next graph on."""
+        import llama_cpp
+
+        llama_cpp.llama_set_n_threads(self.llama._ctx.ctx, n, n)
 
     @property
     def preloaded(self) -> Preloaded | None:
@@ -440,6 +460,9 @@ class Engine:
         self.native.set_stop(True)
 
     def close(self) -> None:
+        if self._crowd is not None:
+            self._crowd.close()
+            self._crowd = None
         if self.llama is not None:
             self.llama.close()
             self.llama = None

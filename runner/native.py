@@ -351,7 +351,8 @@ class NativeModel:
     that set `later`. What they raise is kept in `schedule_error` and fails the decode. wants_routing: give steps of
     several tokens their Routing. observe: called with each step's input and routing before it is scheduled; for
     calibration and traces. announce: a policy's plan_ahead(), called between two steps with the next one, while
-    look-ahead is on, where the model routes before attention.
+    look-ahead is on, where the model routes before attention. each_step: called as a step begins, before it is
+    scheduled; must be cheap.
     """
 
     def __init__(self, model: ExpertModel, *, n_io_threads: int = 4, direct_io: bool = True) -> None:
@@ -368,6 +369,7 @@ class NativeModel:
         self.wants_routing = False
         self._ahead_width = 0
         self.observe: Callable[[int, Routing, FloatArray], None] | None = None
+        self.each_step: Callable[[], None] | None = None
         self.stop_requested = False
         self._callbacks = SCHEDULE_FN(self._on_step), SCHEDULE_FN(self._on_announce)
         desc, keep = _describe(model)
@@ -389,6 +391,8 @@ class NativeModel:
                 if self.meanwhile is not None:
                     self._mail_prefetch(self.meanwhile(self._present))
                 return SCHEDULE_OK
+            if self.each_step is not None:
+                self.each_step()
             assert self.schedule is not None, "no policy yet"
             step = self._new_step(layer, n_tokens, n)
             if self._ahead_width:

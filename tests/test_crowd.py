@@ -130,3 +130,27 @@ def test_idle_threads_are_there_while_on_and_gone_after() -> None:
 def test_usable_cores_are_those_of_this_process() -> None:
     cores = usable_cores()
     assert cores and all(core >= 0 for core in cores)
+
+
+def test_the_text_is_the_same_whatever_the_neighbours_do() -> None:
+    """Threads change between and within tokens, as if neighbours came and went at every look."""
+    from moe_edge.models.embedded import tiny_model_path
+    from moe_edge.runner.engine import Engine, EngineOptions
+    from moe_edge.runner.generate import Sampling, generate
+
+    options = EngineOptions(n_threads=2, n_ctx=256)
+    with Engine(tiny_model_path(), options) as engine:
+        alone = generate(engine, "The king said", 40, Sampling(temp=0)).text
+        engine.new_conversation()
+        watch = engine._crowd
+        assert watch is not None and engine.native.each_step == watch.look
+        looks = 0
+
+        def flicker() -> None:
+            nonlocal looks
+            looks += 1
+            watch._apply(ThreadSetting(1 + looks // 3 % 2, looks // 7 % 2 == 0))
+
+        engine.native.each_step = flicker
+        assert generate(engine, "The king said", 40, Sampling(temp=0)).text == alone
+        assert looks > 100
