@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import write_checkpoint, write_stock
@@ -74,3 +75,18 @@ def open_engine(path: Path, budget: str, **options: object) -> Engine:
 
     o = EngineOptions(**options)  # type: ignore[arg-type]
     return Engine(path, replace(o, ram_bytes=budget_bytes(path, budget, o)))
+
+
+@pytest.fixture
+def llama_without_repacking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Llama` has no argument for use_extra_bufts, so the default it starts from changes."""
+    import llama_cpp
+
+    default_params = llama_cpp.llama_cpp.llama_model_default_params
+
+    def params() -> Any:
+        result = default_params()
+        result.use_extra_bufts = False
+        return result
+
+    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_model_default_params", params)

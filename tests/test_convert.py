@@ -112,6 +112,7 @@ def test_metadata_is_what_llama_cpp_reads(tmp_path: Path) -> None:
     assert (kv["general.architecture"], kv["general.name"], kv["general.file_type"]) == ("qwen3moe", "tiny-qwen3", 32)
 
 
+@pytest.mark.usefixtures("llama_without_repacking")
 @pytest.mark.parametrize(
     ("config", "fused"),
     [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import gguf
 import llama_cpp
@@ -150,19 +149,6 @@ def test_a_context_can_be_asked_twice_and_for_the_last_position_only(tmp_path: P
         logits = logits_of_context(ctx, model, prompt(), 16)
         assert np.array_equal(logits_of_context(ctx, model, prompt(), 16), logits)
         assert np.array_equal(logits_of_context(ctx, model, prompt(), 16, all_positions=False), logits[-1:])
-
-
-@pytest.fixture
-def llama_without_repacking(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`Llama` has no argument for use_extra_bufts, so the default it starts from changes."""
-    default_params = llama_cpp.llama_cpp.llama_model_default_params
-
-    def params() -> Any:
-        result = default_params()
-        result.use_extra_bufts = False
-        return result
-
-    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_model_default_params", params)
 
 
 @pytest.mark.usefixtures("llama_without_repacking")
