@@ -1,7 +1,8 @@
 """`moe-edge chat`: a conversation in a terminal, and one shot from a pipe.
 
-A model with a chat template is talked to through it (llama-cpp-python renders it); a model without one continues the
-text, which is what a base model can do.
+A model with a chat template is talked to through it; a model without one continues the text, which is what a base
+model can do. What a model thinks before it answers is shown dimmed on a terminal and not at all in a pipe, and is no
+part of the conversation.
 """
 
 from __future__ import annotations
@@ -9,14 +10,20 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, TextIO
+from typing import TextIO
 
-from moe_edge.models.errors import MoeEdgeError, Stopped, UsageError
+from moe_edge.models.errors import MoeEdgeError, Stopped
+from moe_edge.runner.chatformat.format import Part
+from moe_edge.runner.chatformat.plain import PlainParser
+from moe_edge.runner.conversation import Conversation, Prompt
 from moe_edge.runner.engine import Engine
-from moe_edge.runner.generate import Generation, LookAheadState, Sampling, generate, tokenize
+from moe_edge.runner.generate import Generation, LookAheadState, Sampling, generate
+from moe_edge.runner.protocol import Reasoning, Text, ToolArguments, ToolStart
+from moe_edge.runner.template import ChatTemplate, template_text
+from moe_edge.runner.tokens import find_tokens
 
 HELP = """\
 /help          this list
@@ -27,75 +34,10 @@ HELP = """\
 Ctrl-C         stop the reply"""
 
 
-@dataclass
-class Conversation:
-    """Messages so far, and how to turn them into a prompt."""
-
-    engine: Engine
-    template: Any = None  # llama-cpp-python's formatter, or None for a base model
-    messages: list[dict[str, str]] = field(default_factory=list)
-    text: str = ""  # base model: the running text
-
-    def add(self, role: str, content: str) -> None:
-        if self.template is None:
-            self.text += content
-        else:
-            self.messages.append({"role": role, "content": content})
-
-    def saved(self) -> tuple[list[dict[str, str]], str]:
-        """The conversation as it is, for restore() after a turn that failed."""
-        return list(self.messages), self.text
-
-    def restore(self, saved: tuple[list[dict[str, str]], str]) -> None:
-        self.messages, self.text = saved
-
-    def clear(self) -> None:
-        self.messages.clear()
-        self.text = ""
-
-    def _render(self, messages: list[dict[str, str]]) -> Any:
-        try:
-            return self.template(messages=messages)
-        except Exception as e:  # a template is a program of the model's author: it may raise anything
-            raise UsageError(f"the model's chat template refuses this conversation: {e}") from e
-
-    def prompt(self, n_reply: int) -> tuple[list[int], list[str], int]:
-        """(tokens, stop texts, messages dropped): the oldest turns go when the context is too small for all."""
-        n_ctx = int(self.engine.llama.n_ctx())
-        room = max(n_ctx - n_reply, n_ctx // 2)
-        if self.template is None:
-            tokens = tokenize(self.engine, self.text)
-            return tokens[-room:], [], 0
-        dropped = 0
-        while True:
-            r = self._render(self.messages[dropped:])
-            tokens = tokenize(self.engine, r.prompt, special=True, add_bos=not r.added_special)
-            if len(tokens) <= room or dropped + 1 >= len(self.messages):
-                break
-            dropped += 2 if dropped + 2 < len(self.messages) else 1
-        del self.messages[:dropped]
-        stop = [r.stop] if isinstance(r.stop, str) else list(r.stop or [])
-        return tokens, stop, dropped
-
-
-def chat_template(engine: Engine) -> Any:
-    """llama-cpp-python's formatter for the model's own template; None when the model has none."""
-    text = engine.llama.metadata.get("tokenizer.chat_template")
-    if not text:
-        return None
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-    llama = engine.llama
-
-    def piece(token: int) -> str:
-        return llama._model.token_get_text(token) if token != -1 else ""
-
-    return Jinja2ChatFormatter(
-        template=text,
-        eos_token=piece(llama.token_eos()),
-        bos_token=piece(llama.token_bos()),
-        stop_token_ids=[llama.token_eos()],
-    )
+def chat_template(engine: Engine) -> ChatTemplate | None:
+    """The model's own template; None when it has none. Raises UsageError when it cannot be read."""
+    text = template_text(engine.metadata)
+    return ChatTemplate(text, engine.llama, str(engine.model.skeleton)) if text else None
 
 
 @dataclass
@@ -121,6 +63,38 @@ class Interrupt:
             signal.signal(signal.SIGINT, previous)
 
 
+class Shown:
+    """The parts of a reply as the user sees them; `answer` is what becomes part of the conversation."""
+
+    DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+
+    def __init__(self, out: TextIO) -> None:
+        self.answer = ""
+        self._out, self._terminal, self._dim = out, out.isatty(), False
+
+    def add(self, parts: Sequence[Part]) -> None:
+        for part in parts:
+            if isinstance(part, Reasoning) and self._terminal:
+                self._write(part.text, dim=True)
+            elif isinstance(part, Text):
+                self._write(part.text, dim=False)
+                self.answer += part.text
+            elif isinstance(part, ToolStart | ToolArguments) and self._terminal:
+                self._write(f"{part.name} " if isinstance(part, ToolStart) else part.text, dim=True)
+
+    def _write(self, text: str, *, dim: bool) -> None:
+        if dim != self._dim:
+            self._out.write(self.DIM if dim else f"{self.PLAIN}\n\n")
+            self._dim = dim
+        self._out.write(text)
+        self._out.flush()
+
+    def finish(self) -> None:
+        """The reply is over, or was stopped."""
+        self._out.write(f"{self.PLAIN}\n" if self._dim else "\n")
+        self._out.flush()
+
+
 @dataclass
 class Chat:
     """The terminal conversation. `out` gets replies, `err` everything else."""
@@ -139,41 +113,51 @@ class Chat:
         print(text, file=self.err, flush=True)
 
     def reply(self, message: str) -> Generation | None:
-        """One turn: prints the reply as it comes and the statistics line. None when it was stopped before a token."""
+        """One turn: prints the reply as it comes and the statistics line. None when it was stopped before a token.
+
+        A turn without an answer is no part of the conversation: templates refuse an empty one.
+        """
         c = self.conversation
         before = c.saved()
         c.add("user", message)
-        shown: list[str] = []
-        interrupt = Interrupt(self.engine)
-
-        def show(text: str) -> None:
-            interrupt.replying = True
-            shown.append(text)
-            self.out.write(text)
-            self.out.flush()
-
+        interrupt, shown = Interrupt(self.engine), Shown(self.out)
         result: Generation | None = None
         try:
             with interrupt.caught():
-                tokens, stop, dropped = c.prompt(self.n_tokens)
-                if dropped:
-                    self.say(f"(the context is full: {dropped} of the oldest messages are no longer seen)")
+                prompt = c.prompt(self.n_tokens)
+                if prompt.dropped:
+                    self.say(f"(the context is full: {prompt.dropped} of the oldest messages are no longer seen)")
                 if not interrupt.pressed:
-                    result = generate(
-                        self.engine, tokens, self.n_tokens, self.sampling,
-                        on_text=show, stop=stop, should_stop=lambda: interrupt.pressed > 0,
-                    )  # fmt: skip
+                    result = self._generate(prompt, shown, interrupt)
         except Stopped:
             pass
         except MoeEdgeError:
             c.restore(before)
             raise
         finally:
-            self.out.write("\n")
-            self.out.flush()
-        c.add("assistant", "".join(shown))
+            shown.finish()
+        if shown.answer.strip() or c.template is None:
+            c.add("assistant", shown.answer)
+        else:
+            c.restore(before)
         self.last = result
         self.say(result.line() if result is not None else "[stopped]")
+        return result
+
+    def _generate(self, prompt: Prompt, shown: Shown, interrupt: Interrupt) -> Generation:
+        template = self.conversation.template
+        parser = template.format.parser(prompt.text, ()) if template else PlainParser()
+        visible = find_tokens(self.engine.llama, template.format.tags) if template else frozenset()
+
+        def show(text: str) -> None:
+            interrupt.replying = True
+            shown.add(parser.feed(text))
+
+        result = generate(
+            self.engine, prompt.tokens, self.n_tokens, self.sampling,
+            on_text=show, stop=prompt.stop, visible=visible, should_stop=lambda: interrupt.pressed > 0,
+        )  # fmt: skip
+        shown.add(parser.finish())
         return result
 
     def command(self, line: str) -> bool:

@@ -38,6 +38,29 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
             self.fail(str(e), param, ctx)
 
 
+class Number(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A finite number from least to most; `whole` for one without a fraction."""
+
+    def __init__(self, least: float, most: float, *, whole: bool = False) -> None:
+        self.least, self.most, self.whole = least, most, whole
+        self.name = "integer" if whole else "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | int:
+        try:
+            number = int(value) if self.whole else float(value)
+        except (ValueError, OverflowError):
+            self.fail(f"{value!r} is not a {'whole ' if self.whole else ''}number", param, ctx)
+        if not self.least <= number <= self.most:
+            self.fail(f"{value} is not in the range {self.least:g} to {self.most:g}", param, ctx)
+        return number
+
+
+MOST = 2**31 - 1  # llama.cpp counts tokens in 32 bits
+TOKENS = Number(0, MOST, whole=True)
+SOME_TOKENS = Number(1, MOST, whole=True)
+THREADS = Number(0, 512, whole=True)
+
+
 def reports_errors(f: F) -> F:
     """Our errors leave as `moe-edge: <sentence>` on stderr with their exit status; Ctrl-C as 130."""
 
@@ -74,7 +97,7 @@ def _knob_option(knob: Knob) -> Callable[[F], F]:
     if isinstance(knob.default, bool):
         return click.option(knob.option, knob.name, is_flag=True, default=None, help=words)
     default = "" if knob.default is None else f"  [default: {knob.default}]"
-    return click.option(knob.option, knob.name, type=str if knob.choices else float, help=words + default)
+    return click.option(knob.option, knob.name, type=str if knob.choices else Number(-1e30, 1e30), help=words + default)
 
 
 def model_options(f: F) -> F:
@@ -82,11 +105,11 @@ def model_options(f: F) -> F:
         [
             click.option("--ram", "--budget", "ram", type=Size(), default="auto", show_default=True,
                          help="All memory the model may take: 6GiB, 800MiB, auto."),
-            click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(min=0), default=0,
+            click.option("-c", "--ctx-size", "n_ctx", type=TOKENS, default=0,
                          help="Context in tokens; 0: 4096, or what the model was trained for if that is less."),
-            click.option("-t", "--threads", "n_threads", type=click.IntRange(min=0), default=0,
+            click.option("-t", "--threads", "n_threads", type=THREADS, default=0,
                          help="Compute threads; 0: one for each core."),
-            click.option("-ub", "--ubatch-size", "n_ubatch", type=click.IntRange(min=0), default=0,
+            click.option("-ub", "--ubatch-size", "n_ubatch", type=TOKENS, default=0,
                          help="Micro-batch of the prefill, in tokens; 0: 512, less for tiny models."),
             click.option("--flash-attn/--no-flash-attn", "flash_attn", default=None,
                          help="Default: on when plain attention would need over 64 MiB."),
@@ -97,7 +120,7 @@ def model_options(f: F) -> F:
                          help=f"Which expert goes when another needs its place. {_words(RULE_ENTRIES)}"),
             click.option("--lookahead", default="off", show_default=True,
                          help=f"Read experts of the next layers early: off, auto. {_words(LOOKAHEAD_ENTRIES)}"),
-            click.option("--max-kld", type=float,
+            click.option("--max-kld", type=Number(-1e30, 1e30),
                          help="The fastest measured setting with at most this KLD (nats a token)."),
             click.option("--warm-start/--no-warm-start", "warm_start", default=False, show_default=True,
                          help="Load the experts that earlier runs used most, and keep the usage of this one."),
@@ -111,12 +134,16 @@ def model_options(f: F) -> F:
 def sampling_options(f: F) -> F:
     for option in reversed(
         [
-            click.option("--temp", type=click.FloatRange(min=0), default=0.8, show_default=True, help="0 is greedy."),
-            click.option("--top-k", type=int, default=40, show_default=True),
-            click.option("--top-p", type=float, default=0.95, show_default=True),
-            click.option("--min-p", type=float, default=0.05, show_default=True),
-            click.option("--repeat-penalty", type=float, default=1.0, show_default=True),
-            click.option("-s", "--seed", type=int, default=None),
+            click.option("--temp", type=Number(0, 100), default=0.8, show_default=True, help="0 is greedy."),
+            click.option("--top-k", type=Number(-1, MOST, whole=True), default=40, show_default=True,
+                         help="Only the so many most likely tokens; 0 or -1: all."),
+            click.option("--top-p", type=Number(0, 1), default=0.95, show_default=True),
+            click.option("--min-p", type=Number(0, 1), default=0.05, show_default=True),
+            click.option("--repeat-penalty", type=Number(0.01, 100), default=1.0, show_default=True),
+            click.option("--presence-penalty", type=Number(-100, 100), default=0.0, show_default=True),
+            click.option("--frequency-penalty", type=Number(-100, 100), default=0.0, show_default=True),
+            click.option("-s", "--seed", type=Number(0, 2**32 - 1, whole=True), default=None,
+                         help="The same seed, prompt and options give the same text. Default: a new one each time."),
         ]
     ):
         f = option(f)
@@ -126,7 +153,10 @@ def sampling_options(f: F) -> F:
 def _sampling(o: dict[str, Any]) -> Any:
     from moe_edge.runner.generate import Sampling
 
-    return Sampling(o["temp"], o["top_k"], o["top_p"], o["min_p"], o["repeat_penalty"], o["seed"])
+    return Sampling(
+        o["temp"], o["top_k"], o["top_p"], o["min_p"], o["repeat_penalty"], o["seed"], o["presence_penalty"],
+        o["frequency_penalty"],
+    )  # fmt: skip
 
 
 def _policy(o: dict[str, Any]) -> PolicyOptions:
@@ -165,7 +195,7 @@ def main() -> None:
 @main.command()
 @click.argument("model", required=False)
 @click.option("-m", "--model", "model_option", help="The model, as an option.")
-@click.option("-n", "--max-tokens", "n_tokens", type=click.IntRange(min=1), default=512, show_default=True)
+@click.option("-n", "--max-tokens", "n_tokens", type=SOME_TOKENS, default=512, show_default=True)
 @model_options
 @sampling_options
 @reports_errors
@@ -191,13 +221,15 @@ def chat(model: str | None, model_option: str | None, n_tokens: int, **o: Any) -
 @click.argument("model", required=False)
 @click.option("-m", "--model", "model_option", help="The model, as an option.")
 @click.option("-p", "--prompt", required=True, help="The text to continue; - reads standard input.")
-@click.option("-n", "--max-tokens", "n_tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("-n", "--max-tokens", "n_tokens", type=SOME_TOKENS, default=128, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@click.option("--special/--no-special", default=True, show_default=True,
+              help="Whether names of control tokens in the prompt, like <|im_start|>, are those tokens, or letters.")
 @model_options
 @sampling_options
 @reports_errors
 def generate(
-    model: str | None, model_option: str | None, prompt: str, n_tokens: int, as_json: bool, **o: Any
+    model: str | None, model_option: str | None, prompt: str, n_tokens: int, as_json: bool, special: bool, **o: Any
 ) -> None:
     """Continue a prompt with MODEL and print text and statistics."""
     from moe_edge.runner.generate import generate as run
@@ -209,7 +241,7 @@ def generate(
         click.echo(text, nl=False)
 
     with _engine(model or model_option, o) as engine:
-        result = run(engine, prompt, n_tokens, _sampling(o), on_text=None if as_json else show)
+        result = run(engine, prompt, n_tokens, _sampling(o), on_text=None if as_json else show, special=special)
         if as_json:
             click.echo(json.dumps(result.to_json(engine), ensure_ascii=False))
         else:
@@ -220,9 +252,9 @@ def generate(
 @main.command()
 @click.argument("model", required=False)
 @click.option("--json", "as_json", is_flag=True)
-@click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(min=0), default=0)
-@click.option("-ub", "--ubatch-size", "n_ubatch", type=click.IntRange(min=0), default=0)
-@click.option("-t", "--threads", "n_threads", type=click.IntRange(min=0), default=0)
+@click.option("-c", "--ctx-size", "n_ctx", type=TOKENS, default=0)
+@click.option("-ub", "--ubatch-size", "n_ubatch", type=TOKENS, default=0)
+@click.option("-t", "--threads", "n_threads", type=THREADS, default=0)
 @click.option("--calibration", is_flag=True, help="Say what was measured when MODEL was converted with --calibrate.")
 @click.option("--picture", type=click.Path(path_type=Path),
               help="Draw the calibration, layers x experts, into this file (.png, .svg, .pdf).")
@@ -264,9 +296,9 @@ def type_options(f: F) -> F:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The skeleton to write; the store goes beside.")
 @type_options
-@click.option("--bits", type=click.FloatRange(min=0, min_open=True),
+@click.option("--bits", type=Number(0.01, 64),
               help="Instead of --high: choose each expert's types so that they take this many bits a weight.")
-@click.option("--low-bits", type=click.FloatRange(min=0, min_open=True), help="The same, instead of --low.")
+@click.option("--low-bits", type=Number(0.01, 64), help="The same, instead of --low.")
 @click.option("--types", help="What --bits chooses from, like Q2_K,Q3_K,Q4_K.")
 @click.option("--calibrate", type=click.Path(path_type=Path), help="A text to measure the experts on.")
 @click.option("--calibrate-tokens", type=click.IntRange(min=512), default=16384, show_default=True)
@@ -276,7 +308,7 @@ def type_options(f: F) -> F:
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--force", is_flag=True, help="Replace files that exist.")
 @click.option("--json", "as_json", is_flag=True)
-@click.option("-t", "--threads", "n_threads", type=click.IntRange(min=0), default=0)
+@click.option("-t", "--threads", "n_threads", type=THREADS, default=0)
 @reports_errors
 def convert(source: Path, output: Path | None, dry_run: bool, as_json: bool, **o: Any) -> None:
     """Turn SOURCE, a Hugging Face directory or a GGUF, into a skeleton and an expert store."""
@@ -331,9 +363,9 @@ def evaluate_command(
 @click.option("--ram", "--budget", "ram", multiple=True, type=Size(), help="A budget to run at; may be given again. "
               "Default: a quarter of the experts, a half, and all where they fit.")
 @click.option("-n", "--max-tokens", "n_tokens", type=click.IntRange(min=2), default=256, show_default=True)
-@click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(min=0), default=0)
-@click.option("-ub", "--ubatch-size", "n_ubatch", type=click.IntRange(min=0), default=0)
-@click.option("-t", "--threads", "n_threads", type=click.IntRange(min=0), default=0)
+@click.option("-c", "--ctx-size", "n_ctx", type=TOKENS, default=0)
+@click.option("-ub", "--ubatch-size", "n_ubatch", type=TOKENS, default=0)
+@click.option("-t", "--threads", "n_threads", type=THREADS, default=0)
 @click.option("--disk", help="Read experts as a disk of this speed would, like 440MB/s.")
 @click.option("--json", "as_json", is_flag=True)
 @reports_errors
@@ -361,7 +393,7 @@ def bench(
 @click.argument("model", required=False)
 @click.option("-f", "--text", type=click.Path(path_type=Path), required=True, help="The text to route.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The trace to write, .npz.")
-@click.option("-n", "--max-tokens", "n_tokens", type=click.IntRange(min=1), help="At most so many tokens of the text.")
+@click.option("-n", "--max-tokens", "n_tokens", type=SOME_TOKENS, help="At most so many tokens of the text.")
 @click.option("--prefill", is_flag=True, help="In micro-batches, as a prompt is read. Default: one by one.")
 @click.option("--lookahead-depth", type=click.IntRange(0, 8),
               help="Keep what the routers of so many later layers predict; 0: nothing. Default: 3, 0 with --prefill.")
@@ -447,9 +479,9 @@ def simulate(
 @main.command()
 @click.argument("model", required=False)
 @click.option("--ram", "--budget", "ram", type=Size(), default="auto", show_default=True)
-@click.option("-c", "--ctx-size", "n_ctx", type=click.IntRange(min=0), default=0)
-@click.option("-ub", "--ubatch-size", "n_ubatch", type=click.IntRange(min=0), default=0)
-@click.option("-t", "--threads", "n_threads", type=click.IntRange(min=0), default=0)
+@click.option("-c", "--ctx-size", "n_ctx", type=TOKENS, default=0)
+@click.option("-ub", "--ubatch-size", "n_ubatch", type=TOKENS, default=0)
+@click.option("-t", "--threads", "n_threads", type=THREADS, default=0)
 @click.option("--disk", help="What the disk delivers, like 440MB/s. Default: as `doctor` measured it.")
 @click.option("--trace", "trace_file", type=click.Path(path_type=Path), help="Take the hits from this trace.")
 @click.option("--json", "as_json", is_flag=True)
@@ -477,7 +509,7 @@ def plan(
 
 @main.command()
 @click.argument("path", required=False, type=click.Path(path_type=Path))
-@click.option("-t", "--threads", "n_threads", type=click.IntRange(min=0), default=0)
+@click.option("-t", "--threads", "n_threads", type=THREADS, default=0)
 @click.option("--fresh", is_flag=True, help="Measure again what was measured before.")
 @click.option("--json", "as_json", is_flag=True)
 @reports_errors

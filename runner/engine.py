@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from moe_edge.models.errors import EngineError, MoeEdgeError, Stopped
 from moe_edge.runner.crowd import CrowdWatch, usable_cores
 from moe_edge.runner.memory import auto_budget_bytes, current_rss_bytes
 from moe_edge.runner.native import Counters, NativeModel, ThreadPool
+from moe_edge.runner.template import metadata_for_llama
 from moe_edge.runner.warm import Preloaded, WarmStart, usage_path
 from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES, FixedSizes, MemoryPlan, plan_memory
 from moe_edge.schedulers.crowd import CrowdControl
@@ -98,7 +100,9 @@ class EngineOptions:
 
 
 @contextlib.contextmanager
-def _llama_defaults(*, direct: bool, no_alloc: bool, n_outputs_max: int) -> Iterator[None]:
+def _llama_defaults(
+    *, direct: bool, no_alloc: bool, n_outputs_max: int, metadata: Mapping[str, Any]
+) -> Iterator[None]:
     """Inside: llama.cpp's default parameters, as `Llama` picks them up, are the ones moe-edge needs.
 
     use_extra_bufts False: repacked weights would be a second copy, and the AMX path crashes (LLAMACPP.md, section 9).
@@ -125,7 +129,9 @@ def _llama_defaults(*, direct: bool, no_alloc: bool, n_outputs_max: int) -> Iter
     def load(*args: Any, **kwargs: Any) -> Any:  # Llama overwrites load_mode after it took the defaults
         if direct:
             kwargs["params"].load_mode = bindings.LLAMA_LOAD_MODE_DIRECT_IO
-        return make_model(*args, **kwargs)
+        model = make_model(*args, **kwargs)
+        model.metadata = functools.partial(metadata_for_llama, model.metadata, metadata)
+        return model
 
     bindings.llama_model_default_params = model_params
     bindings.llama_context_default_params = context_params
@@ -211,6 +217,11 @@ class Engine:
         assert self._policy is not None, "load() first"
         return self._policy
 
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The skeleton's key-values, every byte of them."""
+        return self._skeleton.kv
+
     def trained_context(self) -> int:
         """The context length the skeleton names; 4096 when it names none."""
         value = self._metadata("context_length")
@@ -253,17 +264,13 @@ class Engine:
     def _new_llama(self, *, no_alloc: bool) -> tuple[Any, str]:
         """A Llama on the skeleton, with the log of its loading. Raises EngineError with llama.cpp's own words."""
         import llama_cpp
-        from jinja2 import TemplateError  # llama-cpp-python renders templates with it
-
         outputs = 0 if self.options.logits_all else 1
         direct = no_alloc or not self.options.map_dense  # llama.cpp aborts on a mapped load that allocates nothing
         with _load_lock, captured_log() as log:
             self.native.arm()
             try:
-                with _llama_defaults(direct=direct, no_alloc=no_alloc, n_outputs_max=outputs):
+                with _llama_defaults(direct=direct, no_alloc=no_alloc, n_outputs_max=outputs, metadata=self.metadata):
                     return llama_cpp.Llama(**self._llama_arguments()), "".join(log)
-            except TemplateError as e:
-                raise EngineError(f"{self.model.skeleton}: its chat template cannot be read: {e}") from e
             except (ValueError, RuntimeError) as e:
                 said = [line.strip() for line in log if "error" in line.lower() or "fail" in line.lower()]
                 raise EngineError(f"{self.model.skeleton}: llama.cpp cannot load it: {said[-1] if said else e}") from e

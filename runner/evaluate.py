@@ -26,6 +26,7 @@ from moe_edge.convert.store import open_model
 from moe_edge.models.errors import DiskFull, EngineError, MissingFile, UsageError
 from moe_edge.runner.engine import Engine, EngineOptions
 from moe_edge.runner.show import NO_LIMIT
+from moe_edge.runner.tokens import tokenize
 from moe_edge.schedulers.budget import MIB, format_bytes
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policies import DEFAULTS
@@ -96,7 +97,7 @@ def read_text(path: str | Path) -> bytes:
 
 def tokenize_text(engine: Engine, text: bytes) -> list[int]:
     """Tokens of a whole text, BOS first where the model adds one; a final newline is dropped, as `-f` of llama.cpp."""
-    tokens: list[int] = engine.llama.tokenize(text.removesuffix(b"\n"), add_bos=True, special=False)
+    tokens = tokenize(engine.llama, text.removesuffix(b"\n"), special=False, add_bos=True)
     return tokens
 
 

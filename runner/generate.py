@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from moe_edge.models.errors import Stopped, UsageError
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.memory import peak_rss_bytes
 from moe_edge.runner.native import Counters
+from moe_edge.runner.tokens import is_end, token_bytes, tokenize
 from moe_edge.schedulers.budget import format_bytes
 from moe_edge.schedulers.lookahead.around import LookAheadPolicy
 from moe_edge.schedulers.policies import DEFAULTS
@@ -32,6 +33,8 @@ class Sampling:
     min_p: float = 0.05
     repeat_penalty: float = 1.0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -188,13 +191,6 @@ class Generation:
         }
 
 
-def tokenize(engine: Engine, text: str, *, special: bool = False, add_bos: bool = True) -> list[int]:
-    """Token ids of a prompt; BOS is added when the model asks for one."""
-    # surrogateescape: bytes of an argument that are not UTF-8 pass as they came
-    tokens: list[int] = engine.llama.tokenize(text.encode(errors="surrogateescape"), add_bos=add_bos, special=special)
-    return tokens
-
-
 def generate(
     engine: Engine,
     prompt: str | Sequence[int],
@@ -203,6 +199,8 @@ def generate(
     *,
     on_text: Callable[[str], None] | None = None,
     stop: Sequence[str] = (),
+    special: bool = True,
+    visible: Collection[int] = (),
     should_stop: Callable[[], bool] | None = None,
     ignore_end: bool = False,
 ) -> Generation:
@@ -210,10 +208,15 @@ def generate(
 
     Stops at the model's end-of-generation token, at a stop text, when the context is full, when should_stop() turns
     true between tokens, or when the engine is told to stop. Raises Stopped only when no token had come by then.
+    special: the names of control tokens in a prompt that is text are those tokens, as in stock create_completion.
+    visible: control tokens whose names appear in the text; the others leave nothing there.
     ignore_end: go on after an end-of-generation token, for benchmarks.
     """
-    tokens = tokenize(engine, prompt) if isinstance(prompt, str) else list(prompt)
-    n_ctx = int(engine.llama.n_ctx())
+    if isinstance(prompt, str):
+        tokens = tokenize(engine.llama, prompt, special=special, add_bos=True)
+    else:
+        tokens = list(prompt)
+    n_ctx = engine.n_ctx  # what was asked for; llama.cpp rounds it up for its buffers
     if not tokens:
         raise UsageError("the prompt is empty; give at least one word")
     if len(tokens) >= n_ctx:
@@ -221,7 +224,7 @@ def generate(
             f"the prompt has {len(tokens)} tokens but the context holds {n_ctx}; "
             f"try --ctx-size {len(tokens) + n_tokens}"
         )
-    out = Generation(prompt_tokens=len(tokens), reused_tokens=_common_prefix(engine, tokens))
+    out = Generation(prompt_tokens=len(tokens), reused_tokens=keep_prefix(engine, tokens))
     writer = _TextWriter(on_text, stop)
     before, stats_before = engine.counters(), engine.policy.stats.copy()
     started = first = time.monotonic()
@@ -234,8 +237,8 @@ def generate(
                     out.prefill_counters = engine.counters().since(before)
                 out.decode_seconds = now - first
                 out.generated_tokens += 1
-                ended = not ignore_end and _is_end(engine, token)
-                if ended or writer.add(engine.llama.detokenize([token], prev_tokens=tokens[-1:])):
+                ended = not ignore_end and is_end(engine.llama, token)
+                if ended or writer.add(token_bytes(engine.llama, token, special=token in visible)):
                     out.finish_reason = "stop"
                     break
                 if out.generated_tokens >= n_tokens or engine.llama.n_tokens + 1 >= n_ctx:
@@ -260,25 +263,30 @@ def _tokens(engine: Engine, tokens: list[int], s: Sampling) -> Iterator[int]:
     if s.seed is not None:
         engine.llama.set_seed(s.seed)
     generator: Iterator[int] = engine.llama.generate(
-        tokens, temp=s.temp, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, repeat_penalty=s.repeat_penalty
-    )
+        tokens, temp=s.temp, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, repeat_penalty=s.repeat_penalty,
+        presence_penalty=s.presence_penalty, frequency_penalty=s.frequency_penalty,
+    )  # fmt: skip
     return generator
 
 
-def _common_prefix(engine: Engine, tokens: list[int]) -> int:
-    """Tokens that `Llama.generate` takes from its KV cache: the common prefix, all but the last token at most."""
+def keep_prefix(engine: Engine, tokens: Sequence[int]) -> int:
+    """Cut the KV cache down to what the prompt begins with; how many tokens of it are kept.
+
+    All but the last token at most, which is evaluated for its logits. Recurrent and hybrid models cannot forget a part:
+    unless the prompt goes on where the cache ends, all of it is evaluated again.
+    """
+    llama = engine.llama
     n = 0
-    for have, want in zip(engine.llama.input_ids[: engine.llama.n_tokens].tolist(), tokens[:-1], strict=False):
+    for have, want in zip(llama.input_ids[: llama.n_tokens].tolist(), tokens[:-1], strict=False):
         if have != want:
             break
         n += 1
-    return n
-
-
-def _is_end(engine: Engine, token: int) -> bool:
-    import llama_cpp
-
-    return bool(llama_cpp.llama_vocab_is_eog(engine.llama._model.vocab, token))
+    if n == llama.n_tokens or (n > 0 and llama._ctx.kv_cache_seq_rm(-1, n, -1)):
+        llama.n_tokens = n
+        return n
+    llama.reset()
+    llama._ctx.kv_cache_clear()
+    return 0
 
 
 class _TextWriter:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +27,7 @@ class FakeEngine:
     """What /clear needs of an Engine."""
 
     def __init__(self) -> None:
-        self.llama = SimpleNamespace(metadata={})  # a base model
+        self.metadata: dict[str, object] = {}  # a base model
         self.conversations = 0
 
     def new_conversation(self) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import open_engine
-from moe_edge.models.errors import BudgetTooSmall, EngineError, Stopped, WrongLibrary
+from moe_edge.models.errors import BudgetTooSmall, EngineError, Stopped, UsageError, WrongLibrary
 from moe_edge.runner.engine import Engine, EngineOptions, attention_defaults, log_megabytes
 from moe_edge.runner.generate import Sampling, generate
 from moe_edge.runner.native import check_abi
@@ -214,8 +214,11 @@ def test_a_broken_chat_template_is_one_sentence(tmp_path: Path) -> None:
     data = path.read_bytes()
     at = data.index(b"{% for") if b"{% for" in data else data.index(b"{%- for")
     path.write_bytes(data[:at] + data[at:].replace(b"for", b"fox", 1))
-    with pytest.raises(EngineError, match="chat template cannot be read"):
-        Engine(path, EngineOptions(ram_bytes=1 << 30, n_ctx=128))
+    from moe_edge.runner.chat import Chat
+
+    with Engine(path, EngineOptions(ram_bytes=1 << 30, n_ctx=128, n_threads=1)) as engine:
+        with pytest.raises(UsageError, match="its chat template cannot be read"):
+            Chat(engine)
 
 
 def test_a_failed_turn_leaves_the_conversation_as_it_was(random_model: Callable[[str], Path]) -> None:

@@ -1,0 +1,126 @@
+"""What a chat format is, and the streaming scanner that its parsers are made of. Pure: no llama.cpp, no templates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from moe_edge.runner.protocol import Reasoning, Text, ToolArguments, ToolEnd, ToolStart
+
+Message = dict[str, Any]
+Part = Text | Reasoning | ToolStart | ToolArguments | ToolEnd
+
+
+class Parser(Protocol):
+    """Raw text of a reply in, as it comes; its parts out. Never half a tag; what does not parse comes back as text."""
+
+    def feed(self, text: str) -> list[Part]: ...
+
+    def finish(self) -> list[Part]:
+        """The reply is over: what was held back."""
+        ...
+
+
+def no_kwargs(think: bool | None, effort: str | None) -> dict[str, Any]:
+    """What most templates need to be told about thinking: nothing."""
+    return {}
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """A family's way to write a reply.
+
+    order: formats are asked in this order, lowest first. recognises: the model's template -> whether it is this format.
+    parser: (the end of the prompt, the tools) -> a parser for one reply; a prompt may have opened the thinking already.
+    tags: control tokens whose names the parser needs to see in the text. stops: texts that end a reply.
+    prepare: messages -> messages as this family's templates want them. template_kwargs: (think, effort) -> what the
+    template is given for them.
+    """
+
+    name: str
+    order: int
+    recognises: Callable[[str], bool]
+    parser: Callable[[str, Sequence[Mapping[str, Any]]], Parser]
+    tags: tuple[str, ...] = ()
+    stops: tuple[str, ...] = ()
+    prepare: Callable[[list[Message]], list[Message]] = lambda messages: messages
+    template_kwargs: Callable[[bool | None, str | None], dict[str, Any]] = no_kwargs
+
+
+def held_back(text: str, marks: Iterable[str]) -> int:
+    """How many characters at the end of a text might be the beginning of one of the marks."""
+    most = 0
+    for mark in marks:
+        for n in range(min(len(mark) - 1, len(text)), most, -1):
+            if mark.startswith(text[-n:]):
+                most = n
+                break
+    return most
+
+
+class Scanner:
+    """A buffer that is read up to marks, of which only a part may have come yet."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.ended = False
+
+    def until(self, marks: Sequence[str]) -> tuple[str, str | None]:
+        """(text before the first mark, the mark), both taken out; (what surely is none, None) when none has come."""
+        found = min(
+            ((at, -len(mark), mark) for mark in marks if (at := self.text.find(mark)) >= 0), default=None
+        )
+        if found is not None:
+            at, _, mark = found
+            before, self.text = self.text[:at], self.text[at + len(mark) :]
+            return before, mark
+        keep = 0 if self.ended else held_back(self.text, marks)
+        before, self.text = self.text[: len(self.text) - keep], self.text[len(self.text) - keep :]
+        return before, None
+
+    def starts_with(self, marks: Sequence[str]) -> str | bool | None:
+        """The mark that the text begins with; False: with none of them; None: it is too short to tell."""
+        for mark in sorted(marks, key=len, reverse=True):
+            if self.text.startswith(mark):
+                return mark
+        if not self.ended and any(mark.startswith(self.text) for mark in marks):
+            return None
+        return False
+
+
+class StreamParser:
+    """Base of the parsers: `_parts` is a generator that yields parts, and None when it needs more text."""
+
+    def __init__(self) -> None:
+        self.scan = Scanner()
+        self._running = self._parts()
+
+    def _parts(self) -> Iterator[Part | None]:
+        raise NotImplementedError
+
+    def feed(self, text: str) -> list[Part]:
+        self.scan.text += text
+        return self._advance()
+
+    def finish(self) -> list[Part]:
+        self.scan.ended = True
+        return self._advance()
+
+    def _advance(self) -> list[Part]:
+        parts: list[Part] = []
+        for part in self._running:
+            if part is None:
+                break
+            parts.append(part)
+        return parts
+
+    def _rest(self) -> Iterator[Part | None]:
+        """Everything that is still to come, as text."""
+        while True:
+            if self.scan.text:
+                text, self.scan.text = self.scan.text, ""
+                yield Text(text)
+            if self.scan.ended:
+                return
+            yield None

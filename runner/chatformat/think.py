@@ -1,0 +1,97 @@
+"""Models that think between `<think>` and `</think>` before they answer: Qwen3, DeepSeek-R1, GLM and many more.
+
+Some templates open the thinking in the prompt, so that a reply begins inside it. Thinking is dropped from the history:
+that is what these templates do with all turns but the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any
+
+from moe_edge.runner.chatformat.format import ChatFormat, Message, Part, StreamParser
+from moe_edge.runner.protocol import Reasoning
+
+OPEN, CLOSE = "<think>", "</think>"
+
+
+class ThinkParser(StreamParser):
+    """Reasoning between the tags at the head of a reply, text behind them. opened: by the prompt."""
+
+    def __init__(self, opened: bool) -> None:
+        self._opened = opened
+        super().__init__()
+
+    def _parts(self) -> Iterator[Part | None]:
+        yield from self.thinking()
+        yield from self._rest()
+
+    def thinking(self) -> Iterator[Part | None]:
+        """The head of the reply up to the answer. White space around the tags belongs to neither part."""
+        if not self._opened:
+            space = yield from self.blank()
+            while (found := self.scan.starts_with([OPEN])) is None:
+                yield None
+            if found is False:
+                self.scan.text = space + self.scan.text
+                return
+            self.scan.text = self.scan.text[len(OPEN) :]
+        yield from self.blank()
+        held = ""  # white space that may turn out to stand before the closing tag
+        while True:
+            text, mark = self.scan.until([CLOSE])
+            text = held + text
+            held = text[len(text.rstrip()) :]
+            if text.rstrip():
+                yield Reasoning(text[: len(text) - len(held)])
+            if mark is not None:
+                yield from self.blank()
+                return
+            if self.scan.ended:
+                return
+            yield None
+
+    def blank(self) -> Generator[Part | None, None, str]:
+        """Skip white space; returns what was skipped."""
+        skipped = ""
+        while True:
+            rest = self.scan.text.lstrip()
+            skipped += self.scan.text[: len(self.scan.text) - len(rest)]
+            self.scan.text = rest
+            if rest or self.scan.ended:
+                return skipped
+            yield None
+
+
+def opened_by(prompt: str) -> bool:
+    """Whether the prompt leaves the thinking open."""
+    return prompt.rstrip().endswith(OPEN)
+
+
+def without_thinking(messages: list[Message]) -> list[Message]:
+    """Answers without what stood between the tags, should a client send it back."""
+    cleaned = []
+    for message in messages:
+        content = message.get("content")
+        if message.get("role") == "assistant" and isinstance(content, str) and CLOSE in content:
+            message = {**message, "content": content.split(CLOSE)[-1].lstrip("\n")}
+        cleaned.append(message)
+    return cleaned
+
+
+def think_kwargs(think: bool | None, effort: str | None) -> dict[str, Any]:
+    """`enable_thinking` (Qwen3, GLM), `thinking` (DeepSeek V3.1): each template takes the name it knows."""
+    if think is None and effort is None:
+        return {}
+    on = think if think is not None else effort != "none"
+    return {"enable_thinking": on, "thinking": on} | ({"reasoning_effort": effort} if effort else {})
+
+
+def make_parser(prompt: str, tools: Sequence[Mapping[str, Any]]) -> ThinkParser:
+    return ThinkParser(opened_by(prompt))
+
+
+FORMAT = ChatFormat(
+    "think", 900, lambda template: CLOSE in template, make_parser, tags=(OPEN, CLOSE), prepare=without_thinking,
+    template_kwargs=think_kwargs,
+)  # fmt: skip
