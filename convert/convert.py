@@ -15,16 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_edge.convert.files import is_present, stamp_of
+from moe_edge.convert.folder import is_folder
 from moe_edge.convert.ggml_types import BF16, BY_NAME, F16, F32
 from moe_edge.convert.imatrix import fill_unused
 from moe_edge.convert.plan import ConvertPlan, ExpertKey, ExpertTypes, change, make_plan
 from moe_edge.convert.quantize import FloatArray, check_importance
-from moe_edge.convert.skeleton import own_kvs, remove_unless_proven, skeleton_kvs, stub_data
+from moe_edge.convert.skeleton import own_kvs, skeleton_kvs, stub_data
 from moe_edge.convert.source import STORE_ID, STORE_SUFFIX, Source, open_source
 from moe_edge.convert.store import expert_name, new_store, open_model, seal_store, store_path
 from moe_edge.convert.stream import SourceFiles, converted
+from moe_edge.convert.work import WorkFolder, renamed_in
 from moe_edge.convert.write import GGUFOutput, check_space, kv_string, kv_u32
-from moe_edge.models.errors import MissingFile, UsageError
+from moe_edge.models.errors import MissingFile, MoeEdgeError, UsageError
 
 if TYPE_CHECKING:
     from moe_edge.models.calibration import Calibration
@@ -111,7 +114,7 @@ def convert(
     dense_type: type of the dense matrices, see make_plan. threads: to quantize with; None or 0: one each CPU.
     output_path: None only for a dry run, which writes nothing and returns the plan.
     progress: called with bytes written and bytes in all; None shows a bar when stderr is a terminal.
-    prove: called with the skeleton's final path; when it raises, both files are removed.
+    prove: called with the skeleton, its store beside it, before they get their names; when it raises, both are gone.
     Raises NotMoE, UnknownName, UsageError (output in the way, a moe-edge file as source, types, an importance or a
     calibration of another model), MissingFile, DiskFull, BadFile and its kind: for an importance that does not fit its
     tensor, BadChecksum when the files do not read back as they were written.
@@ -133,12 +136,15 @@ def convert(
         _check_calibration(calibration, plan, source)
     if dry_run or skeleton_path is None:
         return ConvertReport(plan)
-    store, skeleton = _outputs(plan, source, skeleton_path, calibration)
-    check_space(skeleton_path.parent, store.total_bytes + skeleton.total_bytes, str(skeleton_path))
-    total = sum(each.nbytes for each in (*store.tensors, *skeleton.tensors))
-    with _progress(progress, total, skeleton_path.name) as advance:
-        identity = _write_both(plan, store, skeleton, weights, _n_threads(threads), advance)
-    remove_unless_proven(_open_and(prove), skeleton_path, (skeleton_path, store.path))
+    names = (store_path(skeleton_path).name, skeleton_path.name)
+    with WorkFolder(skeleton_path.parent, names) as work:
+        store, skeleton = _outputs(plan, source, skeleton_path, calibration, work.path)
+        check_space(skeleton_path.parent, store.total_bytes + skeleton.total_bytes, str(skeleton_path))
+        total = sum(each.nbytes for each in (*store.tensors, *skeleton.tensors))
+        with _progress(progress, total, skeleton_path.name) as advance:
+            identity = _write_both(plan, source, store, skeleton, weights, _n_threads(threads), advance)
+        _check_written(store, skeleton, prove)
+        work.commit(lambda: check_output(skeleton_path, source, overwrite))
     return ConvertReport(
         plan=plan,
         skeleton=skeleton_path,
@@ -151,14 +157,16 @@ def convert(
 
 
 def check_output(skeleton: Path, source: Source, overwrite: bool) -> None:
-    if skeleton.suffix != ".gguf" or skeleton.name.endswith(STORE_SUFFIX) or skeleton.is_dir():
+    """Raise UsageError for an output that is no name of a skeleton or is in the way, MissingFile without its folder."""
+    if skeleton.suffix != ".gguf" or skeleton.name.endswith(STORE_SUFFIX) or is_folder(skeleton):
         raise UsageError(f"{skeleton}: the output must be the name of a skeleton, like olmo.gguf")
-    if not skeleton.parent.is_dir():
+    if not is_folder(skeleton.parent):
         raise MissingFile(f"{skeleton.parent}: no such folder to write {skeleton.name} to")
     for path in (skeleton, store_path(skeleton)):
-        if not path.exists():
+        if not is_present(path):
             continue
-        if any(path.samefile(each) for each in source.files):
+        found = stamp_of(path)
+        if any(found[:2] == stamp_of(each)[:2] for each in source.files):
             raise UsageError(f"{path}: is the source itself; choose another output")
         if not overwrite:
             raise UsageError(f"{path}: exists already; choose another output, or allow to overwrite it")
@@ -206,49 +214,62 @@ def _importance_by_name(
 
 
 def _outputs(
-    plan: ConvertPlan, source: Source, skeleton_path: Path, calibration: Calibration | None
+    plan: ConvertPlan, source: Source, skeleton_path: Path, calibration: Calibration | None, folder: Path
 ) -> tuple[GGUFOutput, GGUFOutput]:
+    """Store and skeleton, to be written in `folder`."""
+    final = store_path(skeleton_path)
     store = new_store(
-        store_path(skeleton_path),
+        final,
         source.architecture.name,
         source.name,
         source.header_sha256,
         plan.levels,
         [each.spec for each in plan.store_tensors],
         calibration,
+        folder / final.name,
     )
     changed = {}
     if source.is_checkpoint and plan.dense_type in FILE_TYPES:
         changed[FILE_TYPE] = kv_u32(FILE_TYPE, FILE_TYPES[plan.dense_type])
     kvs = skeleton_kvs(source, own_kvs("0" * 32, source.name), changed)
     specs = [each.spec for each in plan.dense]
-    return store, GGUFOutput(skeleton_path, kvs, (*specs, *plan.stubs), source.alignment)
+    part = folder / skeleton_path.name
+    return store, GGUFOutput(skeleton_path, kvs, (*specs, *plan.stubs), source.alignment, part)
 
 
 def _write_both(
     plan: ConvertPlan,
+    source: Source,
     store: GGUFOutput,
     skeleton: GGUFOutput,
     weights: Mapping[str, FloatArray],
     threads: int,
     advance: Callable[[int], None],
 ) -> str:
-    """Write, check and name both files, the store first. Returns the store id."""
-    with SourceFiles() as files, store, skeleton:
+    """Write and check both files. Returns the store id."""
+    with SourceFiles(source.stamps) as files, store, skeleton:
         _fill(store, converted(plan.store_tensors, files, threads, weights), advance)
         identity = seal_store(store)
         skeleton.patch(STORE_ID, kv_string(STORE_ID, identity))
         _fill(skeleton, _skeleton_data(plan, files, weights, threads), advance)
+        files.check_unchanged()
         skeleton.finish()
         store.verify()
         skeleton.verify()
-        store.commit()
-        try:
-            skeleton.commit()
-        except BaseException:
-            store.path.unlink(missing_ok=True)
-            raise
+        store.close()
+        skeleton.close()
     return identity
+
+
+def _check_written(store: GGUFOutput, skeleton: GGUFOutput, prove: Callable[[Path], None] | None) -> None:
+    """Open the converted model as the runtime will, then prove it as the caller wants; errors have the final names."""
+    try:
+        open_model(skeleton.part)
+        if prove is not None:
+            prove(skeleton.part)
+    except MoeEdgeError as error:
+        names = [(skeleton.part, skeleton.path), (store.part, store.path)]
+        raise renamed_in(error, names) from error.__cause__
 
 
 def _fill(output: GGUFOutput, pieces: Generator[bytes, None, None], advance: Callable[[int], None]) -> None:
@@ -265,17 +286,6 @@ def _skeleton_data(
     yield from converted(plan.dense, files, threads, weights)
     for stub in plan.stubs:
         yield from stub_data(stub.nbytes)
-
-
-def _open_and(prove: Callable[[Path], None] | None) -> Callable[[Path], None]:
-    """Open the converted model as the runtime will, then prove it as the caller wants."""
-
-    def check(skeleton: Path) -> None:
-        open_model(skeleton)
-        if prove is not None:
-            prove(skeleton)
-
-    return check
 
 
 def _n_threads(threads: int | None) -> int:

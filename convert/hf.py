@@ -14,11 +14,20 @@ from typing import Any
 
 import gguf
 from moe_edge.convert.experts import MoELayer, make_layer
+from moe_edge.convert.files import read_file, shown
 from moe_edge.convert.ggml_types import BF16, F16, F32
 from moe_edge.convert.gguf import DEFAULT_ALIGNMENT, TensorEntry
 from moe_edge.convert.keyvalues import parse_records
-from moe_edge.convert.safetensors import DTYPES, SafeTensor, SafeTensors, open_safetensors, read_json_file
-from moe_edge.convert.source import Source, sha256_of
+from moe_edge.convert.safetensors import (
+    DTYPES,
+    MAX_JSON,
+    SafeTensor,
+    SafeTensors,
+    as_object,
+    open_safetensors,
+    read_json_file,
+)
+from moe_edge.convert.source import MAX_EXPERTS, Source, sha256_of
 from moe_edge.convert.tokenizer import read_tokenizer
 from moe_edge.convert.write import encode_kv, kv_string, kv_u32
 from moe_edge.models.architectures import Architecture, find_hf_class
@@ -28,6 +37,7 @@ _ONE = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_pr
 _FUSED = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj(?:\.weight)?")
 _USELESS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 _GGUF_F32 = 6
+F32_MAX = 3.4e38
 FILE_TYPES = {F32: 0, F16: 1, BF16: 32}  # llama.cpp's LLAMA_FTYPE
 QUANTIZATION_VERSION = 2
 
@@ -76,8 +86,8 @@ def hf_source(folder: Path) -> Source:
     config = read_json_file(config_path)
     classes = config.get("architectures")
     if not isinstance(classes, list) or len(classes) != 1:
-        raise BadFile(f"{config_path}: names the classes {classes!r} in 'architectures', expected one")
-    architecture = find_hf_class(str(classes[0]), str(config_path))
+        raise BadFile(f"{config_path}: names the classes {shown(classes)} in 'architectures', expected one")
+    architecture = find_hf_class(str(classes[0])[:100], str(config_path))
     family = _FAMILIES[architecture.name]
     _check_settings(config_path, config, family)
     checkpoint = open_safetensors(folder)
@@ -85,6 +95,8 @@ def hf_source(folder: Path) -> Source:
     experts = _find_experts(checkpoint, folder)
     layers = _layers(experts, folder)
     n_layer = _count(config_path, config, "num_hidden_layers")
+    if n_layer != len(layers):  # before anything is made for each of them
+        raise BadFile(f"{config_path}: num_hidden_layers is {n_layer}, but {len(layers)} layers have experts")
     expert_names = {name for name in checkpoint.tensors if _ONE.fullmatch(name) or _FUSED.fullmatch(name)}
     dense = _dense(checkpoint, names | expert_names, family, n_layer, config)
     _check_layers(config_path, config, layers, dense, n_layer)
@@ -99,7 +111,7 @@ def hf_source(folder: Path) -> Source:
         name=name,
         architecture=architecture,
         files=checkpoint.files,
-        header_sha256=sha256_of((config_path.read_bytes(), *checkpoint.headers)),
+        header_sha256=sha256_of((read_file(config_path, MAX_JSON), *checkpoint.headers)),
         kv=parse_records(records.values()),
         alignment=DEFAULT_ALIGNMENT,
         dense=dense,
@@ -119,9 +131,9 @@ def _check_settings(path: Path, config: Mapping[str, Any], family: _Family) -> N
         if found != needed and not (found is None and not needed):
             raise UnknownName(f"{path}: {key} = {found!r} is not supported: llama.cpp computes with {needed!r}")
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
+        method = as_object(config["quantization_config"], path, "quantization_config").get("quant_method")
         raise UnknownName(f"{path}: a checkpoint quantized with '{method}' is not supported; use the original one")
-    rope = config.get("rope_parameters") or {}
+    rope = as_object(config.get("rope_parameters"), path, "rope_parameters")
     if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1) != 1:
         raise UnknownName(f"{path}: rope_parameters = {rope!r} is not supported; known: rope_type 'default'")
 
@@ -147,6 +159,8 @@ def _fused_experts(layer: int, projection: str, tensor: SafeTensor) -> Experts:
     if len(tensor.shape) != 3 or tensor.shape[1] % len(parts):
         raise BadFile(f"{tensor.path}: tensor '{tensor.name}' has shape {list(tensor.shape)}, expected 3 dimensions")
     n_expert, rows, cols = tensor.shape
+    if n_expert > MAX_EXPERTS:
+        raise BadFile(f"{tensor.path}: tensor '{tensor.name}' has {n_expert} experts, at most {MAX_EXPERTS} are read")
     rows //= len(parts)
     nbytes = rows * cols * DTYPES[tensor.dtype]
     experts = {}
@@ -238,7 +252,7 @@ def _metadata(
     file_type: int,
 ) -> dict[str, bytes]:
     heads = _count(path, config, "num_attention_heads")
-    rope = config.get("rope_parameters") or {}
+    rope = as_object(config.get("rope_parameters"), path, "rope_parameters")
     theta = config.get("rope_theta", rope.get("rope_theta", family.defaults["rope_theta"]))
     numbers = {
         "block_count": len(layers),
@@ -281,11 +295,11 @@ def _count(path: Path, config: Mapping[str, Any], key: str, default: int | None 
     value = config.get(key)
     value = default if value is None else value
     if type(value) is not int or not 0 < value < 1 << 31:
-        raise BadFile(f"{path}: {key} is {value!r}, expected a positive number")
+        raise BadFile(f"{path}: {key} is {shown(value)}, expected a positive number")
     return value
 
 
 def _number(path: Path, key: str, value: Any) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
-        raise BadFile(f"{path}: {key} is {value!r}, expected a positive number")
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= F32_MAX:
+        raise BadFile(f"{path}: {key} is {shown(value)}, expected a positive number")
     return float(value)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from moe_edge.convert.experts import MoELayer
+from moe_edge.convert.files import shown
 from moe_edge.convert.ggml_types import F32, type_name
 from moe_edge.convert.gguf import GGUFFile, TensorEntry, read_gguf
 from moe_edge.convert.plan import ExpertKey
@@ -24,6 +25,8 @@ from moe_edge.models.errors import BadFile, BadMagic
 IntArray = npt.NDArray[np.int64]
 
 SQUARES, COUNTS = ".in_sum2", ".counts"
+MAX_BYTES = 1 << 26  # of one tensor; 512 experts of 16,384 columns have half of it
+MAX_COUNT = 2.0**53
 # gate and up have the same inputs: whichever the matrix was collected for serves the other
 _SAME_INPUTS = {"gate_up": ("gate_up", "up", "gate"), "up": ("up", "gate_up"), "gate": ("gate", "gate_up")}
 
@@ -109,9 +112,9 @@ def read_imatrix(path: str | os.PathLike[str]) -> Imatrix:
         ) from error
     kind = file.kv.get("general.type")
     if kind != "imatrix":
-        raise BadFile(f"{file.path}: general.type is {kind!r}, expected 'imatrix': give what llama-imatrix wrote")
+        raise BadFile(f"{file.path}: general.type is {shown(kind)}, expected 'imatrix': give what llama-imatrix wrote")
     squares, counts = {}, {}
-    with SourceFiles() as files:
+    with SourceFiles({file.path: file.stamp}) as files:
         for name, (sums, uses) in _pairs(file).items():
             counts[name] = _whole_numbers(_values(files, uses), uses)
             squares[name] = _mean_squares(_values(files, sums), counts[name], sums)
@@ -162,6 +165,11 @@ def _pairs(file: GGUFFile) -> dict[str, tuple[TensorEntry, TensorEntry]]:
 def _values(files: SourceFiles, entry: TensorEntry) -> FloatArray:
     if entry.type != F32:
         raise BadFile(f"{entry.path}: tensor '{entry.name}' is {type_name(entry.type)}, expected F32")
+    if entry.nbytes > MAX_BYTES:
+        raise BadFile(
+            f"{entry.path}: tensor '{entry.name}' has {entry.nbytes} bytes, "
+            f"one of an importance matrix at most {MAX_BYTES}"
+        )
     values = np.frombuffer(files.read(entry, 0, entry.nbytes), "<f4").astype(np.float32, copy=False)
     if not np.isfinite(values).all() or (values < 0).any():
         raise BadFile(f"{entry.path}: tensor '{entry.name}' holds numbers that are not finite or negative")
@@ -169,7 +177,7 @@ def _values(files: SourceFiles, entry: TensorEntry) -> FloatArray:
 
 
 def _whole_numbers(values: FloatArray, entry: TensorEntry) -> IntArray:
-    if (values != np.rint(values)).any():
+    if (values != np.rint(values)).any() or (values > MAX_COUNT).any():
         raise BadFile(f"{entry.path}: tensor '{entry.name}' holds counts that are not whole numbers")
     return values.astype(np.int64)
 
@@ -190,12 +198,12 @@ def _mean_squares(sums: FloatArray, counts: IntArray, entry: TensorEntry) -> Flo
 def _datasets(file: GGUFFile) -> tuple[str, ...]:
     value = file.kv.get("imatrix.datasets", [])
     if not isinstance(value, list):
-        raise BadFile(f"{file.path}: imatrix.datasets is {value!r}, expected an array of names")
+        raise BadFile(f"{file.path}: imatrix.datasets is {shown(value)}, expected an array of names")
     return tuple(map(str, value))
 
 
 def _number(file: GGUFFile, key: str) -> int:
     value = file.kv.get(key, 0)
     if not isinstance(value, int) or value < 0:
-        raise BadFile(f"{file.path}: {key} is {value!r}, expected a number")
+        raise BadFile(f"{file.path}: {key} is {shown(value)}, expected a number")
     return value

@@ -11,6 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 STRING, ARRAY = 8, 9
+MAX_KEY = 65535  # bytes, by the GGUF specification
+MAX_NAME = 255  # bytes of a tensor's name; llama.cpp reads 63
+MAX_ELEMENTS = 1 << 21  # of an array; the largest known, merges of a vocabulary, have 2^19
 # value type -> (struct code, bytes); strings and arrays are handled apart
 SCALARS = {
     0: ("B", 1), 1: ("b", 1), 2: ("H", 2), 3: ("h", 2), 4: ("I", 4), 5: ("i", 4),
@@ -73,12 +76,29 @@ def parse_u64(buffer: bytes, at: int) -> tuple[int, int]:
 
 
 def parse_key_value(buffer: bytes, start: int) -> tuple[tuple[str, int, int, int], int]:
-    at = start + 8 + _U64(buffer, start)[0]
+    at = start + 8 + _length(buffer, start, MAX_KEY)
     if at > len(buffer):
         return ("", start, at, at), at
     key = buffer[start + 8 : at].decode()
     end = _skip(buffer, at + 4, _U32(buffer, at)[0])
     return (key, start, at, end), end
+
+
+def _length(buffer: bytes, at: int, most: int) -> int:
+    """The length of the name at `at`; a name that is too long is damage, however many bytes the file has."""
+    length = int(_U64(buffer, at)[0])
+    if length > most and at + 8 + length <= len(buffer):
+        raise ValueError(f"a name of {length} bytes, at most {most} are read")
+    return length
+
+
+def parse_array_head(buffer: bytes, at: int) -> tuple[int, int, int]:
+    """(value type, element type, elements) of the value whose type is at `at`; (value type, 0, 0) if it is no array."""
+    value_type = int(_U32(buffer, at)[0])
+    if value_type != ARRAY:
+        return value_type, 0, 0
+    element, count = struct.unpack_from("<IQ", buffer, at + 4)
+    return value_type, int(element), int(count)
 
 
 def _skip(buffer: bytes, at: int, value_type: int) -> int:
@@ -91,12 +111,15 @@ def _skip(buffer: bytes, at: int, value_type: int) -> int:
         raise ValueError(f"unknown value type {value_type}")
     element, count = struct.unpack_from("<IQ", buffer, at)
     at, count = at + 12, int(count)
-    if element in SCALARS:
-        return at + count * SCALARS[element][1]
-    if element != STRING:
+    if element != STRING and element not in SCALARS:
         raise ValueError(f"arrays of value type {element} are not supported")
-    if at + 8 * count > len(buffer):
-        return at + 8 * count
+    least = at + count * (8 if element == STRING else SCALARS[element][1])
+    if least > len(buffer):
+        return int(least)  # the caller knows whether the file has so many bytes
+    if count > MAX_ELEMENTS:
+        raise ValueError(f"an array of {count} elements, at most {MAX_ELEMENTS} are read")
+    if element in SCALARS:
+        return int(least)
     unpack = _U64  # a local name: this loop runs once for each token and merge of the vocabulary
     for _ in range(count):
         at += 8 + unpack(buffer, at)[0]
@@ -104,7 +127,7 @@ def _skip(buffer: bytes, at: int, value_type: int) -> int:
 
 
 def parse_tensor_info(buffer: bytes, start: int) -> tuple[TensorInfo, int]:
-    at = start + 8 + _U64(buffer, start)[0]
+    at = start + 8 + _length(buffer, start, MAX_NAME)
     if at > len(buffer):
         return ("", (), 0, 0), at
     name = buffer[start + 8 : at].decode()

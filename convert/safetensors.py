@@ -9,20 +9,28 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
-from moe_edge.convert.gguf import TensorEntry, cut_tensor, unreadable
+from moe_edge.convert.files import is_present, open_file, read_file, shown, unreadable
+from moe_edge.convert.gguf import MOST_NAMED, TensorEntry, cut_tensor
 from moe_edge.convert.quantize import bf16_to_f32
 from moe_edge.convert.stream import SourceFiles
 from moe_edge.models.errors import BadFile, BadMagic, CutFile, MissingFile, UnknownName
 
-MAX_HEADER = 100_000_000
+MAX_HEADER = 1 << 25  # the format allows 100 MB; 130,000 tensors need half of this
+MAX_JSON = 1 << 26  # the largest tokenizer.json known has 33 MB
+MAX_JSON_VALUES = 2_500_000  # each takes up to 80 bytes once it is read; that tokenizer.json has 2.3 million
+MAX_HEADER_VALUES = 1_200_000  # a tensor has 12
+MAX_DIMENSIONS = 8
+_HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape of a surrogate
+MAX_SHARDS = 4096
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # dtype -> bytes of an element
@@ -33,7 +41,7 @@ DTYPES = {
 GGML_OF_DTYPE = {"F32": 0, "F16": 1, "BF16": 30}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SafeTensor:
     """A tensor: shape as in the checkpoint (row length last), `offset` from the start of the file, in bytes."""
 
@@ -91,10 +99,10 @@ def open_safetensors(folder: str | os.PathLike[str]) -> SafeTensors:
     """
     folder = Path(folder)
     index = folder / INDEX_NAME
-    if index.exists():
+    if is_present(index):
         return _open_index(index)
     single = folder / SINGLE_NAME
-    if not single.exists():
+    if not is_present(single):
         raise MissingFile(f"{folder}: has neither {INDEX_NAME} nor {SINGLE_NAME}")
     tensors, header = read_safetensors(single)
     return SafeTensors(tensors, (single,), (header,))
@@ -103,7 +111,7 @@ def open_safetensors(folder: str | os.PathLike[str]) -> SafeTensors:
 def read_safetensors(path: Path) -> tuple[dict[str, SafeTensor], bytes]:
     """Read and check the header of one safetensors file; returns its tensors and the raw header."""
     try:
-        with open(path, "rb") as file:
+        with os.fdopen(open_file(path), "rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
             length = _header_length(path, file.read(8), file_bytes)
             header = file.read(length)
@@ -111,17 +119,22 @@ def read_safetensors(path: Path) -> tuple[dict[str, SafeTensor], bytes]:
         raise unreadable(path, error) from error
     data_start = 8 + length
     tensors = {}
-    for name, info in read_json(header, path).items():
+    for name, info in read_json(header, path, MAX_HEADER_VALUES).items():
         if name != "__metadata__":
             tensors[name] = _tensor(path, name, info, data_start, file_bytes)
     _check_cover(path, tensors, data_start, file_bytes)
     return tensors, header
 
 
-def read_json(data: bytes, path: Path) -> dict[str, Any]:
-    """A JSON object. Raises BadFile when `data` is not one, or names a key twice."""
+def read_json(data: bytes, path: Path, most_values: int = MAX_JSON_VALUES) -> dict[str, Any]:
+    """A JSON object. Raises BadFile when `data` is not one, names a key twice, or would fill the memory."""
+    n_values = sum(data.count(mark) for mark in (b",", b":", b"[", b"{"))
+    if n_values > most_values:
+        raise BadFile(f"{path}: has about {n_values} values, at most {most_values} are read; it is damaged")
     try:
         value = json.loads(data, object_pairs_hook=_unique)
+        if _HALF_CHARACTER.search(data):  # or the first half of a whole one, as some writers escape them
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise BadFile(f"{path}: is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -129,19 +142,35 @@ def read_json(data: bytes, path: Path) -> dict[str, Any]:
     return value
 
 
+def as_object(value: Any, path: Path, what: str) -> Mapping[str, Any]:
+    """`value`, which JSON calls an object; an empty one for null. Raises BadFile for anything else."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise BadFile(f"{path}: {what} is {shown(value)}, expected an object")
+    return value
+
+
+def as_objects(value: Any, path: Path, what: str) -> Sequence[Mapping[str, Any]]:
+    """`value`, a list of objects; an empty one for null. Raises BadFile for anything else."""
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+        raise BadFile(f"{path}: {what} is {shown(value)}, expected a list of objects")
+    return value
+
+
 def read_json_file(path: Path) -> dict[str, Any]:
     """As read_json, from a file. Raises MissingFile."""
-    try:
-        return read_json(path.read_bytes(), path)
-    except OSError as error:
-        raise unreadable(path, error) from error
+    return read_json(read_file(path, MAX_JSON), path)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"'{next(name for name in names if names.count(name) > 1)}' appears twice")
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{shown(twice)} appears twice")
     return made
 
 
@@ -158,12 +187,12 @@ def _header_length(path: Path, data: bytes, file_bytes: int) -> int:
 
 def _tensor(path: Path, name: str, info: Any, data_start: int, file_bytes: int) -> SafeTensor:
     if not isinstance(info, dict):
-        _bad(path, name, f"is described by {info!r}, expected an object")
+        _bad(path, name, f"is described by {shown(info)}, expected an object")
     dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        _bad(path, name, f"has unknown dtype {dtype!r}")
+        _bad(path, name, f"has unknown dtype {shown(dtype)}")
     if not _is_counts(shape) or not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        _bad(path, name, f"has shape {shape!r} and data_offsets {offsets!r}")
+        _bad(path, name, f"has shape {shown(shape)} and data_offsets {shown(offsets)}")
     nbytes = math.prod(shape) * DTYPES[dtype]
     if nbytes != offsets[1] - offsets[0]:
         _bad(path, name, f"of shape {shape} and dtype {dtype} needs {nbytes} bytes, found {offsets[1] - offsets[0]}")
@@ -173,11 +202,13 @@ def _tensor(path: Path, name: str, info: Any, data_start: int, file_bytes: int) 
 
 
 def _is_counts(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)
+    """A few numbers below 2^63: a product of many large ones would take for ever."""
+    is_short = isinstance(value, list) and len(value) <= MAX_DIMENSIONS
+    return is_short and all(type(each) is int and 0 <= each < 1 << 63 for each in value)
 
 
 def _bad(path: Path, name: str, what: str) -> NoReturn:
-    raise BadFile(f"{path}: tensor '{name}' {what}")
+    raise BadFile(f"{path}: tensor {shown(name, 200)} {what}")
 
 
 def _check_cover(path: Path, tensors: Mapping[str, SafeTensor], data_start: int, file_bytes: int) -> None:
@@ -195,13 +226,20 @@ def _open_index(index: Path) -> SafeTensors:
     weight_map = read_json_file(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadFile(f"{index}: has no 'weight_map'")
-    names = sorted({str(name) for name in weight_map.values()})
-    if any(Path(name).name != name for name in names):
-        raise BadFile(f"{index}: names files outside its folder: {names}")
+    for tensor_name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+            raise BadFile(
+                f"{index}: names files outside its folder: tensor {shown(tensor_name)} is in {shown(file_name)}"
+            )
+    names = sorted(set(weight_map.values()))
+    if len(names) > MAX_SHARDS:
+        raise BadFile(f"{index}: names {len(names)} files, at most {MAX_SHARDS} are read")
     paths = [index.with_name(name) for name in names]
-    missing = [path.name for path in paths if not path.exists()]
+    missing = [path.name for path in paths if not is_present(path)]
     if missing:
-        raise MissingFile(f"{index}: {len(missing)} of {len(paths)} files missing beside it: {', '.join(missing)}")
+        named = ", ".join(shown(name)[1:-1] for name in missing[:MOST_NAMED])
+        more = ", ..." if len(missing) > MOST_NAMED else ""
+        raise MissingFile(f"{index}: {len(missing)} of {len(paths)} files missing beside it: {named}{more}")
     tensors: dict[str, SafeTensor] = {}
     headers = []
     for path in paths:
@@ -209,9 +247,9 @@ def _open_index(index: Path) -> SafeTensors:
         headers.append(header)
         for name, tensor in found.items():
             if weight_map.get(name) != path.name:
-                _bad(path, name, f"should be in {weight_map.get(name)!r} by {index.name}")
+                _bad(path, name, f"should be in {shown(weight_map.get(name))} by {index.name}")
             tensors[name] = tensor
-    lost = [name for name in weight_map if name not in tensors]
-    if lost:
-        raise BadFile(f"{index}: tensor '{lost[0]}' is not in {weight_map[lost[0]]}")
+    lost = next((name for name in weight_map if name not in tensors), None)
+    if lost is not None:
+        raise BadFile(f"{index}: tensor {shown(lost)} is not in {weight_map[lost]}")
     return SafeTensors(tensors, tuple(paths), tuple(headers))

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moe_edge.convert.experts import MoELayer, find_stacked
-from moe_edge.convert.gguf import GGUFModel, TensorEntry, open_gguf
+from moe_edge.convert.experts import MoELayer, StackedExperts, find_stacked
+from moe_edge.convert.files import FileStamp, is_present, shown
+from moe_edge.convert.folder import STORE_SUFFIX as STORE_SUFFIX
+from moe_edge.convert.folder import find_model as find_model
+from moe_edge.convert.folder import is_folder
+from moe_edge.convert.gguf import MAX_STORE_TENSORS, OWN_KIND, GGUFModel, TensorEntry, open_gguf
 from moe_edge.convert.keyvalues import ARRAY, KeyValues
 from moe_edge.convert.write import U32, encode_kv
 from moe_edge.models.architectures import Architecture, find_architecture, stub_overrides
-from moe_edge.models.errors import BadFile, MissingFile, UsageError
+from moe_edge.models.errors import BadFile, UsageError
 
-KIND = "moe_edge.kind"
+KIND = OWN_KIND
 FORMAT_VERSION = "moe_edge.format_version"
 STORE_ID = "moe_edge.store_id"
-STORE_SUFFIX = ".experts.gguf"
+MAX_EXPERTS = 1 << 13  # of a layer; llama.cpp takes 512
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Source:
     biases: (layer, "up" | "gate") -> F32 [n_ff, n_expert].
     is_checkpoint: True for a Hugging Face folder, whose dense types are ours to choose.
     header_sha256: of everything that describes the tensors, but not of their bytes.
+    stamps: of the files whose headers were read, where the reader of the format took them.
     """
 
     name: str
@@ -48,6 +53,7 @@ class Source:
     is_checkpoint: bool = False
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    stamps: Mapping[Path, FileStamp] = field(default_factory=dict)
 
     def stub_overrides(self) -> dict[str, bytes]:
         """The key-values that differ in the skeleton, encoded with the value types of the source."""
@@ -77,46 +83,25 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     for a file moe-edge wrote itself.
     """
     path = Path(path)
-    if path.is_dir() and (path / "config.json").exists():
+    if is_folder(path) and is_present(path / "config.json"):
         from moe_edge.convert.hf import hf_source  # imports gguf's name tables, which nothing else needs
 
         return hf_source(path)
     return gguf_source(open_gguf(find_model(path)))
 
 
-def find_model(path: Path) -> Path:
-    """`path`, or the one model in it when it is a folder. Raises MissingFile naming what was found instead."""
-    if not path.is_dir():
-        return path
-    found = [each for each in sorted(path.glob("*.gguf")) if not each.name.endswith(STORE_SUFFIX)]
-    models = [each for each in found if "-of-" not in each.name or "-00001-of-" in each.name]
-    if len(models) == 1:
-        return models[0]
-    if (path / "config.json").exists() and not models:
-        raise MissingFile(f"{path}: is a Hugging Face checkpoint; convert it: moe-edge convert {path} -o NAME.gguf")
-    names = ", ".join(each.name for each in models) or "none"
-    raise MissingFile(f"{path}: this folder needs exactly one GGUF model, found {len(models)}: {names}")
-
-
 def gguf_source(model: GGUFModel) -> Source:
     """The source a stock GGUF makes. Raises as open_source does."""
     if KIND in model.kv:
         raise UsageError(
-            f"{model.path}: is already a moe-edge {model.kv[KIND]} file; give the checkpoint it was made from"
+            f"{model.path}: is already a moe-edge {str(model.kv[KIND])[:40]} file; give the checkpoint it was made from"
         )
     where = str(model.path)
     stacked = find_stacked(model.tensors, where)
+    check_counts(stacked.layers, where)
     architecture = find_architecture(model.architecture, where)
+    n_expert_used(model.kv, where)
     hidden = stacked.names
-    experts = {}
-    for layer in stacked.layers:
-        for expert in range(layer.n_expert):
-            for projection in layer.projections:
-                piece = stacked.piece(layer.layer, expert, projection, 0)
-                path = stacked.weights[layer.layer, projection].path
-                experts[layer.layer, expert, projection] = TensorEntry(
-                    piece.name, (piece.cols, piece.rows), piece.type, path, piece.offset, piece.nbytes
-                )
     return Source(
         name=model.path.name,
         architecture=architecture,
@@ -126,9 +111,59 @@ def gguf_source(model: GGUFModel) -> Source:
         alignment=model.parts[0].alignment,
         dense=tuple(entry for entry in model.tensors.values() if entry.name not in hidden),
         layers=stacked.layers,
-        experts=experts,
+        experts=_SlicedExperts(stacked),
         biases=stacked.biases,
+        stamps={part.path: part.stamp for part in model.parts},
     )
+
+
+class _SlicedExperts(Mapping[tuple[int, int, str], TensorEntry]):
+    """The experts of stacked tensors, each made when asked for: there may be some ten thousand."""
+
+    def __init__(self, stacked: StackedExperts) -> None:
+        self._stacked = stacked
+        self._layers = {layer.layer: layer for layer in stacked.layers}
+
+    def __getitem__(self, key: tuple[int, int, str]) -> TensorEntry:
+        number, expert, projection = key
+        layer = self._layers[number]
+        if projection not in layer.projections or not 0 <= expert < layer.n_expert:
+            raise KeyError(key)
+        piece = self._stacked.piece(number, expert, projection, 0)
+        path = self._stacked.weights[number, projection].path
+        return TensorEntry(piece.name, (piece.cols, piece.rows), piece.type, path, piece.offset, piece.nbytes)
+
+    def __iter__(self) -> Iterator[tuple[int, int, str]]:
+        for layer in self._layers.values():
+            for expert in range(layer.n_expert):
+                for projection in layer.projections:
+                    yield layer.layer, expert, projection
+
+    def __len__(self) -> int:
+        return sum(layer.n_expert * len(layer.projections) for layer in self._layers.values())
+
+
+def check_counts(layers: Iterable[MoELayer], where: str) -> None:
+    """Raise BadFile for more experts than any model has, before something is made for each of them."""
+    total = 0
+    for layer in layers:
+        total += layer.n_expert * len(layer.projections)
+        if layer.n_expert > MAX_EXPERTS or total > MAX_STORE_TENSORS:
+            raise BadFile(
+                f"{where}: layer {layer.layer} has {layer.n_expert} experts, {total} matrices so far; at most "
+                f"{MAX_EXPERTS} experts a layer and {MAX_STORE_TENSORS} matrices in all are read"
+            )
+
+
+def n_expert_used(kv: KeyValues, where: str) -> int:
+    """Experts that each token uses, the most of any layer. Raises BadFile when the metadata does not say."""
+    key = f"{kv.get('general.architecture')}.expert_used_count"
+    value = kv.get(key)
+    if isinstance(value, list):
+        value = max((each for each in value if isinstance(each, int)), default=0)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise BadFile(f"{where}: {key} is {shown(value)}, expected the number of experts each token uses")
+    return value
 
 
 def sha256_of(chunks: Iterable[bytes]) -> str:

@@ -15,21 +15,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_edge.convert.experts import MoELayer, Piece, find_stacked, make_layer
-from moe_edge.convert.gguf import GGUFFile, GGUFModel, TensorEntry, open_gguf, read_gguf, unreadable
-from moe_edge.convert.keyvalues import KeyValues
+from moe_edge.convert.files import FileStamp, is_present, shown, unreadable
+from moe_edge.convert.gguf import GGUFFile, GGUFModel, TensorEntry, open_gguf, open_parts, read_gguf
+from moe_edge.convert.sample import dense_digest
 from moe_edge.convert.skeleton import (
     IN_PLACE,
     SKELETON_KIND,
     SOURCE,
+    SOURCE_DIGEST,
     SOURCE_FILES,
     SOURCE_IDENTITY,
     VERSION,
     check_version,
-    file_identities,
+    part_identities,
     skeleton_of,
     stub_specs,
 )
-from moe_edge.convert.source import FORMAT_VERSION, KIND, STORE_ID, STORE_SUFFIX, find_model
+from moe_edge.convert.source import (
+    FORMAT_VERSION,
+    KIND,
+    STORE_ID,
+    STORE_SUFFIX,
+    check_counts,
+    find_model,
+    gguf_source,
+    n_expert_used,
+)
+from moe_edge.convert.stream import SourceFiles
+from moe_edge.convert.work import whole
 from moe_edge.convert.write import (
     GGUFOutput,
     TensorSpec,
@@ -53,8 +66,8 @@ SOURCE_SHA256 = "moe_edge.source_sha256"
 CALIBRATION = "moe_edge.calibration.version"
 HIGH, LOW = "high", "low"
 
-_EXPERT = re.compile(r"blk\.(\d+)\.ffn_(gate_up|gate|up|down)_exps\.(\d+)(\.low)?\.weight")
-_BIAS = re.compile(r"blk\.(\d+)\.ffn_(gate|up)_exps\.bias")
+_EXPERT = re.compile(r"blk\.([0-9]+)\.ffn_(gate_up|gate|up|down)_exps\.([0-9]+)(\.low)?\.weight")
+_BIAS = re.compile(r"blk\.([0-9]+)\.ffn_(gate|up)_exps\.bias")
 
 Key = tuple[int, int, str, str]  # layer, expert, level, projection
 
@@ -68,6 +81,7 @@ class ExpertModel:
     biases: (layer number, "up" | "gate") -> F32 [n_ff, n_expert].
     checksums: CRC-32 of each piece; None for a stock GGUF. dense_bytes: tensors of the skeleton, stubs included.
     calibration: what was measured when the model was converted; None when nothing was.
+    stamps: of the skeleton and of `files`, when their headers were read.
     """
 
     skeleton: Path
@@ -82,6 +96,7 @@ class ExpertModel:
     store_id: str
     dense_bytes: int
     calibration: Calibration | None = field(default=None, compare=False)
+    stamps: Mapping[Path, FileStamp] = field(default_factory=dict, compare=False)
 
     @property
     def expert_bytes(self) -> int:
@@ -107,12 +122,13 @@ def open_model(
     model = open_gguf(path)
     kind = model.kv.get(KIND)
     if kind == STORE_KIND:
-        skeleton = path.name.removesuffix(STORE_SUFFIX) + ".gguf"
+        is_named = path.name.lower().endswith(STORE_SUFFIX)
+        skeleton = path.name[: -len(STORE_SUFFIX)] + ".gguf" if is_named else "NAME.gguf"
         raise UsageError(f"{path}: is an expert store; give its skeleton, {path.with_name(skeleton)}")
     if kind is None:
         opened = _open_in_place(model, read_gguf(skeleton_of(model, cache_dir)))
     else:
-        opened = _open_skeleton(model.parts[0])
+        opened = _open_pair(path, model)
     if verify and opened.in_place:
         raise UsageError(f"{opened.files[0]}: a stock GGUF carries no checksums; convert it to have them")
     if verify:
@@ -122,25 +138,28 @@ def open_model(
 
 def store_path(skeleton: Path) -> Path:
     """`olmo.experts.gguf` for `olmo.gguf`."""
-    return skeleton.with_name(skeleton.name.removesuffix(".gguf") + STORE_SUFFIX)
+    name = skeleton.name
+    return skeleton.with_name((name[: -len(".gguf")] if name.lower().endswith(".gguf") else name) + STORE_SUFFIX)
 
 
 def verify_store(path: Path) -> None:
     """Read every tensor of a store and compare its CRC-32. Raises BadChecksum naming the first that differs."""
     store = read_gguf(path)
     checksums = _checksums(store)
-    try:
-        with open(path, "rb", buffering=0) as file:
-            for entry in store.tensors.values():
-                found, needed = crc_of_range(file.fileno(), entry.offset, entry.nbytes), checksums[entry.name]
-                if found != needed:
-                    raise BadChecksum(
-                        f"{path}: tensor '{entry.name}' has CRC-32 {found:08x}, its checksum is {needed:08x}; "
-                        "the file was altered: convert or download it again"
-                    )
-            drop_cache(file.fileno())
-    except OSError as error:
-        raise unreadable(path, error) from error
+    with SourceFiles({path: store.stamp}) as files:
+        fd = files.open(path)
+        for entry in store.tensors.values():
+            try:
+                found, needed = crc_of_range(fd, entry.offset, entry.nbytes), checksums[entry.name]
+            except OSError as error:
+                raise unreadable(path, error) from error
+            if found != needed:
+                files.check_unchanged()
+                raise BadChecksum(
+                    f"{path}: tensor '{entry.name}' has CRC-32 {found:08x}, its checksum is {needed:08x}; "
+                    "the file was altered: convert or download it again"
+                )
+        drop_cache(fd)
 
 
 def store_id(specs: Iterable[TensorSpec | TensorEntry], checksums: Iterable[int]) -> str:
@@ -160,8 +179,9 @@ def new_store(
     levels: Sequence[str],
     tensors: Sequence[TensorSpec],
     calibration: Calibration | None = None,
+    part: Path | None = None,
 ) -> GGUFOutput:
-    """The output for a store, to be filled and then closed by `seal_store`.
+    """The output for a store, to be filled and then closed by `seal_store`. part: as GGUFOutput has it.
 
     Raises UsageError for a calibration the format cannot hold.
     """
@@ -180,7 +200,7 @@ def new_store(
         from moe_edge.convert.calibration import calibration_kvs
 
         kvs |= calibration_kvs(calibration)
-    return GGUFOutput(path, kvs, tensors, ALIGNMENT)
+    return GGUFOutput(path, kvs, tensors, ALIGNMENT, part)
 
 
 def seal_store(output: GGUFOutput) -> str:
@@ -197,25 +217,51 @@ def expert_name(layer: int, projection: str, expert: int, level: str) -> str:
     return f"blk.{layer}.ffn_{projection}_exps.{expert}.{'' if level == HIGH else level + '.'}weight"
 
 
+def _open_pair(path: Path, model: GGUFModel) -> ExpertModel:
+    """A skeleton and its store. Halves that do not belong together are read again while nobody replaces them."""
+    try:
+        return _open_skeleton(model.parts[0])
+    except (WrongStore, MissingFile):
+        opened: list[ExpertModel] = []
+        whole(path.parent, lambda: opened.append(_open_skeleton(read_gguf(path))))
+        return opened[0]
+
+
 def _open_skeleton(skeleton: GGUFFile) -> ExpertModel:
     check_version(skeleton, SKELETON_KIND)
     if not skeleton.kv.get(IN_PLACE):
         return _open_store(skeleton)
-    sources = [Path(each) for each in skeleton.kv.get(SOURCE_FILES, ())]
+    sources = [Path(each) for each in _strings(skeleton, SOURCE_FILES)]
     if not sources:
         raise BadFile(f"{skeleton.path}: reads its experts in place but has no '{SOURCE_FILES}'")
-    found = list(file_identities(sources).values())
-    needed = skeleton.kv.get(SOURCE_IDENTITY)
+    model = open_parts(sources)
+    found, needed = list(part_identities(model.parts).values()), _strings(skeleton, SOURCE_IDENTITY)
     if found != needed:
         raise WrongStore(
-            f"{skeleton.path}: was made for {sources[0]} when it had size:mtime {needed}, now it has {found}; "
-            f"give {sources[0]} itself"
+            f"{skeleton.path}: was made for {sources[0]} when it had size:mtime {shown(needed)}, now it has "
+            f"{shown(found)}; give {sources[0]} itself"
         )
-    return _open_in_place(open_gguf(sources[0]), skeleton)
+    if SOURCE_DIGEST in skeleton.kv:
+        with SourceFiles({part.path: part.stamp for part in model.parts}) as files:
+            digest = dense_digest(gguf_source(model).dense, files)
+        if digest != skeleton.kv[SOURCE_DIGEST]:
+            raise WrongStore(
+                f"{skeleton.path}: was made for {sources[0]} when it had other weights; give {sources[0]} itself"
+            )
+    return _open_in_place(model, skeleton)
+
+
+def _strings(file: GGUFFile, key: str) -> list[str]:
+    """An array of strings, empty when there is no such key. Raises BadFile for another type."""
+    value = file.kv.get(key, [])
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise BadFile(f"{file.path}: {key} is {shown(value)}, expected an array of names")
+    return value
 
 
 def _open_in_place(model: GGUFModel, skeleton: GGUFFile) -> ExpertModel:
     stacked = find_stacked(model.tensors, str(model.path))
+    check_counts(stacked.layers, str(model.path))
     files = tuple(part.path for part in model.parts)
     index = {path: number for number, path in enumerate(files)}
     pieces = []
@@ -224,27 +270,29 @@ def _open_in_place(model: GGUFModel, skeleton: GGUFFile) -> ExpertModel:
         for expert in range(layer.n_expert):
             pieces += [stacked.piece(layer.layer, expert, projection, file) for projection, file in homes]
     biases = {key: _piece(entry, index[entry.path]) for key, entry in stacked.biases.items()}
-    return _make_model(skeleton, files, stacked.layers, (HIGH,), pieces, biases, None)
+    stamps = {part.path: part.stamp for part in model.parts}
+    return _make_model(skeleton, files, stacked.layers, (HIGH,), pieces, biases, None, stamps)
 
 
 def _open_store(skeleton: GGUFFile) -> ExpertModel:
     path = store_path(skeleton.path)
-    if not path.exists():
+    if not is_present(path):
+        source = str(skeleton.kv.get(SOURCE, "SOURCE"))
         raise MissingFile(
             f"{path}: the expert store of {skeleton.path.name} is missing; put it beside the skeleton or convert "
-            f"again: moe-edge convert {skeleton.kv.get(SOURCE, 'SOURCE')} -o {skeleton.path}"
+            f"again: moe-edge convert {source if len(source) < 200 else 'SOURCE'} -o {skeleton.path}"
         )
     store = read_gguf(path)
     check_version(store, STORE_KIND)
     needed, found = skeleton.kv.get(STORE_ID), store.kv.get(STORE_ID)
     if needed != found:
         raise WrongStore(
-            f"{path}: has store id {found} but {skeleton.path.name} needs {needed}; "
+            f"{path}: has store id {str(found)[:40]} but {skeleton.path.name} needs {str(needed)[:40]}; "
             "they are of different conversions: put the right one beside it"
         )
-    levels = tuple(store.kv.get(LEVELS, ()))
+    levels = tuple(_strings(store, LEVELS))
     if levels not in ((HIGH,), (HIGH, LOW)):
-        raise BadFile(f"{path}: has levels {list(levels)}, expected high, or high and low")
+        raise BadFile(f"{path}: has levels {shown(list(levels))}, expected high, or high and low")
     experts, biases = _sort_tensors(store)
     layers = _store_layers(experts, path)
     checksums = _checksums(store)
@@ -262,7 +310,8 @@ def _open_store(skeleton: GGUFFile) -> ExpertModel:
     if store_id(store.tensors.values(), checksums.values()) != found:
         raise BadChecksum(f"{path}: its list of tensors was altered: it does not give the store id {found}")
     calibration = _calibration(store, layers, levels)
-    return _make_model(skeleton, (path,), layers, levels, pieces, biases, tuple(piece_checksums), calibration)
+    checks, stamps = tuple(piece_checksums), {path: store.stamp}
+    return _make_model(skeleton, (path,), layers, levels, pieces, biases, checks, stamps, calibration)
 
 
 def _calibration(store: GGUFFile, layers: tuple[MoELayer, ...], levels: tuple[str, ...]) -> Calibration | None:
@@ -290,6 +339,7 @@ def _make_model(
     pieces: Sequence[Piece],
     biases: Mapping[tuple[int, str], Piece],
     checksums: tuple[int, ...] | None,
+    stamps: Mapping[Path, FileStamp],
     calibration: Calibration | None = None,
 ) -> ExpertModel:
     for stub in stub_specs(layers, biases):
@@ -303,7 +353,7 @@ def _make_model(
         skeleton=skeleton.path,
         files=files,
         architecture=str(skeleton.kv.get("general.architecture")),
-        n_expert_used=_n_expert_used(skeleton.kv, skeleton.path),
+        n_expert_used=n_expert_used(skeleton.kv, str(skeleton.path)),
         layers=layers,
         levels=levels,
         pieces=tuple(pieces),
@@ -312,17 +362,8 @@ def _make_model(
         store_id=str(skeleton.kv.get(STORE_ID)),
         dense_bytes=sum(entry.nbytes for entry in skeleton.tensors.values()),
         calibration=calibration,
+        stamps={skeleton.path: skeleton.stamp, **stamps},
     )
-
-
-def _n_expert_used(kv: KeyValues, path: Path) -> int:
-    key = f"{kv.get('general.architecture')}.expert_used_count"
-    value = kv.get(key)
-    if isinstance(value, list):
-        value = max(value, default=0)
-    if not isinstance(value, int) or value < 1:
-        raise BadFile(f"{path}: {key} is {value!r}, expected the number of experts each token uses")
-    return value
 
 
 def _sort_tensors(store: GGUFFile) -> tuple[dict[Key, TensorEntry], dict[tuple[int, str], Piece]]:
@@ -370,7 +411,9 @@ def _check_shapes(layers: Iterable[MoELayer], levels: Iterable[str], pieces: Ite
 
 
 def _checksums(store: GGUFFile) -> dict[str, int]:
-    values = store.kv.get(CHECKSUMS, ())
+    values = store.kv.get(CHECKSUMS, [])
+    if not isinstance(values, list) or not all(type(each) is int for each in values):
+        raise BadFile(f"{store.path}: {CHECKSUMS} is {shown(values)}, expected an array of numbers")
     if len(values) != len(store.tensors):
         raise BadFile(f"{store.path}: has {len(values)} checksums for {len(store.tensors)} tensors")
     return dict(zip(store.tensors, values, strict=True))

@@ -10,9 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from moe_edge.convert.files import FileStamp, open_file, stamp_of, unreadable
 from moe_edge.convert.ggml_types import row_bytes
-from moe_edge.convert.gguf import TensorEntry, cut_tensor, unreadable
-from moe_edge.models.errors import CutFile
+from moe_edge.convert.gguf import TensorEntry, cut_tensor
+from moe_edge.models.errors import BadFile, CutFile
 
 if TYPE_CHECKING:
     from moe_edge.convert.plan import PlannedTensor
@@ -23,10 +24,14 @@ CHUNK_ELEMENTS = 2 << 20  # to convert at a time: 8 MiB as float32
 
 
 class SourceFiles:
-    """Open files to read ranges from; use as a context manager. Reads may come from several threads."""
+    """Open files to read ranges from; use as a context manager. Reads may come from several threads.
 
-    def __init__(self) -> None:
+    stamps: of files whose headers were read before; others are taken as they are when they are opened.
+    """
+
+    def __init__(self, stamps: Mapping[Path, FileStamp] | None = None) -> None:
         self._fds: dict[Path, int] = {}
+        self._stamps: dict[Path, FileStamp] = dict(stamps or {})
 
     def __enter__(self) -> SourceFiles:
         return self
@@ -39,13 +44,24 @@ class SourceFiles:
         self._fds.clear()
 
     def open(self, path: Path) -> int:
-        """The file descriptor of `path`. Raises MissingFile."""
+        """The file descriptor of `path`. Raises MissingFile, BadFile for one that is not the file of its stamp."""
         if path not in self._fds:
-            try:
-                self._fds[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-            except OSError as error:
-                raise unreadable(path, error) from error
+            self._fds[path] = open_file(path)
+            self._check(path)
         return self._fds[path]
+
+    def check_unchanged(self) -> None:
+        """Raise BadFile when an open file was written to since it was opened: what was read then is of two files."""
+        for path in self._fds:
+            self._check(path)
+
+    def _check(self, path: Path) -> None:
+        try:
+            found = FileStamp.of(os.fstat(self._fds[path]))
+        except OSError as error:
+            raise unreadable(path, error) from error
+        if self._stamps.setdefault(path, found) != found:
+            raise BadFile(f"{path}: was changed while it was read; try again when nothing writes to it")
 
     def read(self, entry: TensorEntry, start: int, nbytes: int) -> bytes:
         """`nbytes` of a tensor from its byte `start`. Raises CutFile, MissingFile when the disk fails."""
@@ -68,7 +84,7 @@ class SourceFiles:
             yield self.read(entry, start, min(CHUNK_BYTES, entry.nbytes - start))
 
     def _cut(self, entry: TensorEntry) -> CutFile:
-        return cut_tensor(entry.path, entry.name, entry.offset, entry.nbytes, entry.path.stat().st_size)
+        return cut_tensor(entry.path, entry.name, entry.offset, entry.nbytes, stamp_of(entry.path).nbytes)
 
 
 def converted(

@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moe_edge.convert.keyvalues import ARRAY, STRING
-from moe_edge.convert.safetensors import read_json_file
+from moe_edge.convert.files import is_present, read_file, shown
+from moe_edge.convert.keyvalues import ARRAY, MAX_ELEMENTS, STRING
+from moe_edge.convert.safetensors import as_object, as_objects, read_json_file
 from moe_edge.convert.write import encode_kv, kv_bool, kv_string, kv_strings, kv_u32
 from moe_edge.models.errors import BadFile, UnknownName
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's token types
 I32 = 5
+MAX_TOKENS = 1 << 20  # the largest known vocabularies have 2^18
+MAX_TEMPLATE = 1 << 22  # bytes
+MAX_TEMPLATE_NAME = 200  # characters
 SPECIAL = ("bos", "eos", "unk", "pad")
 ID_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
@@ -82,7 +86,7 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
     path = folder / "tokenizer.json"
     data = read_json_file(path)
     settings_path = folder / "tokenizer_config.json"
-    settings = read_json_file(settings_path) if settings_path.exists() else {}
+    settings = read_json_file(settings_path) if is_present(settings_path) else {}
     model = data.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
         raise BadFile(f"{path}: has no 'model' with a 'vocab'")
@@ -118,7 +122,7 @@ def _check_model(path: Path, model: Mapping[str, Any]) -> None:
 
 def _normalizer(path: Path, data: Mapping[str, Any]) -> tuple[str, ...]:
     """Notes about the normalizer: llama.cpp applies none, which only NFC survives."""
-    normalizer = data.get("normalizer")
+    normalizer = as_object(data.get("normalizer"), path, "normalizer")
     if not normalizer:
         return ()
     if normalizer.get("type") == "NFC":
@@ -129,8 +133,9 @@ def _normalizer(path: Path, data: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _pre_tokenizer(path: Path, data: Mapping[str, Any], ignore_merges: bool) -> str:
-    pre = data.get("pre_tokenizer") or {}
-    steps = pre.get("pretokenizers", []) if pre.get("type") == "Sequence" else [pre]
+    pre = as_object(data.get("pre_tokenizer"), path, "pre_tokenizer")
+    is_sequence = pre.get("type") == "Sequence"
+    steps = as_objects(pre.get("pretokenizers"), path, "pretokenizers") if is_sequence else [pre]
     name, needs_ignore_merges = _split_name(path, steps)
     if ignore_merges != needs_ignore_merges:
         _refuse(path, f"pre-tokenizer {name} with ignore_merges = {ignore_merges} is not supported")
@@ -146,7 +151,7 @@ def _split_name(path: Path, steps: Sequence[Mapping[str, Any]]) -> tuple[str, bo
         return "gpt-2", False
     if kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
         split = steps[0]
-        regex = (split.get("pattern") or {}).get("Regex")
+        regex = as_object(split.get("pattern"), path, "the pattern of Split").get("Regex")
         known = SPLITS.get(regex) if isinstance(regex, str) else None
         if known and split.get("behavior") == "Isolated" and not split.get("invert"):
             return known
@@ -156,9 +161,9 @@ def _split_name(path: Path, steps: Sequence[Mapping[str, Any]]) -> tuple[str, bo
 
 def _added_tokens(path: Path, data: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
     added = {}
-    for token in data.get("added_tokens") or ():
+    for token in as_objects(data.get("added_tokens"), path, "added_tokens"):
         if type(token.get("id")) is not int or token["id"] < 0 or not isinstance(token.get("content"), str):
-            raise BadFile(f"{path}: added token {token!r} has no id or content")
+            raise BadFile(f"{path}: added token {shown(token)} has no id or content")
         for flag in ("lstrip", "rstrip", "single_word"):
             if token.get(flag):
                 _refuse(path, f"added token {token['content']!r} with {flag} is not supported")
@@ -172,7 +177,7 @@ def _tokens(
     by_id: dict[int, tuple[str, int]] = {}
     for text, token_id in vocab.items():
         if type(token_id) is not int or token_id < 0 or token_id in by_id:
-            raise BadFile(f"{path}: token {text!r} has id {token_id!r}, which is no number or used twice")
+            raise BadFile(f"{path}: token {shown(text)} has id {shown(token_id)}, which is no number or used twice")
         by_id[token_id] = (text, NORMAL)
     for token_id, token in added.items():
         by_id[token_id] = (token["content"], CONTROL if token.get("special") else USER_DEFINED)
@@ -180,8 +185,11 @@ def _tokens(
         raise BadFile(f"{path}: has no tokens")
     highest = max(by_id)
     size = highest + 1 if vocab_size is None else vocab_size
-    if type(size) is not int or not highest < size < 1 << 24:
-        raise BadFile(f"{path}: token ids go up to {highest} but vocab_size in config.json is {size!r}")
+    if type(size) is not int or not highest < size <= MAX_TOKENS:
+        raise BadFile(
+            f"{path}: token ids go up to {highest} but vocab_size in config.json is {shown(size)}, "
+            f"at most {MAX_TOKENS} are read"
+        )
     padded = [by_id.get(token_id, (f"[PAD{token_id}]", UNUSED)) for token_id in range(size)]
     return tuple(text for text, _ in padded), tuple(kind for _, kind in padded)
 
@@ -189,15 +197,15 @@ def _tokens(
 def _merges(path: Path, model: Mapping[str, Any]) -> tuple[str, ...]:
     """Merges as `a b`; older files have them so, newer ones as pairs."""
     merges = model.get("merges")
-    if not isinstance(merges, list):
+    if not isinstance(merges, list) or len(merges) > MAX_ELEMENTS:
         raise BadFile(f"{path}: its model has no list of merges")
     made = []
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
-            raise BadFile(f"{path}: merge {merge!r} is not a pair of tokens")
+            raise BadFile(f"{path}: merge {shown(merge)} is not a pair of tokens")
         if any(" " in part for part in pair):
-            _refuse(path, f"merge {merge!r} holds a space: this is not byte-level BPE")
+            _refuse(path, f"merge {shown(merge)} holds a space: this is not byte-level BPE")
         made.append(f"{pair[0]} {pair[1]}")
     return tuple(made)
 
@@ -224,7 +232,7 @@ def _special_ids(
         if token_id is None:
             continue
         if type(token_id) is not int or not 0 <= token_id < n_tokens:
-            raise BadFile(f"{path}: {name} token id {token_id!r} is not one of its {n_tokens} tokens")
+            raise BadFile(f"{path}: {name} token id {shown(token_id)} is not one of its {n_tokens} tokens")
         special[name] = token_id
     if "eos" not in special:
         _refuse(path, "neither tokenizer_config.json nor config.json names an end-of-sequence token")
@@ -239,11 +247,12 @@ def _adds(
     tokens: Sequence[str],
 ) -> tuple[bool, bool]:
     """Whether the tokenizer puts a bos token before, and an eos token behind, every text."""
-    processor = data.get("post_processor") or {}
-    steps = processor.get("processors", []) if processor.get("type") == "Sequence" else [processor]
+    processor = as_object(data.get("post_processor"), path, "post_processor")
+    is_sequence = processor.get("type") == "Sequence"
+    steps = as_objects(processor.get("processors"), path, "processors") if is_sequence else [processor]
     for step in steps:
         if step.get("type") == "TemplateProcessing":
-            return _template_adds(path, step.get("single") or [], special, tokens)
+            return _template_adds(path, as_objects(step.get("single"), path, "single"), special, tokens)
         if step.get("type") not in (None, "ByteLevel"):
             _refuse(path, f"post-processor '{step.get('type')}' is not supported")
     if processor:  # ByteLevel alone adds nothing, whatever tokenizer_config.json says
@@ -258,7 +267,7 @@ def _template_adds(
     path: Path, single: Sequence[Mapping[str, Any]], special: Mapping[str, int], tokens: Sequence[str]
 ) -> tuple[bool, bool]:
     """bos and eos of a template: [bos] text [eos], each optional; anything else is refused."""
-    names = [(step.get("SpecialToken") or {}).get("id") for step in single]
+    names = [as_object(step.get("SpecialToken"), path, "SpecialToken").get("id") for step in single]
     before, after = (names[: names.index(None)], names[names.index(None) + 1 :]) if None in names else (names, [])
     for found, name in ((before, "bos"), (after, "eos")):
         if found and (name not in special or found != [tokens[special[name]]]):
@@ -270,10 +279,20 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]
     """Chat templates by name, of tokenizer_config.json or else chat_template.jinja."""
     template = settings.get("chat_template")
     jinja = folder / "chat_template.jinja"
-    if template is None and jinja.exists():
-        template = jinja.read_text(encoding="utf-8")
+    if template is None and is_present(jinja):
+        try:
+            template = read_file(jinja, MAX_TEMPLATE).decode()
+        except UnicodeDecodeError as error:
+            raise BadFile(f"{jinja}: is not UTF-8: {error}") from error
+    if template is None:
+        return {}
     if isinstance(template, str):
         return {"default": template}
-    if isinstance(template, list):
-        return {str(each["name"]): str(each["template"]) for each in template if {"name", "template"} <= set(each)}
-    return {}
+    path = folder / "tokenizer_config.json"
+    templates = {}
+    for each in as_objects(template, path, "chat_template"):
+        name, text = each.get("name"), each.get("template")
+        if not isinstance(name, str) or not isinstance(text, str) or len(name) > MAX_TEMPLATE_NAME:
+            raise BadFile(f"{path}: chat_template has {shown(each)}, expected a name and a template")
+        templates[name] = text
+    return templates

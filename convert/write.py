@@ -1,11 +1,12 @@
-"""The only code that writes files: GGUF, under a `.part` name until it is complete.
+"""The only code that writes GGUF: under a name nobody else has until it is complete.
 
 `GGUFOutput` writes header and tensors in one pass and keeps a CRC-32 of each tensor. Whatever goes wrong before
-`commit`, the `.part` file is removed. `replace_kvs` changes key-values of a complete file, in place.
+`commit`, the file is removed. `replace_kvs` changes key-values of a complete file, in place.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -16,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+from moe_edge.convert import work
+from moe_edge.convert.files import read_range
 from moe_edge.convert.gguf import DEFAULT_ALIGNMENT, GGUFFile
 from moe_edge.convert.keyvalues import ARRAY, SCALARS, STRING
 from moe_edge.models.errors import BadChecksum, DiskFull, MissingFile, WorkError
@@ -84,18 +87,28 @@ def kv_bool(key: str, value: bool) -> bytes:
 def check_space(folder: Path, needed_bytes: int, what: str) -> None:
     """Raise DiskFull when `folder` has less than `needed_bytes` free, before anything is written."""
     try:
-        free_bytes = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(folder).free
     except OSError as error:
         raise MissingFile(f"{folder}: cannot write there: {error.strerror}") from error
-    if free_bytes < needed_bytes:
-        raise DiskFull(f"{what}: needs {needed_bytes} bytes but {folder} has {free_bytes} free")
+    if free < needed_bytes:
+        raise DiskFull(f"{what}: needs {needed_bytes} bytes but {folder} has {free} free")
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Bytes free in `folder`; None when the file system does not say."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
 
 
 class GGUFOutput:
     """One GGUF file being written.
 
     Use as a context manager: `write` the tensors' bytes in the order of `tensors`, in pieces of any size, then
-    `finish`, check, and `commit`. Leaving without `commit` removes the `.part` file.
+    `finish`, check, and `commit`. Leaving without `commit` removes what was written, `part`.
+    path: what the file will be called, also in messages. part: where to write it, in a work folder, from where the
+    caller moves it after `close`; by default beside `path`, which `commit` renames it to.
     Raises DiskFull, MissingFile when the folder cannot be written.
     """
 
@@ -105,10 +118,10 @@ class GGUFOutput:
         kvs: Mapping[str, bytes],
         tensors: Iterable[TensorSpec],
         alignment: int = DEFAULT_ALIGNMENT,
-        part_suffix: str = ".part",
+        part: Path | None = None,
     ) -> None:
         self.path = path
-        self.part = path.with_name(path.name + part_suffix)
+        self.part = part or work.part_path(path.parent)
         self.tensors = tuple(tensors)
         self.alignment = alignment
         self.checksums: list[int] = []
@@ -119,19 +132,21 @@ class GGUFOutput:
         self._unsynced = 0
         self._fd = -1
         self._next = 0
-        self._committed = False
+        self._is_kept = False
         self.offsets = _offsets(self.tensors, alignment)
-        self._header = self._encode_header()
+        self.header = self._encode_header()
         last = self.offsets[-1] + self.tensors[-1].nbytes if self.tensors else 0
-        self.total_bytes = len(self._header) + last
+        self.total_bytes = len(self.header) + last
 
     def __enter__(self) -> GGUFOutput:
+        work.remember(self.part)
         try:
-            self._fd = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
+            self._fd = work.create(self.part)
         except OSError as error:
+            work.forget(self.part)
             raise self._failed(error) from error
         try:
-            self._write_all(self._header)
+            self._write_all(self.header)
             self._begin_tensor()
         except BaseException:
             self._remove()
@@ -156,7 +171,7 @@ class GGUFOutput:
         """Replace the key-value `key` by one of the same size, for what is known only after the data."""
         assert len(record) == len(self._kvs[key]), key
         try:
-            os.pwrite(self._fd, record, self._kv_offsets[key])
+            _pwrite(self._fd, record, self._kv_offsets[key])
         except OSError as error:
             raise self._failed(error) from error
 
@@ -166,25 +181,37 @@ class GGUFOutput:
         self._sync()
 
     def verify(self) -> None:
-        """Read the tensors back from the disk. Raises BadChecksum naming the first that is not what was written."""
-        start = len(self._header)
-        for spec, offset, checksum in zip(self.tensors, self.offsets, self.checksums, strict=True):
-            if crc_of_range(self._fd, start + offset, spec.nbytes) != checksum:
-                raise BadChecksum(
-                    f"{self.path}: tensor '{spec.name}' reads back differently than it was written; "
-                    "the disk or the memory of this machine is faulty"
-                )
+        """Read the tensors back from the disk. Raises BadChecksum naming the first that is not what was written, and
+        MissingFile when the disk fails."""
+        start = len(self.header)
+        try:
+            for spec, offset, checksum in zip(self.tensors, self.offsets, self.checksums, strict=True):
+                if crc_of_range(self._fd, start + offset, spec.nbytes) != checksum:
+                    raise BadChecksum(
+                        f"{self.path}: tensor '{spec.name}' reads back differently than it was written; "
+                        "the disk or the memory of this machine is faulty"
+                    )
+        except OSError as error:
+            raise MissingFile(f"{self.path}: cannot be read back: {error.strerror or error}") from error
         drop_cache(self._fd)
 
     def commit(self) -> None:
         """Give the file its name; only after `finish`."""
-        self._close()
         try:
+            self._close()
             os.replace(self.part, self.path)
         except OSError as error:
             raise self._failed(error) from error
-        self._committed = True
-        _sync_folder(self.path.parent)
+        self._is_kept = True
+        work.sync_folder(self.path.parent)
+
+    def close(self) -> None:
+        """Keep the file as `part`; only after `finish`."""
+        try:
+            self._close()
+        except OSError as error:
+            raise self._failed(error) from error
+        self._is_kept = True
 
     def _encode_header(self) -> bytes:
         header = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(self.tensors), len(self._kvs)))
@@ -232,22 +259,25 @@ class GGUFOutput:
 
     def _failed(self, error: OSError) -> WorkError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free_bytes = shutil.disk_usage(self.part.parent).free
+            free = free_bytes(self.part.parent)
+            left = "" if free is None else f", {free} are free"
             return DiskFull(
-                f"{self.path}: no room left while writing: the file needs {self.total_bytes} bytes, "
-                f"{free_bytes} are free"
+                f"{self.path}: no room left while writing: the file needs {self.total_bytes} bytes{left}"
             )
         return MissingFile(f"{self.path}: cannot be written: {error.strerror or error}")
 
     def _close(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1
+            os.close(fd)
 
     def _remove(self) -> None:
-        self._close()
-        if not self._committed:
-            self.part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._close()
+        if self._is_kept:
+            work.forget(self.part)
+        else:
+            work.remove(self.part)
 
 
 def replace_kvs(file: GGUFFile, records: Mapping[str, bytes]) -> None:
@@ -265,7 +295,7 @@ def replace_kvs(file: GGUFFile, records: Mapping[str, bytes]) -> None:
         fd = os.open(file.path, os.O_RDWR | getattr(os, "O_CLOEXEC", 0))
         try:
             for key, record in records.items():
-                os.pwrite(fd, record, offsets[key])
+                _pwrite(fd, record, offsets[key])
                 os.fsync(fd)
         finally:
             os.close(fd)
@@ -273,11 +303,18 @@ def replace_kvs(file: GGUFFile, records: Mapping[str, bytes]) -> None:
         raise MissingFile(f"{file.path}: cannot be written: {error.strerror or error}") from error
 
 
+def _pwrite(fd: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while len(view):
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done
+
+
 def crc_of_range(fd: int, offset: int, nbytes: int) -> int:
-    """CRC-32 of bytes of a file; stops where the file ends."""
+    """CRC-32 of bytes of a file; stops where the file ends. Raises OSError."""
     crc, end = 0, offset + nbytes
     while offset < end:
-        data = os.pread(fd, min(READ_BYTES, end - offset), offset)
+        data = read_range(fd, min(READ_BYTES, end - offset), offset)
         if not data:
             break
         crc = zlib.crc32(data, crc)
@@ -288,7 +325,8 @@ def crc_of_range(fd: int, offset: int, nbytes: int) -> int:
 def drop_cache(fd: int) -> None:
     """Tell the kernel that the (synced) pages of a file will not be read again; does nothing where it cannot."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _offsets(tensors: Sequence[TensorSpec], alignment: int) -> list[int]:
@@ -302,17 +340,3 @@ def _offsets(tensors: Sequence[TensorSpec], alignment: int) -> list[int]:
 def _string(text: str) -> bytes:
     data = text.encode(errors="surrogateescape")
     return struct.pack("<Q", len(data)) + data
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable; file systems that cannot sync a folder are left to themselves."""
-    try:
-        fd = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(fd)
-    except OSError:
-        pass
-    finally:
-        os.close(fd)

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -47,6 +45,7 @@ from moe_edge.convert.source import Source, open_source
 from moe_edge.convert.stacked import write_stacked
 from moe_edge.convert.store import HIGH, LOW, store_path
 from moe_edge.convert.stream import SourceFiles
+from moe_edge.convert.work import WorkFolder
 from moe_edge.models.calibration import Calibration, FloatArray
 from moe_edge.models.errors import UsageError
 from moe_edge.runner.convert import prove
@@ -237,12 +236,9 @@ def _reference(source: Source, path: Path, folder: Path, tell: Tell) -> Iterator
     if not source.is_checkpoint:
         yield path
         return
-    work = Path(tempfile.mkdtemp(prefix=".moe-edge-reference-", dir=folder or "."))
-    try:
+    with WorkFolder(folder, label="reference") as work:
         tell(f"writing the checkpoint as {REFERENCE_TYPE}, to run it")
-        yield write_stacked(path, work / "reference.gguf", REFERENCE_TYPE)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        yield write_stacked(path, work.path / "reference.gguf", REFERENCE_TYPE)
 
 
 class _Weights:

@@ -24,6 +24,7 @@ from typing import Any
 
 from moe_edge.convert.ggml_types import BY_NAME, type_name
 from moe_edge.convert.skeleton import cache_folder
+from moe_edge.convert.work import new_file
 from moe_edge.models.embedded import tiny_model_path
 from moe_edge.models.errors import MissingFile, MoeEdgeError
 from moe_edge.runner import memory, probe
@@ -219,14 +220,13 @@ def _read_cache(file: Path) -> Facts:
 
 def _write_cache(file: Path, measured: Facts) -> None:
     """A cache that cannot be written is not an error: the next call measures again."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
     kept = {key: value for key, value in measured.items() if key != "from_cache"}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps({"version": VERSION, "measured": kept}, indent=1))
-        os.replace(part, file)
+        with new_file(file) as part:
+            part.write(json.dumps({"version": VERSION, "measured": kept}, indent=1).encode())
     except OSError:
-        part.unlink(missing_ok=True)
+        pass
 
 
 def _now() -> str:

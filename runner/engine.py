@@ -20,11 +20,14 @@ from typing import Any
 
 from moe_edge.convert.gguf import read_gguf
 from moe_edge.convert.store import ExpertModel, open_model
+from moe_edge.convert.watch import check_replaced
 from moe_edge.models.errors import EngineError, MoeEdgeError, Stopped
 from moe_edge.runner.crowd import CrowdWatch, usable_cores
 from moe_edge.runner.memory import auto_budget_bytes, current_rss_bytes
 from moe_edge.runner.native import Counters, NativeModel, ThreadPool
+from moe_edge.runner.paths import AnyPath
 from moe_edge.runner.template import metadata_for_llama
+from moe_edge.runner.tokens import with_own_tokenize
 from moe_edge.runner.warm import Preloaded, WarmStart, usage_path
 from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES, FixedSizes, MemoryPlan, plan_memory
 from moe_edge.schedulers.crowd import CrowdControl
@@ -129,7 +132,7 @@ def _llama_defaults(
     def load(*args: Any, **kwargs: Any) -> Any:  # Llama overwrites load_mode after it took the defaults
         if direct:
             kwargs["params"].load_mode = bindings.LLAMA_LOAD_MODE_DIRECT_IO
-        model = make_model(*args, **kwargs)
+        model = with_own_tokenize(make_model(*args, **kwargs))
         model.metadata = functools.partial(metadata_for_llama, model.metadata, metadata)
         return model
 
@@ -245,7 +248,7 @@ class Engine:
     def _llama_arguments(self) -> dict[str, Any]:
         o = self.options
         arguments: dict[str, Any] = {
-            "model_path": str(self.model.skeleton),
+            "model_path": AnyPath(self.model.skeleton),
             "n_ctx": self.n_ctx,
             "n_batch": self.n_ubatch,
             "n_ubatch": self.n_ubatch,
@@ -317,6 +320,7 @@ class Engine:
         self.native.set_arena(self.plan.arena_bytes)
         self.native.pace(self.options.disk_bytes_per_second or 0)
         self.llama, _ = self._new_llama(no_alloc=False)
+        check_replaced(self.model)
         self.llama._moe_edge = self  # whoever keeps the Llama keeps the engine its experts come from
         if self.native.bound_tensors == 0:
             raise EngineError(f"{self.model.skeleton}: llama.cpp offered no expert tensor of it to the engine")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from moe_edge.convert.watch import check_unchanged
 from moe_edge.models.errors import Stopped, UsageError
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.memory import peak_rss_bytes
@@ -224,6 +225,7 @@ def generate(
             f"the prompt has {len(tokens)} tokens but the context holds {n_ctx}; "
             f"try --ctx-size {len(tokens) + n_tokens}"
         )
+    check_unchanged(engine.model)
     out = Generation(prompt_tokens=len(tokens), reused_tokens=keep_prefix(engine, tokens))
     writer = _TextWriter(on_text, stop)
     before, stats_before = engine.counters(), engine.policy.stats.copy()
@@ -251,6 +253,7 @@ def generate(
             raise
         out.finish_reason = "stopped"
     out.text = writer.finish()
+    check_unchanged(engine.model)
     out.counters = engine.counters().since(before)
     out.policy_stats = engine.policy.stats.since(stats_before)
     out.lookahead = LookAheadState.of(engine.policy)

@@ -7,6 +7,7 @@ refuses a llama-cpp-python whose backend API or ggml_tensor is not the one it wa
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable, Sequence
 from ctypes import (
@@ -28,7 +29,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from moe_edge.convert.gguf import TensorEntry
 from moe_edge.convert.store import ExpertModel
+from moe_edge.convert.stream import SourceFiles
 from moe_edge.models.errors import EngineError, MissingFile, WrongLibrary
 from moe_edge.schedulers.layout import Ahead, Prefetch, Routing, Step, StepPlan
 
@@ -226,7 +229,7 @@ def library() -> Any:
     )
     error = ctypes.create_string_buffer(ERROR_BYTES)
     if lib.me_register(error) != 0:
-        raise WrongLibrary(error.value.decode())
+        raise WrongLibrary(error.value.decode(errors="surrogateescape"))
     return lib
 
 
@@ -380,7 +383,7 @@ class NativeModel:
         self._handle = self._lib.me_model_open(ctypes.byref(desc), error)
         del keep
         if not self._handle:
-            raise MissingFile(error.value.decode())
+            raise MissingFile(error.value.decode(errors="surrogateescape"))
 
     def _on_step(self, _user: object, layer: int, n_tokens: int, n: int) -> int:
         if self.stop_requested:
@@ -472,7 +475,7 @@ class NativeModel:
         """
         error = ctypes.create_string_buffer(ERROR_BYTES)
         if self._lib.me_model_set_lookahead(self._handle, depth, width, int(rescale), error) != 0:
-            raise EngineError(error.value.decode())
+            raise EngineError(error.value.decode(errors="surrogateescape"))
         self._ahead_width = width if depth else 0
 
     @property
@@ -506,7 +509,7 @@ class NativeModel:
     def set_arena(self, arena_bytes: int) -> None:
         error = ctypes.create_string_buffer(ERROR_BYTES)
         if self._lib.me_model_set_arena(self._handle, arena_bytes, error) != 0:
-            raise EngineError(error.value.decode())
+            raise EngineError(error.value.decode(errors="surrogateescape"))
 
     def preload(self, units: Sequence[int]) -> None:
         """Read absent units in this order and wait for them; not within a step.
@@ -579,7 +582,7 @@ class NativeModel:
 def _describe(model: ExpertModel) -> tuple[ModelDesc, list[Any]]:
     """The C description, and what must stay alive until the library has copied it."""
     keep: list[Any] = []
-    paths = (c_char_p * len(model.files))(*(str(f).encode() for f in model.files))
+    paths = (c_char_p * len(model.files))(*(os.fsencode(f) for f in model.files))
     layers = (LayerDesc * len(model.layers))()
     pieces = (PieceDesc * len(model.pieces))()
     at = 0
@@ -603,9 +606,10 @@ def _bias(model: ExpertModel, layer: int, projection: str, keep: list[Any]) -> A
     piece = model.biases.get((layer, projection))
     if piece is None:
         return POINTER(c_float)()
-    with open(model.files[piece.file], "rb") as f:
-        f.seek(piece.offset)
-        data = f.read(piece.nbytes)
+    path = model.files[piece.file]
+    entry = TensorEntry(piece.name, (piece.cols, piece.rows), piece.type, path, piece.offset, piece.nbytes)
+    with SourceFiles(model.stamps) as files:
+        data = files.read(entry, 0, piece.nbytes)
     values = (c_float * (piece.nbytes // 4)).from_buffer_copy(data)
     keep.append(values)
     return ctypes.cast(values, POINTER(c_float))

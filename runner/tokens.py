@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Collection, Sequence
-from functools import lru_cache
 from typing import Any
 
 from moe_edge.models.errors import EngineError
@@ -87,8 +86,22 @@ def find_tokens(llama: Any, texts: Collection[str]) -> frozenset[int]:
     return frozenset(found)
 
 
-@lru_cache(maxsize=4)
-def _special_names(vocab_address: int, llama_vocab: Any) -> tuple[str, ...]:
+def with_own_tokenize(model: Any) -> Any:
+    """llama-cpp-python's LlamaModel, tokenizing as above: every caller of its own method is served as well."""
+    model.tokenize = lambda text, add_bos, special: tokenize(model, text, special=special, add_bos=add_bos)
+    return model
+
+
+def special_names(llama: Any) -> tuple[str, ...]:
+    """The names that a text must not be able to call by writing them: control tokens, and added tokens that look like
+    tags. The longest first. Worked out once for each Llama: it asks about every token."""
+    known: tuple[str, ...] | None = llama.__dict__.get("_moe_edge_special_names")
+    if known is None:
+        known = llama._moe_edge_special_names = _find_special_names(_vocab(llama))
+    return known
+
+
+def _find_special_names(llama_vocab: Any) -> tuple[str, ...]:
     import llama_cpp
 
     control = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
@@ -101,13 +114,6 @@ def _special_names(vocab_address: int, llama_vocab: Any) -> tuple[str, ...]:
             if len(name) > 1 and (attributes & control or _looks_like_a_tag(name)):
                 names.append(name)
     return tuple(sorted(names, key=len, reverse=True))
-
-
-def special_names(llama: Any) -> tuple[str, ...]:
-    """The names that a text must not be able to call by writing them: control tokens, and added tokens that look like
-    tags. The longest first."""
-    vocab = _vocab(llama)
-    return _special_names(ctypes.cast(vocab, ctypes.c_void_p).value or 0, vocab)
 
 
 def _looks_like_a_tag(name: str) -> bool:

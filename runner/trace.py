@@ -6,24 +6,24 @@ The file is a compressed .npz, one array a name, nothing pickled: `version` firs
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import os
 import time
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
+from moe_edge.convert.files import stamp_of, unreadable
 from moe_edge.convert.store import ExpertModel
+from moe_edge.convert.work import new_file
 from moe_edge.models.errors import BadFile, CutFile, DiskFull, EngineError, MissingFile, UsageError
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.evaluate import bos_token, tokenize_text
 from moe_edge.runner.native import Counters
+from moe_edge.runner.npz import Damaged, open_npz, read_arrays
 from moe_edge.schedulers.budget import FixedSizes
 from moe_edge.schedulers.layout import Routing
 from moe_edge.schedulers.options import PolicyOptions
@@ -229,7 +229,7 @@ def unit_read_bytes(model: ExpertModel) -> npt.NDArray[np.int64]:
 
     Source: Model::lay_out of native/model.cpp and Reader::read of native/reader.cpp.
     """
-    ends = [os.stat(path).st_size for path in model.files]
+    ends = [stamp_of(path).nbytes for path in model.files]
     sizes, at = [], 0
     for layer in model.layers:
         n = len(layer.projections)
@@ -250,65 +250,62 @@ def unit_read_bytes(model: ExpertModel) -> npt.NDArray[np.int64]:
 def save_trace(path: str | Path, trace: Trace) -> None:
     """Write a trace, under another name until it is complete. Raises DiskFull, and MissingFile for a bad folder."""
     path = Path(path)
-    part = path.with_name(path.name + ".part")
     try:
-        with open(part, "wb") as file:
+        with new_file(path) as file:
             np.savez_compressed(file, **_to_arrays(trace))  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(f"{path}: no room left while writing; free some space or choose another folder") from e
         raise MissingFile(f"{path}: cannot be written: {e.strerror or e}") from e
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 def load_trace(path: str | Path) -> Trace:
     """Read a trace. Raises MissingFile; BadFile for one that is cut, of another version, or whose parts do not fit."""
     path = Path(path)
-    try:
-        with open(path, "rb") as file:
+    with open_npz(path) as file:
+        try:
             if not zipfile.is_zipfile(file):
                 file.seek(0)
                 if file.read(4) == b"PK\x03\x04":
                     raise CutFile(f"{path}: the trace has no table of contents; it looks cut short: record it again")
                 raise BadFile(f"{path}: is not a trace; moe-edge trace writes them")
             file.seek(0)
-            return _read_npz(file, str(path))
-    except OSError as e:
-        raise MissingFile(f"{path}: cannot be read: {e.strerror or e}") from e
+        except OSError as e:
+            raise unreadable(path, e) from e
+        return _read_npz(file, str(path))
 
 
-def _read_npz(file: Any, path: str) -> Trace:
+def _read_npz(file: IO[bytes], path: str) -> Trace:
     try:
-        with np.load(file, allow_pickle=False) as npz:
-            if "version" not in npz.files:
-                raise BadFile(f"{path}: is not a trace: it names no version")
-            version = npz["version"]
-            if version.shape != () or version.dtype.kind != "i":
-                raise BadFile(f"{path}: its version is not a number")
-            if version != TRACE_VERSION:
-                raise BadFile(
-                    f"{path}: is a trace of version {version}, this moe-edge reads {TRACE_VERSION}; record it again"
-                )
-            return _from_arrays({name: npz[name] for name in _known(npz.files, path)})
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as e:
-        raise CutFile(f"{path}: the trace cannot be read to its end ({e}); it is damaged: record it again") from e
+        arrays = read_arrays(file, lambda names: _known(names, path))
+        version = arrays["version"]
+        if version.shape != () or version.dtype.kind != "i":
+            raise BadFile(f"{path}: its version is not a number")
+        if version != TRACE_VERSION:
+            raise BadFile(
+                f"{path}: is a trace of version {version}, this moe-edge reads {TRACE_VERSION}; record it again"
+            )
+        return _from_arrays(arrays)
+    except Damaged as e:
+        if e.ends_early:
+            raise CutFile(f"{path}: the trace cannot be read to its end ({e}); it is damaged: record it again") from e
+        raise BadFile(f"{path}: the trace does not fit together: {e}; record it again") from e
     except KeyError as e:
         raise BadFile(f"{path}: the trace has no {e}; record it again") from e
-    except (ValueError, TypeError, OverflowError, MemoryError) as e:
+    except (ValueError, TypeError, ArithmeticError, MemoryError, IndexError) as e:
         raise BadFile(f"{path}: the trace does not fit together: {e}; record it again") from e
 
 
 def _known(names: list[str], path: str) -> list[str]:
     known = {"version", "model", "store_id", "n_experts", "n_levels", "fixed", "recorded", "recorded_policy",
              "recorded_resident", *_ARRAYS, *_OPTIONAL}  # fmt: skip
+    if "version" not in names:
+        raise BadFile(f"{path}: is not a trace: it names no version")
     for name in names:
         if name not in known:
-            raise BadFile(f"{path}: has a part '{name}' that no trace of version {TRACE_VERSION} has; record it again")
+            raise BadFile(
+                f"{path}: has a part '{name[:40]}' that no trace of version {TRACE_VERSION} has; record it again"
+            )
     return names
 
 

@@ -9,24 +9,27 @@ ends last is kept.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
+from moe_edge.convert.files import is_present
 from moe_edge.convert.skeleton import cache_folder
+from moe_edge.convert.work import new_file
+from moe_edge.models.errors import MoeEdgeError
 from moe_edge.runner.native import Counters
+from moe_edge.runner.npz import Damaged, open_npz, read_arrays
 from moe_edge.schedulers.budget import MIB, format_bytes
 from moe_edge.schedulers.layout import Layout
 from moe_edge.schedulers.usage import Usage, preload_order
 
 USAGE_VERSION = 1
+DAMAGE = "damaged, or not a usage file"
 BATCH_BYTES = 64 * MIB  # of one call to the library; Ctrl-C is heard between two
 
 
@@ -110,15 +113,16 @@ def load_usage(path: Path, layout: Layout) -> tuple[Usage, str | None]:
     """The usage that was kept, an empty one when there is none; and a sentence about a file that is of no use."""
     empty = Usage(layout.n_experts)
     try:
-        # opened here: np.load leaves a file open that it cannot read
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            version, n_experts = int(file["version"]), tuple(file["n_experts"].tolist())
-            tokens, counts = float(file["tokens"]), file["counts"].astype(np.float64)
-    except FileNotFoundError:
-        return empty, None
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        if not is_present(path):
+            return empty, None
+        with open_npz(path) as file:
+            found = read_arrays(file, _needed, most_bytes=8 * max(1, sum(layout.n_experts)))
+        version, tokens = _whole(found["version"]), float(_one(found["tokens"]))
+        n_experts = tuple(_whole(each) for each in found["n_experts"].ravel())
+        counts = found["counts"].astype(np.float64)
+    except (MoeEdgeError, Damaged, ValueError, TypeError, OverflowError) as error:
         # numpy's own words are about pickles, which is no help here
-        why = error.strerror if isinstance(error, OSError) and error.strerror else "damaged, or not a usage file"
+        why = str(error).removeprefix(f"{path}: ") if isinstance(error, MoeEdgeError) else DAMAGE
         return empty, f"{path}: the usage of earlier runs cannot be read ({why}); starting without"
     if version != USAGE_VERSION:
         return empty, f"{path}: the usage is of version {version}, not {USAGE_VERSION}; starting without"
@@ -130,10 +134,9 @@ def load_usage(path: Path, layout: Layout) -> tuple[Usage, str | None]:
 
 def save_usage(path: Path, usage: Usage) -> str | None:
     """Write it beside and rename; a sentence when that fails."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
+        with new_file(path) as file:
             np.savez_compressed(
                 file,
                 version=np.int32(USAGE_VERSION),
@@ -141,11 +144,22 @@ def save_usage(path: Path, usage: Usage) -> str | None:
                 tokens=np.float64(usage.tokens),
                 counts=np.array(usage.counts, np.float64),
             )
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
         return f"{path}: the usage cannot be kept: {error.strerror or error}"
     return None
+
+
+def _needed(names: list[str]) -> tuple[str, ...]:
+    return "version", "n_experts", "tokens", "counts"
+
+
+def _one(array: npt.NDArray[Any]) -> Any:
+    if array.shape != ():
+        raise ValueError(f"shape {array.shape} for one number")
+    return array.item()
+
+
+def _whole(value: Any) -> int:
+    if value.dtype.kind != "i":
+        raise ValueError(f"{value.dtype} for a whole number")
+    return int(_one(np.asarray(value)))
