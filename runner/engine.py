@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import os
 import re
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,9 +19,12 @@ from typing import Any
 
 from moe_edge.convert.gguf import read_gguf
 from moe_edge.convert.store import ExpertModel, open_model
-from moe_edge.models.errors import EngineError, MoeEdgeError, Stopped
+from moe_edge.models.errors import CannotRun, EngineError, MoeEdgeError, Stopped
+from moe_edge.runner import signals
 from moe_edge.runner.memory import auto_budget_bytes, current_rss_bytes
 from moe_edge.runner.native import Counters, NativeModel, ThreadPool
+from moe_edge.runner.prove import DECODES, prove_once
+from moe_edge.runner.reason import reason
 from moe_edge.runner.warm import Preloaded, WarmStart, usage_path
 from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES, FixedSizes, MemoryPlan, plan_memory
 from moe_edge.schedulers.controller import Measured
@@ -73,6 +75,7 @@ class EngineOptions:
     command line does; a program that embeds the engine knows better what else it holds. map_dense: map the skeleton
     instead of reading it into anonymous memory; for the converter's proof, which decodes one token only.
     warm_start: read the experts that earlier runs used most before the first token, and keep the usage of this one.
+    proof: what a child process must have shown before this one gives the model to llama.cpp, see runner/prove.py.
     """
 
     ram_bytes: int | None = None
@@ -89,6 +92,7 @@ class EngineOptions:
     charge_program: bool = False
     map_dense: bool = False
     warm_start: bool = False
+    proof: str = DECODES
 
     def threads(self) -> int:
         if self.n_threads > 0:
@@ -98,23 +102,28 @@ class EngineOptions:
 
 
 @contextlib.contextmanager
-def _llama_defaults(*, direct: bool, no_alloc: bool, n_outputs_max: int) -> Iterator[None]:
+def _llama_defaults(
+    *, direct: bool, no_alloc: bool, n_outputs_max: int, go_on: Callable[[], bool]
+) -> Iterator[None]:
     """Inside: llama.cpp's default parameters, as `Llama` picks them up, are the ones moe-edge needs.
 
     use_extra_bufts False: repacked weights would be a second copy, and the AMX path crashes (LLAMACPP.md, section 9).
     load_mode 4: direct I/O, so that dense weights leave nothing in the page cache. n_outputs_max 1: one row of
     logits in the compute buffer instead of one for each token of a micro-batch (297 MiB at 151,936 tokens).
+    go_on: asked while weights are read; False ends the load.
     """
     from llama_cpp import _internals
     from llama_cpp import llama_cpp as bindings  # the module whose names `Llama` looks up
 
     model_defaults, context_defaults = bindings.llama_model_default_params, bindings.llama_context_default_params
     make_model = _internals.LlamaModel
+    progress = bindings.llama_progress_callback(lambda _done, _user: go_on())
 
     def model_params() -> Any:
         p = model_defaults()
         p.use_extra_bufts = False
         p.no_alloc = no_alloc
+        p.progress_callback = progress
         return p
 
     def context_params() -> Any:
@@ -170,8 +179,9 @@ def log_megabytes(log: str, what: str) -> int:
 class Engine:
     """One model, loaded and ready to decode. Close it, or use it in `with`.
 
-    `llama` is llama-cpp-python's own object. tell: called with what a warm start did. Raises BudgetTooSmall and
-    whatever opening the files raises.
+    `llama` is llama-cpp-python's own object. tell: called with what a warm start did. named: what messages call the
+    model, when that is not the file itself. Raises BudgetTooSmall, CannotRun with llama.cpp's reason, and whatever
+    opening the files raises.
     """
 
     def __init__(
@@ -181,6 +191,7 @@ class Engine:
         *,
         verify: bool = False,
         tell: Callable[[str], None] = lambda _: None,
+        named: str | Path | None = None,
     ) -> None:
         self.options = options or EngineOptions()
         self._tell = tell
@@ -190,6 +201,8 @@ class Engine:
         self._skeleton = read_gguf(self.model.skeleton)
         self.n_ctx = self.options.n_ctx or min(4096, self.trained_context())
         self.flash_attn, self.n_ubatch = self._attention()
+        self.name = str(named or (self.model.files[0] if self.model.in_place else self.model.skeleton))
+        prove_once(self.model, self._skeleton, self.name, self.options.proof, flash_attn=self.flash_attn)
         self._policy: Policy | None = None
         self.native = NativeModel(
             self.model, n_io_threads=self.options.n_io_threads, direct_io=self.options.direct_io
@@ -256,16 +269,18 @@ class Engine:
 
         outputs = 0 if self.options.logits_all else 1
         direct = no_alloc or not self.options.map_dense  # llama.cpp aborts on a mapped load that allocates nothing
-        with _load_lock, captured_log() as log:
+        with _load_lock, captured_log() as log, signals.deferred() as pressed:
             self.native.arm()
             try:
-                with _llama_defaults(direct=direct, no_alloc=no_alloc, n_outputs_max=outputs):
+                with _llama_defaults(
+                    direct=direct, no_alloc=no_alloc, n_outputs_max=outputs, go_on=lambda: not pressed
+                ):
                     return llama_cpp.Llama(**self._llama_arguments()), "".join(log)
             except TemplateError as e:
-                raise EngineError(f"{self.model.skeleton}: its chat template cannot be read: {e}") from e
+                raise EngineError(f"{self.name}: its chat template cannot be read: {e}") from e
             except (ValueError, RuntimeError) as e:
-                said = [line.strip() for line in log if "error" in line.lower() or "fail" in line.lower()]
-                raise EngineError(f"{self.model.skeleton}: llama.cpp cannot load it: {said[-1] if said else e}") from e
+                why = (reason(log) or str(e)).replace(str(self.model.skeleton), self.name)
+                raise CannotRun(f"{self.name}: llama.cpp cannot load this model: {why}") from e
             finally:
                 self.native.disarm()
 
@@ -311,7 +326,7 @@ class Engine:
         self.llama, _ = self._new_llama(no_alloc=False)
         self.llama._moe_edge = self  # whoever keeps the Llama keeps the engine its experts come from
         if self.native.bound_tensors == 0:
-            raise EngineError(f"{self.model.skeleton}: llama.cpp offered no expert tensor of it to the engine")
+            raise EngineError(f"{self.name}: llama.cpp offered no expert tensor of it to the engine")
         if ThreadPool.is_needed() and self.options.threads() > 1:
             self._pool = ThreadPool(self.llama._ctx.ctx, self.options.threads())
         if self._warm is not None:
@@ -384,47 +399,28 @@ class Engine:
         would be lost in the callback that happens to run. A handler other than Python's own is left alone.
         """
         self.native.set_stop(False)
-        with captured_log(), self._interrupts() as pressed:  # what llama.cpp says of a failure the engine says better
+        with signals.deferred(self.stop) as pressed, captured_log() as log:
             try:
                 yield
             except RuntimeError as e:
-                recovered = self._recover(e)
-                raise (KeyboardInterrupt() if pressed else recovered) from e
-            if pressed:
-                raise KeyboardInterrupt
+                recovered = self._recover(e, log)
+                if not pressed:
+                    raise recovered from e
 
-    @contextlib.contextmanager
-    def _interrupts(self) -> Iterator[list[int]]:
-        pressed: list[int] = []
-        in_main = threading.current_thread() is threading.main_thread()
-        if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-            yield pressed
-            return
-
-        def on_signal(number: int, _frame: object) -> None:
-            pressed.append(number)
-            self.stop()
-
-        signal.signal(signal.SIGINT, on_signal)
-        try:
-            yield pressed
-        finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def _recover(self, cause: RuntimeError) -> BaseException:
+    def _recover(self, cause: RuntimeError, log: list[str]) -> BaseException:
         """After a failed decode: the reason as our own error; policy and KV cache set to what is really there."""
         said = self.native.take_error()
         raised, self.native.schedule_error = self.native.schedule_error, None
         self.policy.reset(self.native.resident_units())
         self.llama.reset()
         self.llama._ctx.kv_cache_clear()
-        if isinstance(raised, (MoeEdgeError, KeyboardInterrupt)):
+        if raised is not None and (isinstance(raised, MoeEdgeError) or not isinstance(raised, Exception)):
             return raised
         if raised is not None:
             return EngineError(f"the scheduler failed: {raised!r}")
         if self.native.stop_requested or said == "stopped":
             return Stopped("stopped")
-        return EngineError(said or f"llama.cpp could not decode: {cause}")
+        return EngineError(said or f"{self.name}: llama.cpp could not decode: {reason(log) or cause}")
 
     def new_conversation(self) -> None:
         """Begin a text that has nothing to do with the last one: empties the KV cache and tells the policy.
@@ -440,6 +436,11 @@ class Engine:
         self.native.set_stop(True)
 
     def close(self) -> None:
+        """Free everything. Ctrl-C waits for its end: llama.cpp calls back into Python while it frees."""
+        with signals.deferred():
+            self._close()
+
+    def _close(self) -> None:
         if self.llama is not None:
             self.llama.close()
             self.llama = None

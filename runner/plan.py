@@ -198,12 +198,13 @@ def _simulated(trace: Trace, policy: PolicyOptions, m: _ModelFacts) -> Callable[
 
 def _read_model(path: Path, *, n_ctx: int, n_ubatch: int, n_threads: int) -> _ModelFacts:
     from moe_edge.runner.engine import Engine, EngineOptions
+    from moe_edge.runner.prove import LOADS
     from moe_edge.runner.show import NO_LIMIT
 
     path = find_model(path)
-    options = EngineOptions(ram_bytes=NO_LIMIT, n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads)
+    options = EngineOptions(ram_bytes=NO_LIMIT, n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, proof=LOADS)
     with headers_only(path) as (stand_in, files):
-        engine = Engine(stand_in, options)
+        engine = Engine(stand_in, options, named=path)
         try:
             model, unlimited = engine.model, engine.plan
             calibration = getattr(model, "calibration", None)
