@@ -107,6 +107,7 @@ def gguf_source(model: GGUFModel) -> Source:
     where = str(model.path)
     stacked = find_stacked(model.tensors, where)
     architecture = find_architecture(model.architecture, where)
+    n_expert_used(model.kv, where)
     hidden = stacked.names
     experts = {}
     for layer in stacked.layers:
@@ -129,6 +130,17 @@ def gguf_source(model: GGUFModel) -> Source:
         experts=experts,
         biases=stacked.biases,
     )
+
+
+def n_expert_used(kv: KeyValues, where: str) -> int:
+    """Experts that each token uses, the most of any layer. Raises BadFile when the metadata does not say."""
+    key = f"{kv.get('general.architecture')}.expert_used_count"
+    value = kv.get(key)
+    if isinstance(value, list):
+        value = max(value, default=0)
+    if not isinstance(value, int) or value < 1:
+        raise BadFile(f"{where}: {key} is {value!r}, expected the number of experts each token uses")
+    return value
 
 
 def sha256_of(chunks: Iterable[bytes]) -> str:

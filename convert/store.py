@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from moe_edge.convert.experts import MoELayer, Piece, find_stacked, make_layer
 from moe_edge.convert.gguf import GGUFFile, GGUFModel, TensorEntry, open_gguf, read_gguf, unreadable
-from moe_edge.convert.keyvalues import KeyValues
 from moe_edge.convert.skeleton import (
     IN_PLACE,
     SKELETON_KIND,
@@ -29,7 +28,7 @@ from moe_edge.convert.skeleton import (
     skeleton_of,
     stub_specs,
 )
-from moe_edge.convert.source import FORMAT_VERSION, KIND, STORE_ID, STORE_SUFFIX, find_model
+from moe_edge.convert.source import FORMAT_VERSION, KIND, STORE_ID, STORE_SUFFIX, find_model, n_expert_used
 from moe_edge.convert.write import (
     GGUFOutput,
     TensorSpec,
@@ -303,7 +302,7 @@ def _make_model(
         skeleton=skeleton.path,
         files=files,
         architecture=str(skeleton.kv.get("general.architecture")),
-        n_expert_used=_n_expert_used(skeleton.kv, skeleton.path),
+        n_expert_used=n_expert_used(skeleton.kv, str(skeleton.path)),
         layers=layers,
         levels=levels,
         pieces=tuple(pieces),
@@ -313,16 +312,6 @@ def _make_model(
         dense_bytes=sum(entry.nbytes for entry in skeleton.tensors.values()),
         calibration=calibration,
     )
-
-
-def _n_expert_used(kv: KeyValues, path: Path) -> int:
-    key = f"{kv.get('general.architecture')}.expert_used_count"
-    value = kv.get(key)
-    if isinstance(value, list):
-        value = max(value, default=0)
-    if not isinstance(value, int) or value < 1:
-        raise BadFile(f"{path}: {key} is {value!r}, expected the number of experts each token uses")
-    return value
 
 
 def _sort_tensors(store: GGUFFile) -> tuple[dict[Key, TensorEntry], dict[tuple[int, str], Piece]]:

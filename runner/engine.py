@@ -24,7 +24,7 @@ from moe_edge.runner import signals
 from moe_edge.runner.memory import auto_budget_bytes, current_rss_bytes
 from moe_edge.runner.native import Counters, NativeModel, ThreadPool
 from moe_edge.runner.prove import DECODES, prove_once
-from moe_edge.runner.reason import reason
+from moe_edge.runner.reason import reason, refusal
 from moe_edge.runner.warm import Preloaded, WarmStart, usage_path
 from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES, FixedSizes, MemoryPlan, plan_memory
 from moe_edge.schedulers.controller import Measured
@@ -280,7 +280,7 @@ class Engine:
                 raise EngineError(f"{self.name}: its chat template cannot be read: {e}") from e
             except (ValueError, RuntimeError) as e:
                 why = (reason(log) or str(e)).replace(str(self.model.skeleton), self.name)
-                raise CannotRun(f"{self.name}: llama.cpp cannot load this model: {why}") from e
+                raise CannotRun(refusal(self.name, why)) from e
             finally:
                 self.native.disarm()
 

@@ -21,11 +21,12 @@ from moe_edge.convert.skeleton import cache_folder
 from moe_edge.convert.store import ExpertModel, open_model
 from moe_edge.models.errors import BudgetTooSmall, CannotRun, MoeEdgeError
 from moe_edge.runner import child
-from moe_edge.runner.reason import ending, reason
+from moe_edge.runner.reason import ending, reason, refusal
 
 # What a child can show. A model that decodes also loads.
 NOTHING, LOADS, DECODES = "nothing", "loads", "decodes"
 
+PROBE = "A  word,\n\n\t12345 w\u00f6rd \u4f60\u597d \U0001f600 ".encode() + bytes(range(256))
 N_CTX, N_TOKENS = 64, 4  # a small batch as in a prefill, then one token as in a reply
 START_SECONDS = 60
 BYTES_PER_SECOND = 10e6  # of a very slow disk: how long reading the dense weights may take
@@ -71,7 +72,7 @@ def _prove(
     try:
         ended = child.run(
             "runner.prove:in_child", START_SECONDS + dense_bytes / BYTES_PER_SECOND,
-            skeleton=str(model.skeleton), what=what, flash_attn=flash_attn, all_finite=all_finite,
+            skeleton=str(model.skeleton), named=named, what=what, flash_attn=flash_attn, all_finite=all_finite,
             header_bytes=len(skeleton.header),
         )  # fmt: skip
     except OSError:  # no process to be had: the model itself may still be loaded
@@ -87,8 +88,9 @@ def _judge(ended: child.Ended, skeleton: str, named: str) -> None:
         return
     verdict = _verdict(ended.out)
     if verdict is None or ended.status < 0:
-        why = reason(ended.err, ended.status) or ending(ended.status)
-        raise CannotRun(f"{named}: llama.cpp cannot run this model: {why.replace(skeleton, named)}")
+        said = ended.err.splitlines() if ended.status > 0 else []
+        why = reason(ended.err, ended.status) or (said[-1] if said else ending(ended.status))
+        raise CannotRun(refusal(named, why.replace(skeleton, named)))
     kind = getattr(errors, verdict.get("kind", ""), CannotRun)
     if kind is BudgetTooSmall:  # for this process to say, with its own sizes
         return
@@ -143,17 +145,22 @@ def _remember(marker: Path | None) -> None:
 # ---- the child's side --------------------------------------------------------------------------------------
 
 
-def in_child(skeleton: str, what: str, flash_attn: bool, all_finite: bool, header_bytes: int) -> None:
+def in_child(
+    skeleton: str, named: str, what: str, flash_attn: bool, all_finite: bool, header_bytes: int
+) -> None:
     """Load, and decode; the exit status and one line of JSON are the verdict."""
     child.limit("RLIMIT_DATA", limit := MEMORY_BYTES + MEMORY_PER_HEADER_BYTE * header_bytes)
     _tell_log()
     try:
-        try_model(Path(skeleton), what, flash_attn, all_finite, limit)
+        try_model(Path(skeleton), named, what, flash_attn, all_finite, limit)
     except MoeEdgeError as e:
         print(json.dumps({"kind": type(e).__name__, "said": str(e)}))
         sys.exit(1)
     except MemoryError:
-        print(json.dumps({"kind": CannotRun.__name__, "said": f"{skeleton}: it asks for more memory than it can need"}))
+        print(json.dumps({"kind": CannotRun.__name__, "said": refusal(named, "it asks for too much memory")}))
+        sys.exit(1)
+    except RuntimeError as e:  # llama-cpp-python's, of a call that llama.cpp refuses
+        print(json.dumps({"kind": CannotRun.__name__, "said": refusal(named, str(e))}))
         sys.exit(1)
 
 
@@ -181,7 +188,7 @@ def _tell_log() -> None:
     llama_cpp.llama_log_set = set_both
 
 
-def try_model(skeleton: Path, what: str, flash_attn: bool, all_finite: bool, limit: int) -> None:
+def try_model(skeleton: Path, named: str, what: str, flash_attn: bool, all_finite: bool, limit: int) -> None:
     """Load a model as far as `what` says, in as little memory as it runs in.
 
     Raises CannotRun when no logit is finite: then some expert product was not the engine's, and a stub of NaN was used.
@@ -201,7 +208,7 @@ def try_model(skeleton: Path, what: str, flash_attn: bool, all_finite: bool, lim
         ram_bytes=1 << 62, n_ctx=N_CTX, n_ubatch=8, n_threads=1, logits_all=True, map_dense=True,
         flash_attn=flash_attn, proof=NOTHING,
     )  # fmt: skip
-    engine = Telling(skeleton, options)
+    engine = Telling(skeleton, options, named=named)
     try:
         if what == LOADS:
             return
@@ -210,12 +217,27 @@ def try_model(skeleton: Path, what: str, flash_attn: bool, all_finite: bool, lim
         )
         child.limit("RLIMIT_DATA", limit + engine.plan.floor_bytes)
         llama = engine.load()
+        _try_tokens(llama)
         token = llama.token_bos() if 0 <= llama.token_bos() < llama.n_vocab() else 0
         with engine.decoding():
             for n in (N_TOKENS, 1):
                 llama.eval([token] * n)
         finite = np.isfinite(llama.scores[: llama.n_tokens])
         if not (finite.all() if all_finite else finite.any()):
-            raise CannotRun(f"{skeleton}: {finite.size - int(finite.sum())} of {finite.size} logits are not finite")
+            n_bad = finite.size - int(finite.sum())
+            raise CannotRun(f"{named}: {n_bad} of {finite.size} logits are not finite; its weights or settings are damaged")
     finally:
         engine.close()
+
+
+def _try_tokens(llama: Any) -> None:
+    """Every byte into tokens, and every token into bytes: llama.cpp aborts where a vocabulary has no answer."""
+    import llama_cpp
+
+    if llama_cpp.llama_vocab_type(llama._model.vocab) == llama_cpp.LLAMA_VOCAB_TYPE_NONE:
+        return
+    for special in (False, True):
+        llama.tokenize(PROBE, add_bos=True, special=special)
+        for token in range(llama.n_vocab()):
+            piece = llama_cpp.llama_token_to_piece
+            piece(llama._model.vocab, token, None, 0, 0, special)

@@ -32,7 +32,8 @@ _NOTHING = re.compile(
     r"failed to (?:initialize|create) (?:the )?(?:context|model|batch)$|llama_decode: failed to decode, ret",
 )
 _PREFIX = re.compile(
-    r"^(?:error loading model (?:architecture|hyperparameters|vocabulary): |[\w:~]*llama_[\w:]+: |check_tensor_dims: )+"
+    r"^(?:error loading model (?:architecture|hyperparameters|vocabulary): |[\w:~]*llama_[\w:]+: |"
+    r"(?:check_tensor_dims|done_getting_tensors): )+"
 )
 
 
@@ -52,6 +53,14 @@ def reason(log: str | Iterable[str], status: int = 0) -> str:
         if _HINTS.search(line) and not _NOTHING.search(line):
             return _cut(_PREFIX.sub("", line.strip()))
     return ""
+
+
+def refusal(name: str, why: str) -> str:
+    """The sentence for a model that llama.cpp does not take, with the way out."""
+    return (
+        f"{name}: llama.cpp cannot run this model: {why}; the file is damaged, contradicts itself, or is made for "
+        "another release of llama.cpp: get it again, or convert it anew"
+    )
 
 
 def ending(status: int) -> str:
@@ -76,4 +85,5 @@ def _short(match: re.Match[str]) -> str:
 
 
 def _cut(text: str) -> str:
+    text = " ".join(text.split())
     return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]} ..."

@@ -18,7 +18,8 @@ from typing import Any
 Handlers = dict[int, Any]
 
 # Ways to say that the process should end: asked by someone else, or by the terminal that went away.
-REQUESTS_TO_END: tuple[int, ...] = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+_END = ("SIGTERM", "SIGHUP")
+REQUESTS_TO_END: tuple[int, ...] = tuple(getattr(signal, name) for name in _END if hasattr(signal, name))
 LEAVING_AT = 3  # presses of Ctrl-C that end a clean-up which does not come to its end
 
 _presses_while_leaving = 0

@@ -105,11 +105,12 @@ def _wrong_call(error: object) -> tuple[int, str]:
 
 def _surprise(error: OSError) -> str:
     """What reads and writes files raises our own errors; click's help text, and whatever was forgotten, does not."""
+    from moe_edge.models.errors import CannotWrite
     from moe_edge.runner import terminal
 
     try:
         terminal.flush_output()
-    except terminal.CannotWrite as again:
+    except CannotWrite as again:
         return str(again)
     except BrokenPipeError:
         return ""
