@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, TextIO
 
-from moe_edge.models.errors import MoeEdgeError, Stopped, UsageError
+from moe_edge.models.errors import MoeEdgeError, Stopped, UsageError, printable, sentence
+from moe_edge.runner import terminal
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.generate import Generation, LookAheadState, Sampling, generate, tokenize
 
@@ -136,7 +137,8 @@ class Chat:
         self.conversation = Conversation(self.engine, chat_template(self.engine))
 
     def say(self, text: str) -> None:
-        print(text, file=self.err, flush=True)
+        with contextlib.suppress(OSError):  # that it cannot be said is no reason to stop
+            print(printable(text, terminal.LINES), file=self.err, flush=True)
 
     def reply(self, message: str) -> Generation | None:
         """One turn: prints the reply as it comes and the statistics line. None when it was stopped before a token."""
@@ -149,8 +151,7 @@ class Chat:
         def show(text: str) -> None:
             interrupt.replying = True
             shown.append(text)
-            self.out.write(text)
-            self.out.flush()
+            terminal.put(self.out, terminal.shown(text, self.out))
 
         result: Generation | None = None
         try:
@@ -169,8 +170,7 @@ class Chat:
             c.restore(before)
             raise
         finally:
-            self.out.write("\n")
-            self.out.flush()
+            terminal.put(self.out, "\n")
         c.add("assistant", "".join(shown))
         self.last = result
         self.say(result.line() if result is not None else "[stopped]")
@@ -231,7 +231,7 @@ class Chat:
             try:
                 self.reply(message)
             except MoeEdgeError as e:
-                self.say(f"error: {e}")
+                self.say(f"error: {sentence(e)}")
 
 
 def read_message() -> str:

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -176,6 +177,13 @@ def log_megabytes(log: str, what: str) -> int:
     return sum(int((float(m) + 0.01) * MIB) for m in re.findall(pattern, log))
 
 
+class _FilePath(str):
+    """A path for llama-cpp-python, which would encode it as UTF-8: this gives the bytes of the name as they are."""
+
+    def encode(self, *_: Any, **__: Any) -> bytes:
+        return str.encode(self, sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
+
+
 class Engine:
     """One model, loaded and ready to decode. Close it, or use it in `with`.
 
@@ -246,7 +254,7 @@ class Engine:
     def _llama_arguments(self) -> dict[str, Any]:
         o = self.options
         arguments: dict[str, Any] = {
-            "model_path": str(self.model.skeleton),
+            "model_path": _FilePath(self.model.skeleton),
             "n_ctx": self.n_ctx,
             "n_batch": self.n_ubatch,
             "n_ubatch": self.n_ubatch,

@@ -7,6 +7,7 @@ refuses a llama-cpp-python whose backend API or ggml_tensor is not the one it wa
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable, Sequence
 from ctypes import (
@@ -575,7 +576,7 @@ class NativeModel:
 def _describe(model: ExpertModel) -> tuple[ModelDesc, list[Any]]:
     """The C description, and what must stay alive until the library has copied it."""
     keep: list[Any] = []
-    paths = (c_char_p * len(model.files))(*(str(f).encode() for f in model.files))
+    paths = (c_char_p * len(model.files))(*(os.fsencode(f) for f in model.files))
     layers = (LayerDesc * len(model.layers))()
     pieces = (PieceDesc * len(model.pieces))()
     at = 0

@@ -41,8 +41,8 @@ def prove(skeleton: Path, named: str | os.PathLike[str] | None = None) -> None:
     named: what the user calls the model; the skeleton itself unless given.
     """
     model, file = open_model(skeleton), read_gguf(skeleton)
-    _prove(model, file, str(named or skeleton), DECODES, flash_attn=False, all_finite=True)
-    _remember(_marker(model, file, DECODES, flash_attn=False))
+    if _prove(model, file, str(named or skeleton), DECODES, flash_attn=False, all_finite=True):
+        _remember(_marker(model, file, DECODES, flash_attn=False))
 
 
 def prove_once(model: ExpertModel, skeleton: GGUFFile, named: str, what: str, *, flash_attn: bool) -> None:
@@ -57,17 +57,19 @@ def prove_once(model: ExpertModel, skeleton: GGUFFile, named: str, what: str, *,
     if any(path is not None and path.exists() for each, path in markers.items() if what in (LOADS, each)):
         return
     try:
-        _prove(model, skeleton, named, what, flash_attn=flash_attn, all_finite=False)
+        proved = _prove(model, skeleton, named, what, flash_attn=flash_attn, all_finite=False)
     except MoeEdgeError:
         if model.in_place and model.skeleton.parent == cache_folder():
             model.skeleton.unlink(missing_ok=True)
         raise
-    _remember(markers[what])
+    if proved:
+        _remember(markers[what])
 
 
 def _prove(
     model: ExpertModel, skeleton: GGUFFile, named: str, what: str, *, flash_attn: bool, all_finite: bool
-) -> None:
+) -> bool:
+    """Whether a child could show it; False when that could not be tried. Raises what the child found."""
     dense_bytes = model.dense_bytes if what == DECODES else 0
     try:
         ended = child.run(
@@ -76,34 +78,33 @@ def _prove(
             header_bytes=len(skeleton.header),
         )  # fmt: skip
     except OSError:  # no process to be had: the model itself may still be loaded
-        return
-    _judge(ended, str(model.skeleton), named)
+        return False
+    return _judge(ended, str(model.skeleton), named)
 
 
-def _judge(ended: child.Ended, skeleton: str, named: str) -> None:
-    """Raise what a child found, if it found a fault."""
-    if ended.status == child.TIMED_OUT:
-        raise CannotRun(f"{named}: llama.cpp did not come to an end with it in the time given; it looks damaged")
+def _judge(ended: child.Ended, skeleton: str, named: str) -> bool:
+    """Whether a child has proved the model, or could not tell. Raises the fault that it found."""
     if ended.status == 0:
-        return
+        return True
+    if ended.status == child.TIMED_OUT:
+        raise CannotRun(refusal(named, "it did not come to an end in the time given"))
     verdict = _verdict(ended.out)
-    if verdict is None or ended.status < 0:
-        said = ended.err.splitlines() if ended.status > 0 else []
-        why = reason(ended.err, ended.status) or (said[-1] if said else ending(ended.status))
+    if ended.status < 0 or verdict is None:
+        why = reason(ended.err, ended.status) or ending(ended.status)
         raise CannotRun(refusal(named, why.replace(skeleton, named)))
-    kind = getattr(errors, verdict.get("kind", ""), CannotRun)
-    if kind is BudgetTooSmall:  # for this process to say, with its own sizes
-        return
-    raise kind(str(verdict.get("said", "")).replace(skeleton, named))
+    kind, said = verdict
+    if kind not in vars(errors) or kind == BudgetTooSmall.__name__:  # for this process to meet, and to say
+        return False
+    raise getattr(errors, kind)(said.replace(skeleton, named))
 
 
-def _verdict(out: str) -> dict[str, Any] | None:
-    """The last line of the child's output: what it raised, as {"kind", "said"}."""
+def _verdict(out: str) -> tuple[str, str] | None:
+    """The last line of the child's output: the class and the message of what it raised; None when it wrote none."""
     try:
-        found = json.loads(out.splitlines()[-1])
-    except (ValueError, IndexError):
+        kind, said = json.loads(out.splitlines()[-1])
+    except (ValueError, IndexError, TypeError):
         return None
-    return found if isinstance(found, dict) else None
+    return str(kind), str(said)
 
 
 # ---- what is remembered ------------------------------------------------------------------------------------
@@ -148,20 +149,23 @@ def _remember(marker: Path | None) -> None:
 def in_child(
     skeleton: str, named: str, what: str, flash_attn: bool, all_finite: bool, header_bytes: int
 ) -> None:
-    """Load, and decode; the exit status and one line of JSON are the verdict."""
+    """Load, and decode; the exit status is the verdict, and one line of JSON: the class and the message of an error."""
     child.limit("RLIMIT_DATA", limit := MEMORY_BYTES + MEMORY_PER_HEADER_BYTE * header_bytes)
     _tell_log()
     try:
         try_model(Path(skeleton), named, what, flash_attn, all_finite, limit)
     except MoeEdgeError as e:
-        print(json.dumps({"kind": type(e).__name__, "said": str(e)}))
-        sys.exit(1)
+        found = type(e).__name__, str(e)
     except MemoryError:
-        print(json.dumps({"kind": CannotRun.__name__, "said": refusal(named, "it asks for too much memory")}))
-        sys.exit(1)
-    except RuntimeError as e:  # llama-cpp-python's, of a call that llama.cpp refuses
-        print(json.dumps({"kind": CannotRun.__name__, "said": refusal(named, str(e))}))
-        sys.exit(1)
+        found = CannotRun.__name__, refusal(named, "it asks for too much memory")
+    except RuntimeError as e:  # llama-cpp-python's, for a call that llama.cpp refuses
+        found = CannotRun.__name__, refusal(named, str(e))
+    except Exception as e:  # a fault of our own says nothing of the model
+        found = type(e).__name__, str(e)
+    else:
+        return
+    print(json.dumps(found))
+    sys.exit(1)
 
 
 def _tell_log() -> None:
@@ -225,7 +229,7 @@ def try_model(skeleton: Path, named: str, what: str, flash_attn: bool, all_finit
         finite = np.isfinite(llama.scores[: llama.n_tokens])
         if not (finite.all() if all_finite else finite.any()):
             n_bad = finite.size - int(finite.sum())
-            raise CannotRun(f"{named}: {n_bad} of {finite.size} logits are not finite; its weights or settings are damaged")
+            raise CannotRun(f"{named}: {n_bad} of {finite.size} logits are not finite; its weights are damaged")
     finally:
         engine.close()
 

@@ -39,8 +39,8 @@ def on_interrupt(number: int, _frame: FrameType | None) -> None:
 
 def on_request_to_end(number: int, _frame: FrameType | None) -> None:
     """The command line's SIGTERM and SIGHUP: files that are not finished are removed on the way out."""
-    signal.signal(number, signal.SIG_DFL)  # again: at once
-    raise SystemExit(128 + number)
+    if not _is_leaving():
+        raise SystemExit(128 + number)
 
 
 def _is_leaving() -> bool:

@@ -73,7 +73,7 @@ def read_stdin() -> str:
 
 def write(text: str, end: str = "\n") -> None:
     """A result on standard output: our own text, with names from files in it. Lines and tabs stay."""
-    _put(sys.stdout, printable(text, LINES) + end)
+    put(sys.stdout, printable(text, LINES) + end)
 
 
 def write_json(value: Any) -> None:
@@ -82,12 +82,12 @@ def write_json(value: Any) -> None:
     text = json.dumps(value, ensure_ascii=encoding != "utf-8")
     # a half of a surrogate pair is a byte that was not UTF-8: as json.dumps(ensure_ascii=True) writes it
     text = re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
-    _put(sys.stdout, _IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
+    put(sys.stdout, _IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
 
 
 def reply(text: str) -> None:
     """A piece of a model's reply on standard output."""
-    _put(sys.stdout, shown(text, sys.stdout))
+    put(sys.stdout, shown(text, sys.stdout))
 
 
 def shown(text: str, stream: TextIO) -> str:
@@ -98,7 +98,7 @@ def shown(text: str, stream: TextIO) -> str:
 def say(line: str) -> None:
     """Progress, warnings and statistics, on standard error. That it cannot be written is no reason to fail."""
     try:
-        _put(sys.stderr, printable(line, LINES) + "\n")
+        put(sys.stderr, printable(line, LINES) + "\n")
     except (OSError, ValueError):
         pass
 
@@ -133,7 +133,8 @@ def cannot_write(error: Exception) -> MoeEdgeError:
     return CannotWrite(f"standard output: cannot be written: {why}")
 
 
-def _put(stream: TextIO, text: str) -> None:
+def put(stream: TextIO, text: str) -> None:
+    """Write and flush. Raises CannotWrite for standard output, BrokenPipeError when its reader has gone."""
     try:
         stream.write(text)
         stream.flush()

@@ -81,7 +81,7 @@ def reshaped(name: str, *shape: int) -> Callable[[TensorEntry], TensorEntry]:
 
 
 # What is put in the place of a number, besides random ones: the ends of every range, and what others confuse.
-NUMBERS = (0, 1, 2, 3, 7, 8, 9, 31, 32, 33, 63, 64, 255, 256, 257, 511, 512, 4096, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1)
+NUMBERS = (0, 1, 2, 3, 7, 8, 9, 31, 32, 33, 63, 64, 255, 256, 257, 511, 512, 4096, 65535, 2**16, 2**31 - 1, 2**32 - 1)
 
 
 def mutate(rng: random.Random, source: Path, target: Path) -> str:
@@ -129,7 +129,8 @@ def _other_entry(rng: random.Random, entry: TensorEntry, names: list[str]) -> Te
     if choice == 0:
         return None
     if choice == 1:
-        return replace(entry, name=entry.name.replace("blk.0", "blk.1").replace("weight", rng.choice(("weight", "bias"))))
+        name = entry.name.replace("blk.0", "blk.1") if rng.random() < 0.5 else entry.name.replace("weight", "bias")
+        return replace(entry, name=name)
     if choice == 2:
         return replace(entry, shape=entry.shape[::-1])
     if choice == 3:
