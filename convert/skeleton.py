@@ -121,13 +121,18 @@ def remove_unless_proven(prove: Callable[[Path], None], skeleton: Path, files: I
 
 
 def cache_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The folder of cached skeletons; see skeleton_for."""
+    """The folder of cached skeletons; see skeleton_for. Raises MissingFile when there is no home folder for it."""
     if cache_dir is None:
         cache_dir = os.environ.get("MOE_EDGE_CACHE")
     if cache_dir:
         return Path(cache_dir) / "skeletons"
     xdg = os.environ.get("XDG_CACHE_HOME")
-    return (Path(xdg) if xdg else Path.home() / ".cache") / "moe-edge" / "skeletons"
+    try:
+        return (Path(xdg) if xdg else Path.home() / ".cache") / "moe-edge" / "skeletons"
+    except RuntimeError as error:  # no HOME, and a user that the system does not know, as in some containers
+        raise MissingFile(
+            "there is no home folder to keep skeletons in; set MOE_EDGE_CACHE to a folder that can be written"
+        ) from error
 
 
 def file_identities(paths: Iterable[Path]) -> dict[Path, str]:

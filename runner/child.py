@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 KEPT_BYTES = 1 << 16  # of each stream, its last ones
@@ -35,7 +36,7 @@ class Ended:
 
 
 def run(function: str, seconds: float, **arguments: Any) -> Ended:
-    """Call `module:function` of moe_edge with JSON values as arguments in a child, and wait for it.
+    """Call `module:function` with JSON values as arguments in a child, and wait for it.
 
     However this ends, the child has ended too. Raises OSError when no process can be started.
     """
@@ -89,7 +90,7 @@ def begin(task: dict[str, Any]) -> None:
         signal.alarm(int(task["seconds"]) + 5)  # in case the parent is gone by then
     limit("RLIMIT_CORE", 0)
     module, name = task["function"].split(":")
-    function = getattr(__import__(f"moe_edge.{module}", fromlist=[name]), name)
+    function = getattr(import_module(module), name)
     function(**task["arguments"])
 
 

@@ -59,7 +59,7 @@ def prove_once(model: ExpertModel, skeleton: GGUFFile, named: str, what: str, *,
     try:
         proved = _prove(model, skeleton, named, what, flash_attn=flash_attn, all_finite=False)
     except MoeEdgeError:
-        if model.in_place and model.skeleton.parent == cache_folder():
+        if model.in_place and model.skeleton.parent == _cached():
             model.skeleton.unlink(missing_ok=True)
         raise
     if proved:
@@ -73,7 +73,7 @@ def _prove(
     dense_bytes = model.dense_bytes if what == DECODES else 0
     try:
         ended = child.run(
-            "runner.prove:in_child", START_SECONDS + dense_bytes / BYTES_PER_SECOND,
+            "moe_edge.runner.prove:in_child", START_SECONDS + dense_bytes / BYTES_PER_SECOND,
             skeleton=str(model.skeleton), named=named, what=what, flash_attn=flash_attn, all_finite=all_finite,
             header_bytes=len(skeleton.header),
         )  # fmt: skip
@@ -112,11 +112,16 @@ def _verdict(out: str) -> tuple[str, str] | None:
 
 def _marker(model: ExpertModel, skeleton: GGUFFile, what: str, flash_attn: bool) -> Path | None:
     """The file whose existence says that this was proved; None without a cache folder."""
+    folder = _cached()
+    return folder and folder.parent / "proven" / f"{_digest(model, skeleton, flash_attn)}.{what}"
+
+
+def _cached() -> Path | None:
+    """The folder of cached skeletons, if this user has one."""
     try:
-        folder = cache_folder().parent / "proven"
-    except (MoeEdgeError, RuntimeError):
+        return cache_folder()
+    except MoeEdgeError:
         return None
-    return folder / f"{_digest(model, skeleton, flash_attn)}.{what}"
 
 
 def _digest(model: ExpertModel, skeleton: GGUFFile, flash_attn: bool) -> str:
@@ -152,6 +157,7 @@ def in_child(
     """Load, and decode; the exit status is the verdict, and one line of JSON: the class and the message of an error."""
     child.limit("RLIMIT_DATA", limit := MEMORY_BYTES + MEMORY_PER_HEADER_BYTE * header_bytes)
     _tell_log()
+    sys.stderr = open(os.devnull, "w")  # llama-cpp-python prints the metadata there; llama.cpp itself uses number 2
     try:
         try_model(Path(skeleton), named, what, flash_attn, all_finite, limit)
     except MoeEdgeError as e:

@@ -44,7 +44,7 @@ def reason(log: str | Iterable[str], status: int = 0) -> str:
     explains better than what it had complained of before.
     """
     text = log if isinstance(log, str) else "".join(log)
-    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    lines = [line.rstrip() for line in text.split("\n") if line.strip()]
     for pattern in (*_ABORTED, *_REFUSED) if status < 0 else (*_REFUSED, *_ABORTED):
         for line in reversed(lines):
             if match := pattern.search(line):
