@@ -12,7 +12,7 @@ from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
-from moe_edge.models.errors import BudgetTooSmall, UnknownName, UsageError
+from moe_edge.models.errors import BudgetTooSmall, UnknownName, UsageError, printable
 from moe_edge.schedulers.belady import has_one_size, simulate_belady
 from moe_edge.schedulers.budget import MIB, arena_floor_bytes, format_arg, format_bytes, plan_memory
 from moe_edge.schedulers.cache import RULES, named_rule
@@ -121,7 +121,8 @@ class Simulation:
         """A table for people."""
         kind = "one token at a time" if self.decode_only else "with micro-batches of several tokens"
         lines = [
-            f"{self.model}: {self.tokens} tokens, {kind}; disk {self.costs.disk_bytes_per_second / 1e6:.0f} MB/s; "
+            f"{printable(self.model)}: {self.tokens} tokens, {kind}; "
+            f"disk {self.costs.disk_bytes_per_second / 1e6:.0f} MB/s; "
             "counts are exact, times estimated",
             "",
         ]

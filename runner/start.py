@@ -49,7 +49,7 @@ def _outcome(command: object) -> tuple[int, str]:
     terminal.open_streams()
     try:
         status, said = _called(command)
-        terminal.flush_output()
+        sys.stdout.flush()
         return status, said
     except BrokenPipeError:  # who read our output has what they wanted
         return 1, ""
@@ -57,8 +57,8 @@ def _outcome(command: object) -> tuple[int, str]:
         return e.exit_status, str(e)
     except MemoryError:
         return 1, "memory ran out; try a smaller --ram, --ctx-size or --ubatch-size"
-    except OSError as e:
-        return 1, _surprise(e)
+    except OSError as e:  # what reads and writes files raises our own errors; what was forgotten is a sentence too
+        return 1, f"{e.filename}: {e.strerror}" if e.filename else str(e)
     except Exception as e:
         if os.environ.get(TRACEBACK):
             raise
@@ -101,20 +101,6 @@ def _wrong_call(error: object) -> tuple[int, str]:
     error.show(file=said)  # type: ignore[attr-defined]
     terminal.say(said.getvalue().rstrip("\n"))
     return error.exit_code, ""  # type: ignore[attr-defined]
-
-
-def _surprise(error: OSError) -> str:
-    """What reads and writes files raises our own errors; click's help text, and whatever was forgotten, does not."""
-    from moe_edge.models.errors import CannotWrite
-    from moe_edge.runner import terminal
-
-    try:
-        terminal.flush_output()
-    except CannotWrite as again:
-        return str(again)
-    except BrokenPipeError:
-        return ""
-    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
 
 
 def _our_fault(error: Exception) -> str:

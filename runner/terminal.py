@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import codecs
 import errno
+import io
 import json
 import os
 import re
 import sys
 from typing import Any, TextIO
 
-from moe_edge.models.errors import CannotWrite, MissingFile, MoeEdgeError, escaped, printable, sentence
+from moe_edge.models.errors import CannotWrite, MissingFile, escaped, printable, sentence
 
 LINES = "\n\t"  # what text of several lines may hold
 _IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")  # C0 json.dumps escapes itself
@@ -28,6 +29,30 @@ def _as_escape(error: UnicodeError) -> tuple[str | bytes, int]:
     if codecs.lookup(error.encoding).name == "utf-8" and all(0xDC80 <= ord(c) <= 0xDCFF for c in bad):
         return bytes(ord(c) - 0xDC00 for c in bad), error.end
     return "".join(map(escaped, bad)), error.end
+
+
+class Output(io.TextIOWrapper):
+    """Standard output. What it does not take is our own error, whoever prints; a reader that left, BrokenPipeError."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise _cannot_write(error) from error
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise _cannot_write(error) from error
+
+
+def _cannot_write(error: OSError) -> CannotWrite:
+    return CannotWrite(f"standard output: cannot be written: {error.strerror or error}")
 
 
 def open_streams() -> None:
@@ -46,13 +71,12 @@ def open_streams() -> None:
             os.set_inheritable(fd, True)
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)
-    if sys.stdout is None:
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
     if sys.stderr is None:
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="moe_edge.escape")
+    sys.stderr.reconfigure(errors="moe_edge.escape")  # type: ignore[attr-defined,unused-ignore]
+    binary: Any = open(1, "wb", closefd=False) if sys.stdout is None else sys.stdout.detach()
+    encoding = "utf-8" if sys.stdout is None else sys.stdout.encoding
+    sys.stdout = sys.__stdout__ = Output(binary, encoding, "moe_edge.escape", line_buffering=os.isatty(1))
 
 
 def _is_closed(fd: int) -> bool:
@@ -108,39 +132,17 @@ def complain(error: object) -> None:
     say(f"moe-edge: {sentence(error)}")
 
 
-def flush_output() -> None:
-    """Bring everything to standard output. Raises CannotWrite, and BrokenPipeError when its reader has gone."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except (OSError, ValueError) as error:
-        raise cannot_write(error) from error
-
-
 def drop_output() -> None:
     """What standard output did not take is given up, so that the end of the process does not try again."""
     try:
         (sys.__stdout__ or sys.stdout).flush()  # click may have put something else in the place of sys.stdout
-    except (OSError, ValueError):
+    except (CannotWrite, OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.close(null)
 
 
-def cannot_write(error: Exception) -> MoeEdgeError:
-    why = getattr(error, "strerror", None) or error
-    return CannotWrite(f"standard output: cannot be written: {why}")
-
-
 def put(stream: TextIO, text: str) -> None:
-    """Write and flush. Raises CannotWrite for standard output, BrokenPipeError when its reader has gone."""
-    try:
-        stream.write(text)
-        stream.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        if stream is sys.stdout:
-            raise cannot_write(error) from error
-        raise
+    """Write, and see it out."""
+    stream.write(text)
+    stream.flush()
