@@ -188,7 +188,7 @@ class Engine:
     """One model, loaded and ready to decode. Close it, or use it in `with`.
 
     `llama` is llama-cpp-python's own object. tell: called with what a warm start did. named: what messages call the
-    model, when that is not the file itself. Raises BudgetTooSmall, CannotRun with llama.cpp's reason, and whatever
+    model, when `path` only stands for it. Raises BudgetTooSmall, CannotRun with llama.cpp's reason, and whatever
     opening the files raises.
     """
 
@@ -210,7 +210,10 @@ class Engine:
         self.n_ctx = self.options.n_ctx or min(4096, self.trained_context())
         self.flash_attn, self.n_ubatch = self._attention()
         self.name = str(named or (self.model.files[0] if self.model.in_place else self.model.skeleton))
-        prove_once(self.model, self._skeleton, self.name, self.options.proof, flash_attn=self.flash_attn)
+        prove_once(
+            self.model, self._skeleton, self.name, self.options.proof, flash_attn=self.flash_attn,
+            remember=named is None,
+        )  # fmt: skip
         self._policy: Policy | None = None
         self.native = NativeModel(
             self.model, n_io_threads=self.options.n_io_threads, direct_io=self.options.direct_io

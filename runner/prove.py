@@ -7,6 +7,7 @@ llama.cpp reads of the model (all but the numbers in its tensors), so it costs o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ import moe_edge.models.errors as errors
 from moe_edge.convert.gguf import GGUFFile, read_gguf
 from moe_edge.convert.skeleton import cache_folder
 from moe_edge.convert.store import ExpertModel, open_model
+from moe_edge.convert.write import drop_cache
 from moe_edge.models.errors import BudgetTooSmall, CannotRun, MoeEdgeError
 from moe_edge.runner import child
 from moe_edge.runner.reason import ending, reason, refusal
@@ -45,11 +47,14 @@ def prove(skeleton: Path, named: str | os.PathLike[str] | None = None) -> None:
         _remember(_marker(model, file, DECODES, flash_attn=False))
 
 
-def prove_once(model: ExpertModel, skeleton: GGUFFile, named: str, what: str, *, flash_attn: bool) -> None:
+def prove_once(
+    model: ExpertModel, skeleton: GGUFFile, named: str, what: str, *, flash_attn: bool, remember: bool = True
+) -> None:
     """Prove an open model, unless that was done before. Raises CannotRun, naming the model `named`.
 
     skeleton: the header of model.skeleton. what: LOADS, as far as llama.cpp says what it would allocate, which reads no
-    weights; DECODES; or NOTHING. A cached skeleton that fails is removed from the cache.
+    weights; DECODES; or NOTHING. remember: write down that it was proved. A cached skeleton that fails is removed from
+    the cache.
     """
     if what == NOTHING:
         return
@@ -62,7 +67,7 @@ def prove_once(model: ExpertModel, skeleton: GGUFFile, named: str, what: str, *,
         if model.in_place and model.skeleton.parent == _cached():
             model.skeleton.unlink(missing_ok=True)
         raise
-    if proved:
+    if proved and remember:
         _remember(markers[what])
 
 
@@ -79,7 +84,15 @@ def _prove(
         )  # fmt: skip
     except OSError:  # no process to be had: the model itself may still be loaded
         return False
+    finally:
+        _drop_pages(model.skeleton)
     return _judge(ended, str(model.skeleton), named)
+
+
+def _drop_pages(skeleton: Path) -> None:
+    """The child mapped the dense weights: their pages are not to stay beside what this process will read of them."""
+    with contextlib.suppress(OSError), open(skeleton, "rb") as file:
+        drop_cache(file.fileno())
 
 
 def _judge(ended: child.Ended, skeleton: str, named: str) -> bool:

@@ -73,10 +73,12 @@ def open_streams() -> None:
         sys.stdin = open(0, closefd=False)
     if sys.stderr is None:
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
-    sys.stderr.reconfigure(errors="moe_edge.escape")  # type: ignore[attr-defined,unused-ignore]
-    binary: Any = open(1, "wb", closefd=False) if sys.stdout is None else sys.stdout.detach()
-    encoding = "utf-8" if sys.stdout is None else sys.stdout.encoding
-    sys.stdout = sys.__stdout__ = Output(binary, encoding, "moe_edge.escape", line_buffering=os.isatty(1))
+    out: Any = sys.stdout
+    encoding = "utf-8" if out is None else out.encoding
+    binary = open(1, "wb", closefd=False) if out is None else out.detach()
+    sys.stdout = Output(binary, encoding, "moe_edge.escape", line_buffering=os.isatty(1))
+    err: Any = sys.stderr
+    err.reconfigure(errors="moe_edge.escape")
 
 
 def _is_closed(fd: int) -> bool:
@@ -135,7 +137,7 @@ def complain(error: object) -> None:
 def drop_output() -> None:
     """What standard output did not take is given up, so that the end of the process does not try again."""
     try:
-        (sys.__stdout__ or sys.stdout).flush()  # click may have put something else in the place of sys.stdout
+        sys.stdout.flush()
     except (CannotWrite, OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
