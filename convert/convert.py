@@ -27,7 +27,7 @@ from moe_edge.convert.store import expert_name, new_store, open_model, seal_stor
 from moe_edge.convert.stream import SourceFiles, converted
 from moe_edge.convert.work import WorkFolder, renamed_in
 from moe_edge.convert.write import GGUFOutput, check_space, kv_string, kv_u32
-from moe_edge.models.errors import MissingFile, MoeEdgeError, UsageError
+from moe_edge.models.errors import MissingFile, MoeEdgeError, UsageError, printable
 
 if TYPE_CHECKING:
     from moe_edge.models.calibration import Calibration
@@ -65,8 +65,8 @@ class ConvertReport:
             return self.plan.text()
         changed = Counter(change(each) for each in self.plan.experts)
         lines = [
-            f"{self.skeleton}: skeleton, {self.skeleton_bytes / 2**20:.2f} MiB",
-            f"{self.store}: experts, {self.store_bytes / 2**20:.2f} MiB, id {self.store_id}",
+            f"{printable(str(self.skeleton))}: skeleton, {self.skeleton_bytes / 2**20:.2f} MiB",
+            f"{printable(str(self.store))}: experts, {self.store_bytes / 2**20:.2f} MiB, id {self.store_id}",
             "experts: " + ", ".join(f"{count} x {what}" for what, count in changed.items()),
             *self.plan.level_lines(),
             *self.plan.remarks(),
@@ -141,7 +141,7 @@ def convert(
         store, skeleton = _outputs(plan, source, skeleton_path, calibration, work.path)
         check_space(skeleton_path.parent, store.total_bytes + skeleton.total_bytes, str(skeleton_path))
         total = sum(each.nbytes for each in (*store.tensors, *skeleton.tensors))
-        with _progress(progress, total, skeleton_path.name) as advance:
+        with _progress(progress, total, printable(skeleton_path.name)) as advance:
             identity = _write_both(plan, source, store, skeleton, weights, _n_threads(threads), advance)
         _check_written(store, skeleton, prove)
         work.commit(lambda: check_output(skeleton_path, source, overwrite))

@@ -18,7 +18,7 @@ from moe_edge.convert.skeleton import stub_specs
 from moe_edge.convert.source import Source
 from moe_edge.convert.store import ALIGNMENT, HIGH, LOW, expert_name
 from moe_edge.convert.write import TensorSpec
-from moe_edge.models.errors import UnknownName, UsageError
+from moe_edge.models.errors import UnknownName, UsageError, printable
 
 DEFAULT_DENSE = "Q8_0"  # of a checkpoint whose experts are quantized
 READABLE = frozenset({*TARGETS, *NEED_IMATRIX, "Q1_0", "NVFP4"})
@@ -115,8 +115,8 @@ class ConvertPlan:
 
     def text(self) -> str:
         """The plan for people: one line for each dense tensor, one for all experts of a projection, and totals."""
-        lines = [f"{self.source} ({self.architecture})", "skeleton:"]
-        lines += [f"  {each.name:44} {change(each):18} {_mib(each.nbytes)}" for each in self.dense]
+        lines = [f"{printable(str(self.source))} ({printable(self.architecture)})", "skeleton:"]
+        lines += [f"  {printable(each.name):44} {change(each):18} {_mib(each.nbytes)}" for each in self.dense]
         lines.append(f"  {len(self.stubs)} stubs{_mib(sum(each.nbytes for each in self.stubs)):>63}")
         lines.append("experts:")
         lines += [f"  {line}" for line in self._expert_lines()]
@@ -144,7 +144,7 @@ class ConvertPlan:
     def remarks(self) -> list[str]:
         """What a reader should know: fallbacks, skipped tensors, notes about the tokenizer."""
         lines = [f"fallback: {count} x {what}: rows do not fill its blocks" for what, count in self.fallbacks.items()]
-        lines += [f"skipped: {name}" for name in self.skipped]
+        lines += [f"skipped: {printable(name)}" for name in self.skipped]
         return lines + [f"note: {note}" for note in self.notes]
 
     def to_json(self) -> dict[str, Any]:

@@ -15,10 +15,49 @@ MoeEdgeError                 everything moe-edge raises on purpose            ex
     ├── DiskFull             no room left while writing                       1
     ├── WrongLibrary         llama.cpp of a version we were not built for     1
     ├── EngineError          the native engine failed during a decode         1
+    │   └── CannotRun        llama.cpp refuses the model, or dies of it       1
+    ├── CannotWrite          standard output does not take what we print      1
     └── Stopped              the user stopped the reply                       1
+
+Messages carry names and values out of files, and a file may hold anything. Whoever shows a message to people passes it
+through `sentence` first, and text of several lines through `printable`.
 """
 
 from __future__ import annotations
+
+import re
+
+MAX_SENTENCE = 2000  # characters; the way out is in the last TAIL of them
+TAIL = 700
+
+# What a terminal acts on instead of showing it: C0, DEL and C1 controls, separators of lines, marks and overrides of
+# writing direction. Surrogates are here too, since no encoding takes them; a low one is a byte that was not UTF-8.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+def printable(text: str, keep: str = "") -> str:
+    """`text` with all that a terminal would act on written as escapes like \\x1b, but for the characters in `keep`."""
+    return _CONTROLS.sub(lambda found: found[0] if found[0] in keep else escaped(found[0]), text)
+
+
+def escaped(character: str) -> str:
+    """One character as an escape: \\n, \\x1b, \\u202e; a byte that was not UTF-8 (a low surrogate) as \\xff."""
+    code = ord(character)
+    if character in _SHORT:
+        return _SHORT[character]
+    if 0xDC80 <= code <= 0xDCFF:
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def sentence(message: object) -> str:
+    """A message as one line for people: printable, and not endless. Its beginning and its way out stay."""
+    text = printable(str(message))
+    if len(text) <= MAX_SENTENCE:
+        return text
+    head = MAX_SENTENCE - TAIL
+    return f"{text[:head]} ... ({len(text) - MAX_SENTENCE} characters left out) ... {text[-TAIL:]}"
 
 
 class MoeEdgeError(Exception):
@@ -84,6 +123,14 @@ class WrongLibrary(WorkError):
 
 
 class EngineError(WorkError):
+    pass
+
+
+class CannotRun(EngineError):
+    pass
+
+
+class CannotWrite(WorkError):
     pass
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_edge.convert.store import ExpertModel, open_model
-from moe_edge.models.errors import UsageError, WorkError
+from moe_edge.models.errors import UsageError, WorkError, printable
 from moe_edge.runner.memory import available_bytes
 from moe_edge.runner.probe import disk_bytes_per_second, memory_bytes_per_second
 from moe_edge.schedulers.budget import MIB, format_bytes
@@ -185,8 +185,9 @@ def markdown(result: dict[str, Any]) -> str:
     disk = result["disk_bytes_per_second"]
     used = f["expert_bytes"] * f["n_expert_used"] / f["n_expert"] + f["dense_bytes"]
     lines = [
-        f"**{Path(f['model']).name}** ({f['architecture']}, {f['n_moe_layers']} x {f['n_expert']} experts, top "
-        f"{f['n_expert_used']}, {format_bytes(f['expert_bytes'])} of experts), moe-edge {m['moe-edge']}, "
+        f"**{printable(Path(f['model']).name)}** "
+        f"({f['architecture']}, {f['n_moe_layers']} x {f['n_expert']} experts, top {f['n_expert_used']}, "
+        f"{format_bytes(f['expert_bytes'])} of experts), moe-edge {m['moe-edge']}, "
         f"llama-cpp-python {m['llama-cpp-python']}, {m['system']}, {m['processor']}",
         "",
         f"ceiling: disk {'not measurable by direct reads' if disk is None else f'{disk / 1e6:.0f} MB/s'}, memory "

@@ -48,9 +48,9 @@ from moe_edge.convert.stream import SourceFiles
 from moe_edge.convert.work import WorkFolder
 from moe_edge.models.calibration import Calibration, FloatArray
 from moe_edge.models.errors import UsageError
-from moe_edge.runner.convert import prove
 from moe_edge.runner.engine import EngineOptions
 from moe_edge.runner.observe import LayerView, Observed, observe
+from moe_edge.runner.prove import prove
 from moe_edge.runner.settings import measure_settings
 
 DEFAULT_TYPES = ("IQ2_XXS", "Q2_K", "IQ3_XXS", "Q3_K", "Q4_K", "Q6_K")
@@ -209,7 +209,7 @@ class Calibrator:
 
     def _prove_and_measure(self, skeleton: Path) -> None:
         """The last part of a conversion: what it raises, an interrupt too, removes both files."""
-        prove(skeleton)
+        prove(skeleton, self.source_path)
         o = self.options
         if o.settings_tokens:
             settings = measure_settings(

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import TextIO
 
-from moe_edge.models.errors import MoeEdgeError, Stopped
+from moe_edge.models.errors import MoeEdgeError, Stopped, printable, sentence
+from moe_edge.runner import terminal
 from moe_edge.runner.chatformat.format import Part
 from moe_edge.runner.chatformat.plain import PlainParser
 from moe_edge.runner.conversation import Conversation, Prompt
@@ -86,13 +87,11 @@ class Shown:
         if dim != self._dim:
             self._out.write(self.DIM if dim else f"{self.PLAIN}\n\n")
             self._dim = dim
-        self._out.write(text)
-        self._out.flush()
+        terminal.put(self._out, terminal.shown(text, self._out))
 
     def finish(self) -> None:
         """The reply is over, or was stopped."""
-        self._out.write(f"{self.PLAIN}\n" if self._dim else "\n")
-        self._out.flush()
+        terminal.put(self._out, f"{self.PLAIN}\n" if self._dim else "\n")
 
 
 @dataclass
@@ -110,7 +109,8 @@ class Chat:
         self.conversation = Conversation(self.engine, chat_template(self.engine))
 
     def say(self, text: str) -> None:
-        print(text, file=self.err, flush=True)
+        with contextlib.suppress(OSError):  # that it cannot be said is no reason to stop
+            print(printable(text, terminal.LINES), file=self.err, flush=True)
 
     def reply(self, message: str) -> Generation | None:
         """One turn: prints the reply as it comes and the statistics line. None when it was stopped before a token.
@@ -215,7 +215,7 @@ class Chat:
             try:
                 self.reply(message)
             except MoeEdgeError as e:
-                self.say(f"error: {e}")
+                self.say(f"error: {sentence(e)}")
 
 
 def read_message() -> str:

@@ -1,10 +1,10 @@
-"""The command line: thin. It parses, calls, prints, and turns our errors into one sentence and an exit status."""
+"""The command line: thin. It parses, calls and prints.
+
+What is printed goes through terminal.py; start.py turns what is raised into one sentence and an exit status.
+"""
 
 from __future__ import annotations
 
-import functools
-import json
-import os
 import sys
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from moe_edge.models.errors import MoeEdgeError, UsageError
+from moe_edge.models.errors import UsageError, printable
+from moe_edge.runner import terminal
 from moe_edge.schedulers.budget import parse_bytes
 from moe_edge.schedulers.eviction import ENTRIES as RULE_ENTRIES
 from moe_edge.schedulers.lookahead.rules import ENTRIES as LOOKAHEAD_ENTRIES
@@ -59,31 +60,6 @@ MOST = 2**31 - 1  # llama.cpp counts tokens in 32 bits
 TOKENS = Number(0, MOST, whole=True)
 SOME_TOKENS = Number(1, MOST, whole=True)
 THREADS = Number(0, 512, whole=True)
-
-
-def reports_errors(f: F) -> F:
-    """Our errors leave as `moe-edge: <sentence>` on stderr with their exit status; Ctrl-C as 130."""
-
-    @functools.wraps(f)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return f(*args, **kwargs)
-        except MoeEdgeError as e:
-            click.echo(f"moe-edge: {e}", err=True)
-            sys.exit(e.exit_status)
-        except KeyboardInterrupt:
-            click.echo("moe-edge: interrupted", err=True)
-            sys.exit(130)
-        except BrokenPipeError:  # who read our output has gone; the flush at exit must not fail again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-
-    return run  # type: ignore[return-value]
-
-
-def read_stdin() -> str:
-    """All of standard input, whatever its bytes: what is not UTF-8 reaches the tokenizer as it came."""
-    return sys.stdin.buffer.read().decode(errors="surrogateescape")
 
 
 def _words(entries: Mapping[str, Any]) -> str:
@@ -177,16 +153,33 @@ def _engine(model: str | None, o: dict[str, Any]) -> Any:
     from moe_edge.models.embedded import tiny_model_path
     from moe_edge.runner.engine import Engine
 
-    def tell(line: str) -> None:
-        click.echo(line, err=True)
-
-    engine = Engine(model or tiny_model_path(), _engine_options(o), verify=o["verify"], tell=tell)
+    engine = Engine(model or tiny_model_path(), _engine_options(o), verify=o["verify"], tell=terminal.say)
     for line in engine.lines():
-        tell(line)
+        terminal.say(line)
     return engine
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "MOE_EDGE"})
+def _print(result: Any) -> None:
+    """Text as it is, anything else as JSON."""
+    if isinstance(result, str):
+        terminal.write(result)
+    else:
+        terminal.write_json(result)
+
+
+class Commands(click.Group):
+    """Click catches Ctrl-C and a pipe's lost reader itself, and prints; here they come out as they are."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:
+            return 1
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "MOE_EDGE"})
 @click.version_option(metadata.version("moe-edge"), prog_name="moe-edge")
 def main() -> None:
     """Run Mixture-of-Experts language models on machines whose memory is too small for them."""
@@ -198,7 +191,6 @@ def main() -> None:
 @click.option("-n", "--max-tokens", "n_tokens", type=SOME_TOKENS, default=512, show_default=True)
 @model_options
 @sampling_options
-@reports_errors
 def chat(model: str | None, model_option: str | None, n_tokens: int, **o: Any) -> None:
     """Talk to MODEL: a converted model, or a stock GGUF as it is. Without MODEL, the embedded tiny one.
 
@@ -211,7 +203,7 @@ def chat(model: str | None, model_option: str | None, n_tokens: int, **o: Any) -
         if sys.stdin.isatty():
             session.loop()
             return
-        message = read_stdin().rstrip("\n")
+        message = terminal.read_stdin().rstrip("\n")
         if not message.strip():
             raise UsageError("nothing on standard input; type a message, or run it in a terminal")
         session.reply(message)
@@ -227,7 +219,6 @@ def chat(model: str | None, model_option: str | None, n_tokens: int, **o: Any) -
               help="Whether names of control tokens in the prompt, like <|im_start|>, are those tokens, or letters.")
 @model_options
 @sampling_options
-@reports_errors
 def generate(
     model: str | None, model_option: str | None, prompt: str, n_tokens: int, as_json: bool, special: bool, **o: Any
 ) -> None:
@@ -235,18 +226,17 @@ def generate(
     from moe_edge.runner.generate import generate as run
 
     if prompt == "-":
-        prompt = read_stdin()
-
-    def show(text: str) -> None:
-        click.echo(text, nl=False)
+        prompt = terminal.read_stdin()
 
     with _engine(model or model_option, o) as engine:
-        result = run(engine, prompt, n_tokens, _sampling(o), on_text=None if as_json else show, special=special)
+        result = run(
+            engine, prompt, n_tokens, _sampling(o), on_text=None if as_json else terminal.reply, special=special
+        )
         if as_json:
-            click.echo(json.dumps(result.to_json(engine), ensure_ascii=False))
+            terminal.write_json(result.to_json(engine))
         else:
-            click.echo()
-            click.echo(result.line(), err=True)
+            terminal.write("")
+            terminal.say(result.line())
 
 
 @main.command()
@@ -258,7 +248,6 @@ def generate(
 @click.option("--calibration", is_flag=True, help="Say what was measured when MODEL was converted with --calibrate.")
 @click.option("--picture", type=click.Path(path_type=Path),
               help="Draw the calibration, layers x experts, into this file (.png, .svg, .pdf).")
-@reports_errors
 def show(
     model: str | None, as_json: bool, n_ctx: int, n_ubatch: int, n_threads: int, calibration: bool,
     picture: Path | None,
@@ -273,10 +262,10 @@ def show(
             from moe_edge.runner.picture import draw_calibration
 
             draw_calibration(facts, picture)
-        click.echo(json.dumps(facts) if as_json else calibration_text(facts))
+        _print(facts if as_json else calibration_text(facts))
         return
     facts = describe(model or tiny_model_path(), n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads)
-    click.echo(json.dumps(facts) if as_json else describe_text(facts))
+    _print(facts if as_json else describe_text(facts))
 
 
 PROJECTIONS = ("up", "gate", "down")
@@ -309,7 +298,6 @@ def type_options(f: F) -> F:
 @click.option("--force", is_flag=True, help="Replace files that exist.")
 @click.option("--json", "as_json", is_flag=True)
 @click.option("-t", "--threads", "n_threads", type=THREADS, default=0)
-@reports_errors
 def convert(source: Path, output: Path | None, dry_run: bool, as_json: bool, **o: Any) -> None:
     """Turn SOURCE, a Hugging Face directory or a GGUF, into a skeleton and an expert store."""
     from moe_edge.runner.convert import ConvertRequest, run_convert
@@ -324,8 +312,8 @@ def convert(source: Path, output: Path | None, dry_run: bool, as_json: bool, **o
         types=o["types"], calibrate=o["calibrate"], calibrate_tokens=o["calibrate_tokens"], imatrix=o["imatrix"],
         dense_type=o["dense_type"], ram_bytes=o["ram"], n_threads=o["n_threads"], dry_run=dry_run, force=o["force"],
     )  # fmt: skip
-    report = run_convert(request, tell=lambda line: click.echo(line, err=True))
-    click.echo(json.dumps(report.to_json()) if as_json else report.text())
+    report = run_convert(request, tell=terminal.say)
+    _print(report.to_json() if as_json else report.text())
 
 
 @main.command("eval")
@@ -338,7 +326,6 @@ def convert(source: Path, output: Path | None, dry_run: bool, as_json: bool, **o
 @click.option("--decode", is_flag=True, help="One token at a time, so that policy and speed are those of decode.")
 @click.option("--json", "as_json", is_flag=True)
 @model_options
-@reports_errors
 def evaluate_command(
     model: str | None, model_option: str | None, text: Path, reference: str, n_chunks: int | None, decode: bool,
     as_json: bool, **o: Any,
@@ -353,9 +340,9 @@ def evaluate_command(
     result = evaluate(
         model or model_option or tiny_model_path(), text, _engine_options(o), reference=reference,
         n_ctx=o["n_ctx"] or 512, n_chunks=n_chunks, one_by_one=decode, verify=o["verify"],
-        tell=lambda line: click.echo(line, err=True),
+        tell=terminal.say,
     )  # fmt: skip
-    click.echo(json.dumps(result.to_json()) if as_json else result.text())
+    _print(result.to_json() if as_json else result.text())
 
 
 @main.command()
@@ -368,7 +355,6 @@ def evaluate_command(
 @click.option("-t", "--threads", "n_threads", type=THREADS, default=0)
 @click.option("--disk", help="Read experts as a disk of this speed would, like 440MB/s.")
 @click.option("--json", "as_json", is_flag=True)
-@reports_errors
 def bench(
     model: str | None, ram: tuple[int | None, ...], n_tokens: int, n_ctx: int, n_ubatch: int, n_threads: int,
     disk: str | None, as_json: bool,
@@ -383,10 +369,10 @@ def bench(
     wanted = [auto_budget_bytes() if n is None else n for n in ram]
     result = run(
         model or tiny_model_path(), {f"--ram {format_bytes(n)}": n for n in wanted} or None, n_tokens,
-        n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, tell=lambda text: click.echo(text, err=True),
+        n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, tell=terminal.say,
         pace_bytes_per_second=parse_disk_speed(disk) if disk else None,
     )  # fmt: skip
-    click.echo(json.dumps(result) if as_json else markdown(result))
+    _print(result if as_json else markdown(result))
 
 
 @main.command()
@@ -398,7 +384,6 @@ def bench(
 @click.option("--lookahead-depth", type=click.IntRange(0, 8),
               help="Keep what the routers of so many later layers predict; 0: nothing. Default: 3, 0 with --prefill.")
 @model_options
-@reports_errors
 def trace(
     model: str | None, text: Path, output: Path, n_tokens: int | None, prefill: bool, lookahead_depth: int | None,
     **o: Any,
@@ -422,8 +407,9 @@ def trace(
         )  # fmt: skip
     save_trace(output, recorded)
     ahead = f", look-ahead of {depth} layers" if depth else ""
-    click.echo(
-        f"{output}: {recorded.n_tokens} tokens, {recorded.n_steps} layer steps{ahead}, {output.stat().st_size} bytes"
+    terminal.write(
+        f"{printable(str(output))}: {recorded.n_tokens} tokens, {recorded.n_steps} layer steps{ahead}, "
+        f"{output.stat().st_size} bytes"
     )
 
 
@@ -443,7 +429,6 @@ def parse_disk_speed(text: str) -> int:
 @click.option("--disk", default="3GB/s", show_default=True, help="What the disk delivers.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the table as PNG.")
 @click.option("--json", "as_json", is_flag=True)
-@reports_errors
 def simulate(
     trace_file: Path, ram: str | None, policy: str, cache: str | None, lookahead: str, disk: str, plot: Path | None,
     as_json: bool,
@@ -469,11 +454,11 @@ def simulate(
     budgets = [budget_of_ram(recorded, parse_bytes(each)) for each in ram.split(",")] if ram else even_budgets(recorded)
     chosen = policies_named(policy, caches=cache, lookaheads=lookahead)
     result = run_simulations(
-        recorded, budgets, chosen, Costs(parse_disk_speed(disk)), tell=lambda line: click.echo(line, err=True)
+        recorded, budgets, chosen, Costs(parse_disk_speed(disk)), tell=terminal.say
     )
     if plot is not None:
         plot_simulation(result, plot)
-    click.echo(json.dumps(result.to_json()) if as_json else result.text())
+    _print(result.to_json() if as_json else result.text())
 
 
 @main.command()
@@ -485,7 +470,6 @@ def simulate(
 @click.option("--disk", help="What the disk delivers, like 440MB/s. Default: as `doctor` measured it.")
 @click.option("--trace", "trace_file", type=click.Path(path_type=Path), help="Take the hits from this trace.")
 @click.option("--json", "as_json", is_flag=True)
-@reports_errors
 def plan(
     model: str | None, ram: int | None, n_ctx: int, n_ubatch: int, n_threads: int, disk: str | None,
     trace_file: Path | None, as_json: bool,
@@ -501,9 +485,9 @@ def plan(
     result = run(
         model or tiny_model_path(), ram, n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads,
         disk_bytes_per_second=parse_disk_speed(disk) if disk else None,
-        trace=load_trace(trace_file) if trace_file else None, tell=lambda line: click.echo(line, err=True),
+        trace=load_trace(trace_file) if trace_file else None, tell=terminal.say,
     )  # fmt: skip
-    click.echo(json.dumps(result.to_json()) if as_json else result.text())
+    _print(result.to_json() if as_json else result.text())
     sys.exit(0 if result.will_run else 1)
 
 
@@ -512,15 +496,16 @@ def plan(
 @click.option("-t", "--threads", "n_threads", type=THREADS, default=0)
 @click.option("--fresh", is_flag=True, help="Measure again what was measured before.")
 @click.option("--json", "as_json", is_flag=True)
-@reports_errors
 def doctor(path: Path | None, n_threads: int, fresh: bool, as_json: bool) -> None:
     """Measure this machine: the storage PATH is on, memory, compute, limits."""
     from moe_edge.runner.doctor import doctor as run
     from moe_edge.runner.doctor import doctor_text
 
-    facts = run(path, n_threads=n_threads, fresh=fresh, tell=lambda line: click.echo(line, err=True))
-    click.echo(json.dumps(facts) if as_json else doctor_text(facts))
+    facts = run(path, n_threads=n_threads, fresh=fresh, tell=terminal.say)
+    _print(facts if as_json else doctor_text(facts))
 
 
 if __name__ == "__main__":
-    main()
+    from moe_edge.runner.start import run
+
+    run(main)

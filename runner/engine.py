@@ -7,27 +7,33 @@ as they are. Two of llama.cpp's parameters that `Llama` has no argument for are 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
-import re
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moe_edge.convert.gguf import read_gguf
 from moe_edge.convert.store import ExpertModel, open_model
 from moe_edge.convert.watch import check_replaced
-from moe_edge.models.errors import EngineError, MoeEdgeError, Stopped
+from moe_edge.models.errors import CannotRun, EngineError, MoeEdgeError, Stopped
+from moe_edge.runner import signals
 from moe_edge.runner.crowd import CrowdWatch, usable_cores
+from moe_edge.runner.llama import (
+    LOAD_LOCK,
+    captured_log,
+    clear_memory,
+    keep_evaluated,
+    load_llama,
+    log_megabytes,
+    set_threads,
+)
 from moe_edge.runner.memory import auto_budget_bytes, current_rss_bytes
 from moe_edge.runner.native import Counters, NativeModel, ThreadPool
 from moe_edge.runner.paths import AnyPath
-from moe_edge.runner.template import metadata_for_llama
-from moe_edge.runner.tokens import with_own_tokenize
+from moe_edge.runner.prove import DECODES, prove_once
+from moe_edge.runner.reason import reason, refusal
+from moe_edge.runner.turns import Turns
 from moe_edge.runner.warm import Preloaded, WarmStart, usage_path
 from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES, FixedSizes, MemoryPlan, plan_memory
 from moe_edge.schedulers.crowd import CrowdControl
@@ -59,9 +65,6 @@ def attention_defaults(n_ctx: int, n_head: int, expert_bytes: int) -> tuple[bool
     return False, max(32, min(MICRO_BATCH, fits // 32 * 32))
 
 
-_load_lock = threading.Lock()  # llama.cpp's defaults, its log callback and the armed model are process-wide
-
-
 EXACT = PolicyOptions()
 
 
@@ -79,6 +82,7 @@ class EngineOptions:
     command line does; a program that embeds the engine knows better what else it holds. map_dense: map the skeleton
     instead of reading it into anonymous memory; for the converter's proof, which decodes one token only.
     warm_start: read the experts that earlier runs used most before the first token, and keep the usage of this one.
+    proof: what a child process must have shown before this one gives the model to llama.cpp, see runner/prove.py.
     """
 
     ram_bytes: int | None = None
@@ -95,6 +99,7 @@ class EngineOptions:
     charge_program: bool = False
     map_dense: bool = False
     warm_start: bool = False
+    proof: str = DECODES
 
     def threads(self) -> int:
         if self.n_threads > 0:
@@ -102,85 +107,12 @@ class EngineOptions:
         return len(usable_cores())
 
 
-@contextlib.contextmanager
-def _llama_defaults(
-    *, direct: bool, no_alloc: bool, n_outputs_max: int, metadata: Mapping[str, Any]
-) -> Iterator[None]:
-    """Inside: llama.cpp's default parameters, as `Llama` picks them up, are the ones moe-edge needs.
-
-    use_extra_bufts False: repacked weights would be a second copy, and the AMX path crashes (LLAMACPP.md, section 9).
-    load_mode 4: direct I/O, so that dense weights leave nothing in the page cache. n_outputs_max 1: one row of
-    logits in the compute buffer instead of one for each token of a micro-batch (297 MiB at 151,936 tokens).
-    """
-    from llama_cpp import _internals
-    from llama_cpp import llama_cpp as bindings  # the module whose names `Llama` looks up
-
-    model_defaults, context_defaults = bindings.llama_model_default_params, bindings.llama_context_default_params
-    make_model = _internals.LlamaModel
-
-    def model_params() -> Any:
-        p = model_defaults()
-        p.use_extra_bufts = False
-        p.no_alloc = no_alloc
-        return p
-
-    def context_params() -> Any:
-        p = context_defaults()
-        p.n_outputs_max = n_outputs_max
-        return p
-
-    def load(*args: Any, **kwargs: Any) -> Any:  # Llama overwrites load_mode after it took the defaults
-        if direct:
-            kwargs["params"].load_mode = bindings.LLAMA_LOAD_MODE_DIRECT_IO
-        model = with_own_tokenize(make_model(*args, **kwargs))
-        model.metadata = functools.partial(metadata_for_llama, model.metadata, metadata)
-        return model
-
-    bindings.llama_model_default_params = model_params
-    bindings.llama_context_default_params = context_params
-    _internals.LlamaModel = load
-    try:
-        yield
-    finally:
-        bindings.llama_model_default_params = model_defaults
-        bindings.llama_context_default_params = context_defaults
-        _internals.LlamaModel = make_model
-
-
-@contextlib.contextmanager
-def captured_log() -> Iterator[list[str]]:
-    """llama.cpp's log, line by line, instead of stderr."""
-    import llama_cpp
-    from llama_cpp import _logger
-
-    lines: list[str] = []
-
-    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-    def keep(_level: int, text: bytes, _user: object) -> None:
-        lines.append(text.decode(errors="replace"))
-
-    llama_cpp.llama_log_set(keep, ctypes.c_void_p(0))
-    try:
-        yield lines
-    finally:
-        llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
-
-
-def log_megabytes(log: str, what: str) -> int:
-    """Sum of the sizes llama.cpp logs for `what` ('KV', 'compute', 'output'), in bytes, rounded up."""
-    if what == "KV":
-        # logged for a cache whether or not it is allocated: "llama_kv_cache: size = 8.00 MiB ( 2048 cells, ..."
-        pattern = r"llama_(?:kv_cache\w*|memory_recurrent\w*): size =\s+([0-9.]+) MiB"
-    else:
-        pattern = rf"{what} buffer size =\s+([0-9.]+) MiB"
-    return sum(int((float(m) + 0.01) * MIB) for m in re.findall(pattern, log))
-
-
 class Engine:
     """One model, loaded and ready to decode. Close it, or use it in `with`.
 
-    `llama` is llama-cpp-python's own object. tell: called with what a warm start did. Raises BudgetTooSmall and
-    whatever opening the files raises.
+    `llama` is llama-cpp-python's own object. tell: called with what a warm start did. named: what messages call the
+    model, when `path` only stands for it. Raises BudgetTooSmall, CannotRun with llama.cpp's reason, and whatever
+    opening the files raises.
     """
 
     def __init__(
@@ -190,6 +122,7 @@ class Engine:
         *,
         verify: bool = False,
         tell: Callable[[str], None] = lambda _: None,
+        named: str | Path | None = None,
     ) -> None:
         self.options = options or EngineOptions()
         self._tell = tell
@@ -199,6 +132,11 @@ class Engine:
         self._skeleton = read_gguf(self.model.skeleton)
         self.n_ctx = self.options.n_ctx or min(4096, self.trained_context())
         self.flash_attn, self.n_ubatch = self._attention()
+        self.name = str(named or (self.model.files[0] if self.model.in_place else self.model.skeleton))
+        prove_once(
+            self.model, self._skeleton, self.name, self.options.proof, flash_attn=self.flash_attn,
+            remember=named is None,
+        )  # fmt: skip
         self._policy: Policy | None = None
         self.native = NativeModel(
             self.model, n_io_threads=self.options.n_io_threads, direct_io=self.options.direct_io
@@ -206,6 +144,8 @@ class Engine:
         self.llama: Any = None
         self._pool: ThreadPool | None = None
         self._crowd: CrowdWatch | None = None
+        self._last_counters = Counters()
+        self._turns = Turns(lambda: self.native.set_stop(True), self._free)
         try:
             self.layout = Layout(
                 tuple(layer.n_expert for layer in self.model.layers), len(self.model.levels), self.native.unit_bytes()
@@ -266,19 +206,21 @@ class Engine:
 
     def _new_llama(self, *, no_alloc: bool) -> tuple[Any, str]:
         """A Llama on the skeleton, with the log of its loading. Raises EngineError with llama.cpp's own words."""
-        import llama_cpp
         outputs = 0 if self.options.logits_all else 1
         direct = no_alloc or not self.options.map_dense  # llama.cpp aborts on a mapped load that allocates nothing
-        with _load_lock, captured_log() as log:
+        with LOAD_LOCK, captured_log() as log, signals.deferred() as pressed:
             self.native.arm()
             try:
-                with _llama_defaults(direct=direct, no_alloc=no_alloc, n_outputs_max=outputs, metadata=self.metadata):
-                    return llama_cpp.Llama(**self._llama_arguments()), "".join(log)
+                llama = load_llama(
+                    self._llama_arguments(), direct=direct, no_alloc=no_alloc, n_outputs_max=outputs,
+                    metadata=self.metadata, go_on=lambda: not pressed,
+                )  # fmt: skip
             except (ValueError, RuntimeError) as e:
-                said = [line.strip() for line in log if "error" in line.lower() or "fail" in line.lower()]
-                raise EngineError(f"{self.model.skeleton}: llama.cpp cannot load it: {said[-1] if said else e}") from e
+                why = (reason(log) or str(e)).replace(str(self.model.skeleton), self.name)
+                raise CannotRun(refusal(self.name, why)) from e
             finally:
                 self.native.disarm()
+            return llama, "".join(log)
 
     def _fixed_sizes(self) -> FixedSizes:
         """Ask llama.cpp what it would allocate, without allocating it."""
@@ -312,6 +254,7 @@ class Engine:
 
     def load(self) -> Any:
         """Load the skeleton into memory and make the arena, full after a warm start; returns the Llama."""
+        self._turns.check_open()
         if self.llama is not None:
             return self.llama
         if self.options.warm_start:
@@ -323,7 +266,7 @@ class Engine:
         check_replaced(self.model)
         self.llama._moe_edge = self  # whoever keeps the Llama keeps the engine its experts come from
         if self.native.bound_tensors == 0:
-            raise EngineError(f"{self.model.skeleton}: llama.cpp offered no expert tensor of it to the engine")
+            raise EngineError(f"{self.name}: llama.cpp offered no expert tensor of it to the engine")
         if ThreadPool.is_needed() and self.options.threads() > 1:
             self._pool = ThreadPool(self.llama._ctx.ctx, self.options.threads())
         self._watch_neighbours()
@@ -341,14 +284,8 @@ class Engine:
         if n_threads < 2 or ThreadPool.is_needed():
             return
         control = CrowdControl(n_threads, len(cores), may_drop=not self.flash_attn)
-        self._crowd = CrowdWatch(control, cores, self._set_threads)
+        self._crowd = CrowdWatch(control, cores, lambda n: set_threads(self.llama, n))
         self.native.each_step = self._crowd.look
-
-    def _set_threads(self, n: int) -> None:
-        """From the next graph on."""
-        import llama_cpp
-
-        llama_cpp.llama_set_n_threads(self.llama._ctx.ctx, n, n)
 
     @property
     def preloaded(self) -> Preloaded | None:
@@ -364,10 +301,12 @@ class Engine:
 
         Raises UnknownName, and UsageError for knobs that do not go together or need a calibration the model lacks.
         """
+        self._turns.check_open()
         usage = self._warm.usage if self._warm is not None else None
         policy = make_policy(options, self.layout, self.plan.arena_bytes, self.model.calibration, usage)
         self._use(policy)
         self.native.set_renormalise(options[RENORMALISE])
+        self.options = replace(self.options, policy=options)  # so that a result names the knobs it was made with
         return policy
 
     def lines(self) -> list[str]:
@@ -405,72 +344,69 @@ class Engine:
         return Measured(time.perf_counter(), stall * 1e-9, busy * 1e-9, nbytes)
 
     def counters(self) -> Counters:
-        return self.native.counters()
+        """Counts since the model was opened; after close(), those at its end."""
+        return self._last_counters if self._turns.closed else self.native.counters()
 
     @contextlib.contextmanager
     def decoding(self) -> Iterator[None]:
         """Around anything that decodes: a failed decode becomes our own error, and the engine can go on after it.
 
+        One thread at a time has it, the others wait; EngineError for a second time in one thread, and after close().
+
         Ctrl-C ends a decode at the next expert and comes out as KeyboardInterrupt: raised by Python's own handler it
         would be lost in the callback that happens to run. A handler other than Python's own is left alone.
         """
-        self.native.set_stop(False)
-        with captured_log(), self._interrupts() as pressed:  # what llama.cpp says of a failure the engine says better
+        with (
+            self._turns.decoding(lambda: self.native.set_stop(False)),
+            signals.deferred(lambda: self.native.set_stop(True)) as pressed,
+            captured_log() as log,
+        ):
             try:
                 yield
             except RuntimeError as e:
-                recovered = self._recover(e)
-                raise (KeyboardInterrupt() if pressed else recovered) from e
-            if pressed:
-                raise KeyboardInterrupt
+                recovered = self._recover(e, log)
+                if not pressed:
+                    raise recovered from e
 
-    @contextlib.contextmanager
-    def _interrupts(self) -> Iterator[list[int]]:
-        pressed: list[int] = []
-        in_main = threading.current_thread() is threading.main_thread()
-        if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-            yield pressed
-            return
-
-        def on_signal(number: int, _frame: object) -> None:
-            pressed.append(number)
-            self.stop()
-
-        signal.signal(signal.SIGINT, on_signal)
-        try:
-            yield pressed
-        finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def _recover(self, cause: RuntimeError) -> BaseException:
+    def _recover(self, cause: RuntimeError, log: list[str]) -> BaseException:
         """After a failed decode: the reason as our own error; policy and KV cache set to what is really there."""
         said = self.native.take_error()
         raised, self.native.schedule_error = self.native.schedule_error, None
         self.policy.reset(self.native.resident_units())
-        self.llama.reset()
-        self.llama._ctx.kv_cache_clear()
-        if isinstance(raised, (MoeEdgeError, KeyboardInterrupt)):
+        keep_evaluated(self.llama)
+        if raised is not None and (isinstance(raised, MoeEdgeError) or not isinstance(raised, Exception)):
             return raised
         if raised is not None:
             return EngineError(f"the scheduler failed: {raised!r}")
         if self.native.stop_requested or said == "stopped":
             return Stopped("stopped")
-        return EngineError(said or f"llama.cpp could not decode: {cause}")
+        return EngineError(said or f"{self.name}: llama.cpp could not decode: {reason(log) or cause}")
 
     def new_conversation(self) -> None:
         """Begin a text that has nothing to do with the last one: empties the KV cache and tells the policy.
 
         The experts in memory stay.
         """
-        self.llama.reset()
-        self.llama._ctx.kv_cache_clear()
+        self._turns.check_open()
+        clear_memory(self.llama)
         self.policy.new_conversation()
 
     def stop(self) -> None:
-        """Ask a running decode to stop; it raises Stopped from within `decoding`."""
+        """Ask a running decode to stop; it raises Stopped from within `decoding`. Raises EngineError after close()."""
+        self._turns.check_open()
         self.native.set_stop(True)
 
     def close(self) -> None:
+        """Free everything; a decode in another thread is stopped and waited for. Again: nothing.
+
+        Ctrl-C waits for its end: llama.cpp calls back into Python while it frees. From within a decode (a signal
+        handler, a callback) the decode is stopped, and frees when it has ended.
+        """
+        with signals.deferred():
+            self._turns.close()
+
+    def _free(self) -> None:
+        self._last_counters = self.native.counters()
         if self._crowd is not None:
             self._crowd.close()
             self._crowd = None

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from moe_edge.convert.gguf import read_gguf
 from moe_edge.convert.store import open_model
-from moe_edge.models.errors import DiskFull, EngineError, MissingFile, UsageError
+from moe_edge.models.errors import DiskFull, EngineError, MissingFile, UsageError, printable
 from moe_edge.runner.engine import Engine, EngineOptions
 from moe_edge.runner.show import NO_LIMIT
 from moe_edge.runner.tokens import tokenize
@@ -342,7 +342,7 @@ class Evaluation:
         """A few lines for people."""
         fed = "one token at a time" if self.one_by_one else f"micro-batches of {self.n_ubatch}"
         lines = [
-            f"model       {self.model}",
+            f"model       {printable(str(self.model))}",
             f"text        {self.n_chunks} of {self.text_chunks} chunks of {self.n_ctx} tokens, {self.scored_tokens} "
             f"scored; {fed}; sha256 {self.text_sha256[:16]}",
             f"policy      {self.policy}{_knobs(self.policy_options)} at --ram {format_bytes(self.ram_budget_bytes)}",

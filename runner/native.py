@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from ctypes import (
     POINTER,
@@ -33,6 +34,7 @@ from moe_edge.convert.gguf import TensorEntry
 from moe_edge.convert.store import ExpertModel
 from moe_edge.convert.stream import SourceFiles
 from moe_edge.models.errors import EngineError, MissingFile, WrongLibrary
+from moe_edge.runner.turns import CLOSED
 from moe_edge.schedulers.layout import Ahead, Prefetch, Routing, Step, StepPlan
 
 FloatArray = npt.NDArray[np.float32]
@@ -361,6 +363,7 @@ class NativeModel:
     def __init__(self, model: ExpertModel, *, n_io_threads: int = 4, direct_io: bool = True) -> None:
         self._lib = library()
         self._handle: int | None = None
+        self._use = threading.RLock()  # held by what other threads may ask while the model is closed
         self.n_units = sum(layer.n_expert for layer in model.layers) * len(model.levels)
         self.mail = Mail(max(layer.n_expert for layer in model.layers), self.n_units)
         self.schedule_error: BaseException | None = None
@@ -441,7 +444,7 @@ class NativeModel:
     def _routing(self) -> tuple[Routing, FloatArray]:
         """The present step's routing and input [n_tokens, n_embd]: views, valid until the callback returns."""
         v = StepView()
-        self._lib.me_model_step(self._handle, ctypes.byref(v))
+        self._lib.me_model_step(self._open_handle(), ctypes.byref(v))
         array, shape = np.ctypeslib.as_array, (v.n_tokens, v.n_used)
         attention = array(v.attention, (v.n_tokens,)) if v.attention else None
         routing = Routing(array(v.experts, shape), array(v.weights, shape), attention)
@@ -461,7 +464,7 @@ class NativeModel:
         """Within a step: what the routers of at most `depth` later layers predict, nearest first."""
         mail, width = self.mail, self._ahead_width
         out = []
-        for d in range(self._lib.me_model_ahead(self._handle, depth)):
+        for d in range(self._lib.me_model_ahead(self._open_handle(), depth)):
             start = d * width
             end = start + mail.ahead_counts[d]
             if end > start:
@@ -474,41 +477,47 @@ class NativeModel:
         rescale: correct the input for the difference of the layers' norm weights. Raises EngineError.
         """
         error = ctypes.create_string_buffer(ERROR_BYTES)
-        if self._lib.me_model_set_lookahead(self._handle, depth, width, int(rescale), error) != 0:
+        if self._lib.me_model_set_lookahead(self._open_handle(), depth, width, int(rescale), error) != 0:
             raise EngineError(error.value.decode(errors="surrogateescape"))
         self._ahead_width = width if depth else 0
 
     @property
     def known_routers(self) -> int:
         """MoE layers whose router llama.cpp has shown."""
-        return int(self._lib.me_model_known_routers(self._handle))
+        return int(self._lib.me_model_known_routers(self._open_handle()))
 
     @property
+    def _open_handle(self) -> int:
+        """The native model. Raises EngineError after close()."""
+        if self._handle is None:
+            raise EngineError(CLOSED)
+        return self._handle
+
     def early_routers(self) -> int:
         """MoE layers that route before their attention, behind another MoE layer: those that are announced."""
-        return int(self._lib.me_model_early_routers(self._handle))
+        return int(self._lib.me_model_early_routers(self._open_handle()))
 
     def watch_attention(self) -> None:
         """Let a Routing carry the attention each token received, in micro-batches of 32 tokens and more.
 
         Graphs that llama.cpp has built before, and uses again, do not show it.
         """
-        self._lib.me_model_watch_attention(self._handle)
+        self._lib.me_model_watch_attention(self._open_handle())
 
     def set_renormalise(self, on: bool) -> None:
         """After a skip, scale the token's other gate weights up to the old sum."""
-        self._lib.me_model_set_renormalise(self._handle, int(on))
+        self._lib.me_model_set_renormalise(self._open_handle(), int(on))
 
     def set_noise(self, layer: int, relative: float, seed: int) -> float:
         """Disturb the MoE output of one layer (position; -1: none), relative to its size, see native/capi.h.
 
         Returns the squared noise added since the last call.
         """
-        return float(self._lib.me_model_set_noise(self._handle, layer, relative, seed))
+        return float(self._lib.me_model_set_noise(self._open_handle(), layer, relative, seed))
 
     def set_arena(self, arena_bytes: int) -> None:
         error = ctypes.create_string_buffer(ERROR_BYTES)
-        if self._lib.me_model_set_arena(self._handle, arena_bytes, error) != 0:
+        if self._lib.me_model_set_arena(self._open_handle(), arena_bytes, error) != 0:
             raise EngineError(error.value.decode(errors="surrogateescape"))
 
     def preload(self, units: Sequence[int]) -> None:
@@ -517,65 +526,67 @@ class NativeModel:
         Raises EngineError, naming file and tensor, when one cannot be read or does not fit; those that were read stay.
         """
         error = ctypes.create_string_buffer(ERROR_BYTES)
-        if self._lib.me_model_preload(self._handle, (c_int32 * len(units))(*units), len(units), error) != 0:
+        if self._lib.me_model_preload(self._open_handle(), (c_int32 * len(units))(*units), len(units), error) != 0:
             raise EngineError(error.value.decode(errors="replace"))
 
     def arm(self) -> None:
         """Bind the expert stubs that llama.cpp shows from now on to this model, until disarm()."""
-        self._lib.me_model_arm(self._handle, ctypes.create_string_buffer(ERROR_BYTES))
+        self._lib.me_model_arm(self._open_handle(), ctypes.create_string_buffer(ERROR_BYTES))
 
     def disarm(self) -> None:
-        self._lib.me_model_disarm(self._handle)
+        self._lib.me_model_disarm(self._open_handle())
 
     def unbind(self) -> None:
-        self._lib.me_model_unbind(self._handle)
+        self._lib.me_model_unbind(self._open_handle())
 
     @property
     def bound_tensors(self) -> int:
-        return int(self._lib.me_model_bound_tensors(self._handle))
+        return int(self._lib.me_model_bound_tensors(self._open_handle()))
 
     def counters(self) -> Counters:
         c = CountersStruct()
-        self._lib.me_model_counters(self._handle, ctypes.byref(c))
+        with self._use:
+            self._lib.me_model_counters(self._open_handle(), ctypes.byref(c))
         values = {n: getattr(c, n) for n in _COUNTERS}
         seconds = {n[:-3] + "_seconds": values.pop(n) * 1e-9 for n in list(values) if n.endswith("_ns")}
         return Counters(**values, **seconds)
 
     def some_counters(self, *names: str) -> list[int]:
         """Some counters as the library has them, nanoseconds or bytes: for those who ask once a token."""
-        self._lib.me_model_counters(self._handle, ctypes.byref(self._few))
+        self._lib.me_model_counters(self._open_handle(), ctypes.byref(self._few))
         return [getattr(self._few, name) for name in names]
 
     def take_error(self) -> str | None:
         """The sentence of the last failure, once; None when there was none."""
         error = ctypes.create_string_buffer(ERROR_BYTES)
-        return error.value.decode(errors="replace") if self._lib.me_model_take_error(self._handle, error) else None
+        return error.value.decode(errors="replace") if self._lib.me_model_take_error(self._open_handle(), error) else None
 
     def resident_units(self) -> list[int]:
         flags = (c_uint8 * self.n_units)()
-        self._lib.me_model_resident(self._handle, flags)
+        self._lib.me_model_resident(self._open_handle(), flags)
         return [i for i, f in enumerate(flags) if f]
 
     def unit_bytes(self) -> tuple[int, ...]:
         sizes = (c_int64 * self.n_units)()
-        self._lib.me_model_unit_bytes(self._handle, sizes)
+        self._lib.me_model_unit_bytes(self._open_handle(), sizes)
         return tuple(sizes)
 
     def pace(self, bytes_per_second: int) -> None:
         """Let expert reads take as long as on a disk of this speed, which serves one after the other; 0: no limit."""
-        self._lib.me_model_pace(self._handle, bytes_per_second)
+        self._lib.me_model_pace(self._open_handle(), bytes_per_second)
 
     def set_stop(self, stop: bool) -> None:
         """Ask a running decode to stop at the next expert; safe from a signal handler or another thread."""
         self.stop_requested = stop
-        self._lib.me_model_set_stop(self._handle, int(stop))
+        with self._use:
+            self._lib.me_model_set_stop(self._open_handle(), int(stop))
 
     def scratch_bytes(self, n_ubatch: int, n_used: int, n_threads: int) -> int:
-        return int(self._lib.me_model_scratch_bytes(self._handle, n_ubatch, n_used, n_threads))
+        return int(self._lib.me_model_scratch_bytes(self._open_handle(), n_ubatch, n_used, n_threads))
 
     def close(self) -> None:
         if self._handle:
-            self._lib.me_model_close(self._handle)
+            self._lib.me_model_close(self._open_handle())
             self._handle = None
 
 

@@ -20,7 +20,7 @@ from moe_edge.convert.skeleton import IN_PLACE, file_identities, in_place_id, ow
 from moe_edge.convert.source import KIND, find_model, gguf_source
 from moe_edge.convert.store import STORE_KIND, store_path
 from moe_edge.convert.write import GGUFOutput, TensorSpec
-from moe_edge.models.errors import BudgetTooSmall, MissingFile, UsageError
+from moe_edge.models.errors import BudgetTooSmall, MissingFile, UsageError, printable
 from moe_edge.runner.doctor import Facts, Tell, doctor, machine_speeds, n_cores, with_overrides
 from moe_edge.runner.memory import auto_budget, usable_bytes
 from moe_edge.runner.probe import BLOCK_BYTES, Unmeasured
@@ -198,12 +198,13 @@ def _simulated(trace: Trace, policy: PolicyOptions, m: _ModelFacts) -> Callable[
 
 def _read_model(path: Path, *, n_ctx: int, n_ubatch: int, n_threads: int) -> _ModelFacts:
     from moe_edge.runner.engine import Engine, EngineOptions
+    from moe_edge.runner.prove import LOADS
     from moe_edge.runner.show import NO_LIMIT
 
     path = find_model(path)
-    options = EngineOptions(ram_bytes=NO_LIMIT, n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads)
+    options = EngineOptions(ram_bytes=NO_LIMIT, n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, proof=LOADS)
     with headers_only(path) as (stand_in, files):
-        engine = Engine(stand_in, options)
+        engine = Engine(stand_in, options, named=path)
         try:
             model, unlimited = engine.model, engine.plan
             calibration = getattr(model, "calibration", None)
@@ -310,7 +311,7 @@ def _end_of(part: GGUFFile) -> int:
 
 def plan_text(r: PlanResult) -> str:
     """The answer for people: verdict first."""
-    lines = [f"{r.verdict}: {r.sentence}"]
+    lines = [f"{r.verdict}: {printable(r.sentence)}"]
     rows = [("budget", r.budget_reason)]
     if r.memory is not None:
         first, *warnings = r.memory.lines()
@@ -323,7 +324,7 @@ def plan_text(r: PlanResult) -> str:
     rows += [("note", note) for note in r.notes]
     if r.will_run:
         ram = format_arg(min(r.budget_bytes, r.resident_bytes))
-        rows.append(("command", f"moe-edge chat {shlex.quote(r.model)} --ram {ram}"))
+        rows.append(("command", f"moe-edge chat {printable(shlex.quote(r.model))} --ram {ram}"))
     return "\n".join(lines + [f"  {name:<9}{text}" for name, text in rows])
 
 

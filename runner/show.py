@@ -15,8 +15,9 @@ from moe_edge.convert.ggml_types import type_name
 from moe_edge.convert.plan import level_of
 from moe_edge.convert.store import ExpertModel, open_model
 from moe_edge.models.calibration import Calibration, FloatArray
-from moe_edge.models.errors import UsageError
+from moe_edge.models.errors import UsageError, printable
 from moe_edge.runner.engine import Engine, EngineOptions
+from moe_edge.runner.prove import LOADS
 from moe_edge.schedulers.budget import format_bytes
 from moe_edge.schedulers.policies import find_policy
 from moe_edge.schedulers.policies.depth import calibrated, cosine
@@ -29,7 +30,8 @@ SHOWN_FRAGILE = 10
 
 def describe(path: str | Path, *, n_ctx: int = 0, n_ubatch: int = 0, n_threads: int = 0) -> dict[str, Any]:
     """The facts of `show --json`. The ram_* figures are for this context and micro-batch, and are --ram values."""
-    engine = Engine(path, EngineOptions(ram_bytes=NO_LIMIT, n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads))
+    options = EngineOptions(ram_bytes=NO_LIMIT, n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, proof=LOADS)
+    engine = Engine(path, options)
     try:
         m, plan = engine.model, engine.plan
         types = level_types(m)
@@ -96,7 +98,8 @@ def describe_text(f: dict[str, Any]) -> str:
     ]
     return "\n".join(
         [
-            f"{f['model']}: {f['architecture']}, {f['n_moe_layers']} MoE layers of {f['n_expert']} experts, "
+            f"{printable(f['model'])}: {printable(f['architecture'])}, "
+            f"{f['n_moe_layers']} MoE layers of {f['n_expert']} experts, "
             f"top {f['n_expert_used']}, width {f['n_embd']}/{f['n_ff_expert']}",
             f"experts      {format_bytes(f['expert_bytes'])}, {where}"
             + (", calibrated: see --calibration" if f["is_calibrated"] else ""),
@@ -193,7 +196,7 @@ def calibration_text(f: dict[str, Any]) -> str:
     columns = f["damage_levels"]
     bits = ", ".join(f"{level} {n:.2f} bits a weight" for level, n in f["bits_per_weight"].items())
     lines = [
-        f"{f['model']}: calibrated on {f['n_tokens']} tokens of the text {f['text_sha256'][:16]}; {bits}",
+        f"{printable(f['model'])}: calibrated on {f['n_tokens']} tokens of the text {f['text_sha256'][:16]}; {bits}",
         "",
         "most and least used expert, with its share of the uses; mean gate weight; nats a token with all experts at a "
         f"level; r at retention {SHOWN_RETENTION:g}:",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_edge.models.calibration import Calibration
-from moe_edge.models.errors import BudgetTooSmall, UnknownName, UsageError
+from moe_edge.models.errors import BudgetTooSmall, UnknownName, UsageError, printable
 from moe_edge.schedulers.budget import MIB, arena_floor_bytes, format_arg, format_bytes, plan_memory
 from moe_edge.schedulers.eviction import RULES, named_rule
 from moe_edge.schedulers.lookahead.rules import LOOKAHEADS
@@ -123,7 +123,8 @@ class Simulation:
         """A table for people."""
         kind = "one token at a time" if self.decode_only else "with micro-batches of several tokens"
         lines = [
-            f"{self.model}: {self.tokens} tokens, {kind}; disk {self.costs.disk_bytes_per_second / 1e6:.0f} MB/s; "
+            f"{printable(self.model)}: {self.tokens} tokens, {kind}; "
+            f"disk {self.costs.disk_bytes_per_second / 1e6:.0f} MB/s; "
             "counts are exact, times estimated",
             "",
         ]

@@ -144,3 +144,21 @@ def test_what_is_read_before_the_first_token_does_not_grow_with_the_experts(tmp_
         read[name], experts = (int(n) for n in out.stdout.split())
         assert experts == 0
     assert abs(read["four"] - read["one"]) < 1 * MIB
+
+
+@pytest.mark.cgroup
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory cgroups are Linux's")
+def test_the_first_run_of_a_model_with_its_proof_keeps_within_the_floor(tmp_path: Path, cgroup: Cgroup) -> None:
+    """A skeleton is written, a child decodes with it, then this process: all in one group, at the least --ram."""
+    model = write_big_model(tmp_path / "big.gguf", n_layer=4, n_expert=32, n_embd=2048, n_ff=768, n_vocab=32000)
+    moe_edge = [sys.executable, "-m", "moe_edge.runner.cli"]
+    shown = subprocess.run([*moe_edge, "show", str(model), "--json"], capture_output=True, check=True).stdout
+    ram = -(-json.loads(shown)["ram_floor_bytes"] >> 20) + 1 << 20
+    cgroup.limit(ram + ALLOWANCE)
+    arguments = ["-p", "The king", "-n", "8", "--temp", "0", "-t", "1", "--ram", str(ram), "--json"]
+    environment = {**os.environ, "MOE_EDGE_CACHE": str(tmp_path / "fresh")}
+    done = cgroup.run([*moe_edge, "generate", str(model), *arguments], env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["generated_tokens"] == 8
+    assert list((tmp_path / "fresh" / "proven").iterdir())

@@ -1,0 +1,173 @@
+"""The door to llama.cpp: its log, and a `Llama` loaded with the parameters that moe-edge needs.
+
+Unavoidable patches of llama-cpp-python, checked with 0.3.36, each in load_llama() and all under one lock: `Llama` has
+no argument for `use_extra_bufts`, for the load mode, for the rows of logits, nor for a progress callback; it loses a
+byte of a template of 1,024 bytes and reads templates nobody needs; its tokenize allocates by the trained context.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from moe_edge.models.errors import EngineError
+from moe_edge.runner.template import metadata_for_llama
+from moe_edge.runner.tokens import with_own_tokenize
+from moe_edge.schedulers.budget import MIB
+
+LOAD_LOCK = threading.Lock()  # llama.cpp's defaults and the armed model are process-wide
+
+_install_lock = threading.Lock()
+_captures: dict[int, list[list[str]]] = {}  # thread -> where its lines go, the innermost capture last
+_callback: Any = None  # of llama.cpp's log: set once, and never freed, since any thread may be in it
+
+
+def _install() -> None:
+    """Take llama.cpp's log, once for the process. What no thread of ours captures goes where it went before."""
+    global _callback
+    with _install_lock:
+        if _callback is not None:
+            return
+        import llama_cpp
+        from llama_cpp import _logger
+
+        theirs = _logger.llama_log_callback
+
+        def sort(level: int, text: bytes, user: object) -> None:
+            captures = _captures.get(threading.get_ident())
+            if captures:
+                captures[-1].append(text.decode(errors="replace"))
+            else:
+                theirs(level, text, ctypes.c_void_p(0))
+
+        _callback = llama_cpp.llama_log_callback(sort)
+        llama_cpp.llama_log_set(_callback, ctypes.c_void_p(0))
+
+
+@contextlib.contextmanager
+def captured_log() -> Iterator[list[str]]:
+    """llama.cpp's log of this thread, piece by piece, instead of stderr."""
+    _install()
+    lines: list[str] = []
+    own = _captures.setdefault(threading.get_ident(), [])
+    own.append(lines)
+    try:
+        yield lines
+    finally:
+        own.remove(lines)
+        if not own:
+            _captures.pop(threading.get_ident(), None)
+
+
+def log_megabytes(log: str, what: str) -> int:
+    """Sum of the sizes that llama.cpp logs for `what` ('KV', 'compute', 'output'), in bytes, rounded up.
+
+    Raises EngineError when it names none: a plan without it would promise a budget that is not kept.
+    """
+    if what == "KV":
+        # logged for a cache whether or not it is allocated: "llama_kv_cache: size = 8.00 MiB ( 2048 cells, ..."
+        pattern = r"llama_(?:kv_cache\w*|memory_recurrent\w*): size =\s+([0-9.]+) MiB"
+    else:
+        pattern = rf"{what} buffer size =\s+([0-9.]+) MiB"
+    found = re.findall(pattern, log)
+    if not found:
+        raise EngineError(
+            f"llama.cpp did not say how much memory its {what} buffers take, so a budget cannot be kept; "
+            "is its log taken by another program in this process?"
+        )
+    return sum(int((float(size) + 0.01) * MIB) for size in found)
+
+
+@contextlib.contextmanager
+def _defaults(
+    *, direct: bool, no_alloc: bool, n_outputs_max: int, metadata: Mapping[str, Any], go_on: Callable[[], bool]
+) -> Iterator[None]:
+    """Inside: llama.cpp's default parameters, as `Llama` picks them up, are the ones moe-edge needs."""
+    from llama_cpp import _internals
+    from llama_cpp import llama_cpp as bindings  # the module whose names `Llama` looks up
+
+    model_defaults, context_defaults = bindings.llama_model_default_params, bindings.llama_context_default_params
+    make_model = _internals.LlamaModel
+    progress = bindings.llama_progress_callback(lambda _done, _user: go_on())
+
+    def model_params() -> Any:
+        p = model_defaults()
+        p.use_extra_bufts = False
+        p.no_alloc = no_alloc
+        p.progress_callback = progress
+        return p
+
+    def context_params() -> Any:
+        p = context_defaults()
+        p.n_outputs_max = n_outputs_max
+        return p
+
+    def load(*args: Any, **kwargs: Any) -> Any:  # Llama overwrites load_mode after it took the defaults
+        if direct:
+            kwargs["params"].load_mode = bindings.LLAMA_LOAD_MODE_DIRECT_IO
+        model = with_own_tokenize(make_model(*args, **kwargs))
+        model.metadata = functools.partial(metadata_for_llama, model.metadata, metadata)
+        return model
+
+    bindings.llama_model_default_params = model_params
+    bindings.llama_context_default_params = context_params
+    _internals.LlamaModel = load
+    try:
+        yield
+    finally:
+        bindings.llama_model_default_params = model_defaults
+        bindings.llama_context_default_params = context_defaults
+        _internals.LlamaModel = make_model
+
+
+def load_llama(
+    arguments: Mapping[str, Any],
+    *,
+    direct: bool,
+    no_alloc: bool,
+    n_outputs_max: int,
+    metadata: Mapping[str, Any],
+    go_on: Callable[[], bool],
+) -> Any:
+    """A `Llama`. Call it with LOAD_LOCK held. Raises what `Llama` raises: ValueError, RuntimeError.
+
+    direct: read the weights by direct I/O, so that they leave nothing in the page cache. no_alloc: allocate nothing,
+    for its log says what it would. n_outputs_max: rows of logits in the compute buffer; 0: one for each token of a
+    micro-batch, which is 297 MiB more at 151,936 tokens. metadata: the file's, by our own reader. go_on: asked while
+    weights are read; False ends the load. use_extra_bufts is off: repacked weights would be a second copy outside the
+    budget, and its AMX path crashes on some machines (docs/LLAMACPP.md, section 9).
+    """
+    import llama_cpp
+
+    with _defaults(
+        direct=direct, no_alloc=no_alloc, n_outputs_max=n_outputs_max, metadata=metadata, go_on=go_on
+    ):
+        return llama_cpp.Llama(**arguments)
+
+
+def set_threads(llama: Any, n: int) -> None:
+    """Compute with so many threads from the next graph on."""
+    import llama_cpp
+
+    llama_cpp.llama_set_n_threads(llama._ctx.ctx, n, n)
+
+
+def keep_evaluated(llama: Any) -> None:
+    """After a decode that failed: the micro-batches before it stay in the KV cache, the rest is forgotten.
+
+    Where a part cannot be forgotten, as by recurrent models, all of it is.
+    """
+    llama._requires_eval = True  # the logits are of no use
+    if not llama._ctx.kv_cache_seq_rm(-1, llama.n_tokens, -1):
+        clear_memory(llama)
+
+
+def clear_memory(llama: Any) -> None:
+    """Empty the KV cache."""
+    llama.reset()
+    llama._ctx.kv_cache_clear()
