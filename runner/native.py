@@ -487,12 +487,6 @@ class NativeModel:
         return int(self._lib.me_model_known_routers(self._open_handle()))
 
     @property
-    def _open_handle(self) -> int:
-        """The native model. Raises EngineError after close()."""
-        if self._handle is None:
-            raise EngineError(CLOSED)
-        return self._handle
-
     def early_routers(self) -> int:
         """MoE layers that route before their attention, behind another MoE layer: those that are announced."""
         return int(self._lib.me_model_early_routers(self._open_handle()))
@@ -503,6 +497,12 @@ class NativeModel:
         Graphs that llama.cpp has built before, and uses again, do not show it.
         """
         self._lib.me_model_watch_attention(self._open_handle())
+
+    def _open_handle(self) -> int:
+        """The native model. Raises EngineError after close()."""
+        if self._handle is None:
+            raise EngineError(CLOSED)
+        return self._handle
 
     def set_renormalise(self, on: bool) -> None:
         """After a skip, scale the token's other gate weights up to the old sum."""
@@ -559,7 +559,8 @@ class NativeModel:
     def take_error(self) -> str | None:
         """The sentence of the last failure, once; None when there was none."""
         error = ctypes.create_string_buffer(ERROR_BYTES)
-        return error.value.decode(errors="replace") if self._lib.me_model_take_error(self._open_handle(), error) else None
+        taken = self._lib.me_model_take_error(self._open_handle(), error)
+        return error.value.decode(errors="replace") if taken else None
 
     def resident_units(self) -> list[int]:
         flags = (c_uint8 * self.n_units)()
