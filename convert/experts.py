@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from moe_edge.convert.ggml_types import F32, type_name
+from moe_edge.convert.ggml_types import F32, check_product, type_name
 from moe_edge.convert.gguf import TensorEntry
 from moe_edge.models.errors import BadFile, NotMoE
 
@@ -79,7 +79,8 @@ class StackedExperts:
 def find_stacked(tensors: Mapping[str, TensorEntry], where: str) -> StackedExperts:
     """The stacked expert tensors among `tensors`; `where` names the file in errors.
 
-    Raises NotMoE when there are none, BadFile when a layer's tensors do not fit together.
+    Raises NotMoE when there are none, BadFile when a layer's tensors do not fit together or one of any kind has a type
+    that llama.cpp cannot compute with.
     """
     weights: dict[tuple[int, str], TensorEntry] = {}
     biases: dict[tuple[int, str], TensorEntry] = {}
@@ -96,6 +97,8 @@ def find_stacked(tensors: Mapping[str, TensorEntry], where: str) -> StackedExper
             biases[layer, projection] = entry
     if not weights:
         raise _no_experts(tensors, where)
+    for entry in tensors.values():
+        check_product(entry.name, entry.type, where)
     layers = tuple(_stacked_layer(number, weights, where) for number in sorted({layer for layer, _ in weights}))
     _check_biases(layers, biases, where)
     _check_scales(layers, tensors, where)
