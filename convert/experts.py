@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from moe_edge.convert.ggml_types import F32, check_product, type_name
 from moe_edge.convert.gguf import TensorEntry
 from moe_edge.models.errors import BadFile, NotMoE
 
 _STACKED = re.compile(r"blk\.(\d+)\.ffn_(gate_up|gate|up|down)_exps\.(weight|bias)")
+_SCALE = re.compile(r"blk\.(\d+)\.ffn_(gate_up|gate|up|down)_exps\.scale")
 _OLD_SPLIT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
 
 SHAPES_OF_PROJECTIONS = (("gate_up", "down"), ("up", "gate", "down"), ("up", "down"))
@@ -77,7 +79,8 @@ class StackedExperts:
 def find_stacked(tensors: Mapping[str, TensorEntry], where: str) -> StackedExperts:
     """The stacked expert tensors among `tensors`; `where` names the file in errors.
 
-    Raises NotMoE when there are none, BadFile when a layer's tensors do not fit together.
+    Raises NotMoE when there are none, BadFile when a layer's tensors do not fit together or one of any kind has a type
+    that llama.cpp cannot compute with.
     """
     weights: dict[tuple[int, str], TensorEntry] = {}
     biases: dict[tuple[int, str], TensorEntry] = {}
@@ -94,8 +97,11 @@ def find_stacked(tensors: Mapping[str, TensorEntry], where: str) -> StackedExper
             biases[layer, projection] = entry
     if not weights:
         raise _no_experts(tensors, where)
+    for entry in tensors.values():
+        check_product(entry.name, entry.type, where)
     layers = tuple(_stacked_layer(number, weights, where) for number in sorted({layer for layer, _ in weights}))
     _check_biases(layers, biases, where)
+    _check_scales(layers, tensors, where)
     return StackedExperts(layers, weights, biases)
 
 
@@ -141,6 +147,19 @@ def _check_biases(layers: tuple[MoELayer, ...], biases: Mapping[tuple[int, str],
             raise BadFile(
                 f"{where}: tensor '{entry.name}' is {list(entry.shape)} of type id {entry.type}, "
                 f"expected F32 of shape {list(needed) if needed else 'of a layer with experts'}"
+            )
+
+
+def _check_scales(layers: tuple[MoELayer, ...], tensors: Mapping[str, TensorEntry], where: str) -> None:
+    """A scale for each expert stays dense, but the engine reads it too: F32, one number for each expert."""
+    by_number = {layer.layer: layer for layer in layers}
+    for name, entry in tensors.items():
+        match = _SCALE.fullmatch(name)
+        layer = by_number.get(int(match[1])) if match else None
+        if layer is not None and (entry.shape != (layer.n_expert,) or entry.type != F32):
+            raise BadFile(
+                f"{where}: tensor '{name}' is {list(entry.shape)} of type {type_name(entry.type)}, "
+                f"expected F32 of shape [{layer.n_expert}]: one scale for each expert"
             )
 
 

@@ -1,16 +1,17 @@
 """The ggml tensor types: id, name, elements and bytes of a block. No imports, so that the runtime stays lean.
 
-A test checks the table against `gguf.GGML_QUANT_SIZES`.
+A test checks the table against ggml itself.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from moe_edge.models.architectures import did_you_mean
-from moe_edge.models.errors import UnknownName
+from moe_edge.models.errors import BadFile, UnknownName
 
 
 class GGMLType(NamedTuple):
@@ -30,7 +31,7 @@ _SIZES = {
     6: ("Q5_0", 32, 22),
     7: ("Q5_1", 32, 24),
     8: ("Q8_0", 32, 34),
-    9: ("Q8_1", 32, 40),
+    9: ("Q8_1", 32, 36),
     10: ("Q2_K", 256, 84),
     11: ("Q3_K", 256, 110),
     12: ("Q4_K", 256, 144),
@@ -57,6 +58,7 @@ _SIZES = {
     39: ("MXFP4", 32, 17),
     40: ("NVFP4", 64, 36),
     41: ("Q1_0", 128, 18),
+    42: ("Q2_0", 64, 18),
 }
 
 TYPES = {type_id: GGMLType(type_id, *sizes) for type_id, sizes in _SIZES.items()}
@@ -64,6 +66,13 @@ BY_NAME = {entry.name: entry for entry in TYPES.values()}
 
 F32, F16, BF16 = 0, 1, 30
 FLOAT_TYPES = frozenset({F32, F16, BF16})
+
+# ggml has no matrix product for weights of these on a CPU: it calls a null pointer. Into Q8_1 and Q8_K it turns the
+# other operand of a product.
+WITHOUT_PRODUCT = frozenset(BY_NAME[name].id for name in ("Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"))
+_INDEX_TYPES = frozenset(BY_NAME[name].id for name in ("I32", "I64"))
+# Tables of indices, not weights: deepseek4's token -> experts, and the vocabularies of draft models.
+_INDEX_TENSORS = re.compile(r"(?:blk\.\d+\.)?(?:ffn_gate_tid2eid|d2t|t2d)(?:\.weight)?")
 
 
 def type_name(type_id: int) -> str:
@@ -77,6 +86,16 @@ def find_type(name: str) -> GGMLType:
     if entry is None:
         raise UnknownName(f"unknown tensor type '{name}'{did_you_mean(name.upper(), BY_NAME)}")
     return entry
+
+
+def check_product(name: str, type_id: int, where: str) -> None:
+    """Raise BadFile when llama.cpp cannot compute with a tensor of this type; `where` names the file."""
+    if type_id not in WITHOUT_PRODUCT or (type_id in _INDEX_TYPES and _INDEX_TENSORS.fullmatch(name)):
+        return
+    raise BadFile(
+        f"{where}: tensor '{name}' is of type {type_name(type_id)}, which ggml cannot multiply by on a CPU; "
+        "quantize the model again with another type for it, such as Q8_0"
+    )
 
 
 def row_bytes(type_id: int, cols: int) -> int:

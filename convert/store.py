@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from moe_edge.convert.experts import MoELayer, Piece, find_stacked, make_layer
 from moe_edge.convert.files import FileStamp, is_present, shown, unreadable
+from moe_edge.convert.ggml_types import check_product
 from moe_edge.convert.gguf import GGUFFile, GGUFModel, TensorEntry, open_gguf, open_parts, read_gguf
 from moe_edge.convert.sample import dense_digest
 from moe_edge.convert.skeleton import (
@@ -342,6 +343,8 @@ def _make_model(
     stamps: Mapping[Path, FileStamp],
     calibration: Calibration | None = None,
 ) -> ExpertModel:
+    for entry in skeleton.tensors.values():
+        check_product(entry.name, entry.type, str(skeleton.path))
     for stub in stub_specs(layers, biases):
         found = skeleton.tensors.get(stub.name)
         if found is None or (found.shape, found.type) != (stub.shape, stub.type):
@@ -376,6 +379,7 @@ def _sort_tensors(store: GGUFFile) -> tuple[dict[Key, TensorEntry], dict[tuple[i
             biases[int(match[1]), match[2]] = _piece(entry)
         else:
             raise BadFile(f"{store.path}: tensor '{name}' is not one of an expert store")
+        check_product(name, entry.type, str(store.path))
         if len(entry.shape) != 2:
             raise BadFile(f"{store.path}: tensor '{name}' has shape {list(entry.shape)}, expected 2 dimensions")
     return experts, biases

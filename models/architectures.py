@@ -48,21 +48,24 @@ class Architecture:
 
 def _table() -> dict[str, Architecture]:
     by_expert_width = (
-        "qwen2moe qwen3moe qwen3next qwen35moe ernie4_5-moe lfm2moe gemma4 gpt-oss grok grovemoe llada-moe "
-        "maple mellum mimo2 nemotron_h_moe qwen3vlmoe rnd1 smallthinker step35"
+        "qwen2moe qwen3moe qwen3next qwen35moe qwen4exp ernie4_5-moe lfm2moe gemma4 gpt-oss grok grovemoe "
+        "maple mellum mimo2 nemotron_h_moe qwen3vlmoe smallthinker step35"
     )
-    by_dense_width = "olmoe phimoe llama granitemoe minimax-m2 arctic dbrx granite granitehybrid mistral3"
+    by_dense_width = (
+        "olmoe phimoe llama granitemoe granite_swa minimax-01 minimax-m2 arctic dbrx granite granitehybrid mistral3"
+    )
     by_count = (
         "deepseek2 glm4moe dots1 afmoe bailingmoe deepseek deepseek2-ocr deepseek32 glm-dsa kimi-linear "
-        "mistral4 minimax-m3"
+        "mistral4 minimax-m3 deepseek4 kimi-k3 glm5-next hy_v4 dots3note"
     )
     entries = [Architecture(name) for name in by_expert_width.split()]
     entries += [Architecture(name, DENSE_WIDTH) for name in by_dense_width.split()]
     entries += [Architecture(name, count_times_width=True) for name in by_count.split()]
-    entries += [Architecture(name, state_shared_width=True) for name in ("cohere2moe", "laguna", "exaone-moe")]
+    entries += [Architecture(name, state_shared_width=True) for name in "cohere2moe laguna exaone-moe hy_v3".split()]
     entries += [
         Architecture("hunyuan-moe", DENSE_WIDTH, state_shared_width=True),
         Architecture("bailingmoe2", count_times_width=True, shared_width_wins=True),
+        Architecture("bailingmoe3", count_times_width=True, shared_width_wins=True),
     ]
     return {entry.name: entry for entry in entries}
 

@@ -12,13 +12,6 @@ namespace moe_edge {
 
 static StepRunner & runner_of(ggml_backend_t b) { return *static_cast<StepRunner *>(b->context); }
 
-// The model whose expert outputs this node weighs or adds up; null for other nodes. For graphs that come node by node.
-static Model * model_of_sum(const ggml_tensor * node) {
-    if (is_partial_sum(node)) node = node->src[1]->src[0];
-    if (is_weighted(node) && is_down_bias(node->src[0])) node = node->src[0];
-    return is_weighted(node) || is_down_bias(node) ? product_of(node->src[0])->model : nullptr;
-}
-
 static ggml_status graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
     StepRunner & r = runner_of(backend);
     const auto t0 = std::chrono::steady_clock::now();
@@ -41,13 +34,13 @@ static ggml_status graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
             if (whole) summed_until = sum.sum;
         } else if (is_attention(node)) {
             if (!r.run_attention(node)) return GGML_STATUS_FAILED;
-        } else if (model_of_sum(node)) {
-            if (!r.run_node(*model_of_sum(node), node)) return GGML_STATUS_FAILED;
+        } else if (const Stub * behind = behind_down(node)) {
+            if (!r.run_node(*behind->model, node)) return GGML_STATUS_FAILED;
         } else if (const Stub * before = early_input(node)) {
             std::lock_guard<std::mutex> lock(before->model->step_mutex);
             if (!r.announce(*before, node)) return GGML_STATUS_FAILED;
         }
-        // the rest are views, and the activation between the products: done at the down product
+        // the rest are views, and what lies between the products: done at the down product
     }
     if (model) {
         model->counters.step_ns +=

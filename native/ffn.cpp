@@ -14,8 +14,11 @@ constexpr int64_t ROW_TILE = 16;    // weight rows kept in L1 while a group's ro
 
 static ggml_type vec_dot_type(ggml_type weights) { return ggml_get_type_traits_cpu(weights)->vec_dot_type; }
 
-// Products and activations of one row (five covers biased and clamped ones), its input and its output.
-static int64_t row_work_bytes(const Layer & l) { return l.n_ff * 4 * 5 + l.n_embd * 4 * 2 + 64; }
+// Products and activations of one row, its quantized hidden row, its input and its output.
+static int64_t row_work_bytes(const Layer & l) {
+    const int64_t n_tensors = std::max(5, l.activation_tensors + 1);
+    return l.n_ff * 4 * n_tensors + l.n_embd * 4 * 2 + 64;
+}
 
 static int64_t most_rows(const Layer & l, int64_t n_tokens) {
     const int64_t fit = static_cast<int64_t>(WORK_BYTES) / row_work_bytes(l);
@@ -73,8 +76,8 @@ static void dot_rows(const DotTask & t, int64_t from, int64_t to) {
     }
 }
 
-// sum[t] = ((e0*w0 + e1*w1) + e2*w2) ...: ggml's MUL and ADD nodes in one pass, rounded as they round (built with
-// -ffp-contract=off).
+// sum[t] = ((e0*w0 + e1*w1) + e2*w2) ..., each e times its expert's scale where there is one: ggml's MUL and ADD nodes in
+// one pass, rounded as they round (built with -ffp-contract=off).
 static void sum_tokens(const Step & s, int64_t n_embd, int64_t from, int64_t to) {
     constexpr int64_t TILE = 512;
     for (int64_t t = from; t < to; t++) {
@@ -87,7 +90,13 @@ static void sum_tokens(const Step & s, int64_t n_embd, int64_t from, int64_t to)
                 const float * e = reinterpret_cast<const float *>(s.out + static_cast<size_t>(j) * s.out_nb1 +
                                                                   static_cast<size_t>(t) * s.out_nb2) + c;
                 const float wj = w[j];
-                if (j == 0) {
+                if (s.down_scale) {
+                    const float scale = s.down_scale[s.ids[static_cast<size_t>(t * s.n_used + j)]];
+                    for (int64_t i = 0; i < n; i++) {
+                        const float y = (e[i] * scale) * wj;
+                        acc[i] = j == 0 ? y : acc[i] + y;
+                    }
+                } else if (j == 0) {
                     for (int64_t i = 0; i < n; i++) acc[i] = e[i] * wj;
                 } else {
                     for (int64_t i = 0; i < n; i++) acc[i] = acc[i] + e[i] * wj;
@@ -305,7 +314,18 @@ static ggml_tensor * activation(Lane & lane, Step & s, ActivationInputs & in, st
     in.n_ff = l.n_ff;
     in.bias_up = bias(l.bias_up);
     in.bias_gate = bias(l.bias_gate);
-    return build_activation(lane.ctx, s.hidden, in, error);
+    ggml_tensor * h = build_activation(lane.ctx, s.hidden, in, error);
+    for (const auto & [values, scale] : in.row_scales) {
+        values->data = lane.work(ggml_nbytes(values));
+        if (!values->data) {
+            error = "the work area is too small for the scales of one batch of experts";
+            return nullptr;
+        }
+        for (int64_t r = 0; r < values->ne[2]; r++) {
+            static_cast<float *>(values->data)[r] = scale[static_cast<const int32_t *>(in.ids->data)[r]];
+        }
+    }
+    return h;
 }
 
 // The product tensors of a layer at the real width, in the work area; false when it is used up.

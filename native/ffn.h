@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "activation.h"
 #include "ggml-backend.h"
 #include "graph.h"
 #include "model.h"
@@ -45,6 +46,7 @@ struct Step {                                   // one MoE layer of one micro-ba
     char * out = nullptr;
     size_t out_nb1 = 0, out_nb2 = 0;
     std::vector<float> weights;                 // [n_tokens][n_used], when the sum is ours to make
+    const float * down_scale = nullptr;         // [n_expert], multiplies an expert's output before its weight does; or null
     char * sum = nullptr;                       // F32 [n_embd, n_tokens], or null
     const ggml_tensor * hidden = nullptr;       // the graph's input of the down product: tells the activation
 };

@@ -7,6 +7,8 @@
 #include <shared_mutex>
 #include <unordered_map>
 
+#include "activation.h"
+
 namespace moe_edge {
 
 static std::shared_mutex g_mutex;
@@ -41,26 +43,30 @@ int bound_tensors(Model * model) {
     return n;
 }
 
-// "blk.7.ffn_gate_exps.weight" -> 7, GATE, not a bias
-static bool parse_name(const char * name, int & layer, Projection & projection, bool & bias) {
+// "blk.7.ffn_gate_exps.weight" -> 7, GATE, WEIGHT
+static bool parse_name(const char * name, int & layer, Projection & projection, Stub::Kind & kind) {
     int end = 0;
     if (sscanf(name, "blk.%d.ffn_%n", &layer, &end) != 1 || end == 0) return false;
-    static const struct { const char * text; Projection projection; bool bias; } KNOWN[] = {
-        {"up_exps.weight", UP, false},          {"gate_exps.weight", GATE, false}, {"down_exps.weight", DOWN, false},
-        {"gate_up_exps.weight", GATE_UP, false}, {"up_exps.bias", UP, true},       {"gate_exps.bias", GATE, true},
+    static const struct { const char * text; Projection projection; Stub::Kind kind; } KNOWN[] = {
+        {"up_exps.weight", UP, Stub::WEIGHT},     {"gate_exps.weight", GATE, Stub::WEIGHT},
+        {"down_exps.weight", DOWN, Stub::WEIGHT}, {"gate_up_exps.weight", GATE_UP, Stub::WEIGHT},
+        {"up_exps.bias", UP, Stub::BIAS},         {"gate_exps.bias", GATE, Stub::BIAS},
+        {"up_exps.scale", UP, Stub::SCALE},       {"gate_exps.scale", GATE, Stub::SCALE},
+        {"down_exps.scale", DOWN, Stub::SCALE},
     };
     for (const auto & k : KNOWN) {
         if (strcmp(name + end, k.text) == 0) {
             projection = k.projection;
-            bias = k.bias;
+            kind = k.kind;
             return true;
         }
     }
     return false;
 }
 
-static bool is_stub_shape(const ggml_tensor * w, const Layer & l, Projection projection, bool bias) {
-    if (bias) return w->ne[0] == 1 && w->ne[1] == l.n_expert;
+static bool is_stub_shape(const ggml_tensor * w, const Layer & l, Projection projection, Stub::Kind kind) {
+    if (kind == Stub::SCALE) return w->type == GGML_TYPE_F32 && w->ne[0] == l.n_expert && w->ne[1] == 1;
+    if (kind == Stub::BIAS) return w->ne[0] == 1 && w->ne[1] == l.n_expert;
     if (w->ne[2] != l.n_expert) return false;
     if (projection == DOWN) return w->ne[0] == 1 && w->ne[1] == l.n_embd;
     return w->ne[0] == l.n_embd && w->ne[1] == (projection == GATE_UP ? 2 : 1);
@@ -75,14 +81,14 @@ const Stub * find_stub(const ggml_tensor * weight) {
     }
     int number = 0;
     Stub stub;
-    if (!parse_name(weight->name, number, stub.projection, stub.bias)) return nullptr;
+    if (!parse_name(weight->name, number, stub.projection, stub.kind)) return nullptr;
     std::unique_lock<std::shared_mutex> lock(g_mutex);
     if (!g_armed) return nullptr;
     stub.model = g_armed;
     stub.layer_pos = g_armed->layer_pos(number);
     if (stub.layer_pos < 0) return nullptr;
     const Layer & layer = g_armed->layers[static_cast<size_t>(stub.layer_pos)];
-    if (!is_stub_shape(weight, layer, stub.projection, stub.bias)) return nullptr;
+    if (!is_stub_shape(weight, layer, stub.projection, stub.kind)) return nullptr;
     return &g_stubs.emplace(weight, stub).first->second;
 }
 
@@ -109,9 +115,16 @@ void note_router(const ggml_tensor * node) {
         node->op != GGML_OP_GET_ROWS) return;
     if (node->op == GGML_OP_MUL_MAT_ID) {
         const Stub * s = find_stub(node->src[0]);
-        if (!s || s->projection == DOWN) return;
+        if (!s) return;
+        const int n_tensors = s->projection == DOWN ? count_activation_tensors(node->src[1]) : 0;
         std::unique_lock<std::shared_mutex> lock(g_mutex);
-        if (g_armed == s->model) s->model->layers[static_cast<size_t>(s->layer_pos)].router.input_norm = norm_weight(node->src[1]);
+        if (g_armed != s->model) return;
+        Layer & layer = s->model->layers[static_cast<size_t>(s->layer_pos)];
+        if (s->projection == DOWN) {
+            layer.activation_tensors = n_tensors;
+        } else {
+            layer.router.input_norm = norm_weight(node->src[1]);
+        }
         return;
     }
     const Stub * before = node->op == GGML_OP_MUL_MAT ? residual_of(node->src[1]) : nullptr;
@@ -179,18 +192,47 @@ static const Stub * down_product(const ggml_tensor * node) {
     return s && s->projection == DOWN ? s : nullptr;
 }
 
-bool is_down_bias(const ggml_tensor * node) { return node->op == GGML_OP_ADD_ID && down_product(node->src[0]); }
+static const Stub * scale_stub(const ggml_tensor * node) {
+    const ggml_tensor * scale = scale_behind(node);
+    return scale ? find_stub(scale) : nullptr;
+}
 
-bool is_weighted(const ggml_tensor * node) {
-    if (node->op != GGML_OP_MUL || node->type != GGML_TYPE_F32 || !node->src[0]) return false;
-    const ggml_tensor * experts = is_down_bias(node->src[0]) ? node->src[0]->src[0] : node->src[0];
+const ggml_tensor * scale_behind(const ggml_tensor * node) {
+    const ggml_tensor * t = node->op == GGML_OP_GET_ROWS ? node->src[0] : node;
+    if (t->op != GGML_OP_REPEAT) return nullptr;
+    for (t = t->src[0]; t && t->op == GGML_OP_RESHAPE;) t = t->src[0];
+    const Stub * s = t ? find_stub(t) : nullptr;
+    return s && s->kind == Stub::SCALE ? t : nullptr;
+}
+
+// The down product times the scale of each expert.
+static bool is_down_scale(const ggml_tensor * node) {
+    return node->op == GGML_OP_MUL && down_product(node->src[0]) && node->src[1]->op == GGML_OP_GET_ROWS && scale_behind(node->src[1]);
+}
+
+// The down product, scaled or not, plus the bias of each expert.
+static bool is_down_bias(const ggml_tensor * node) {
+    return node->op == GGML_OP_ADD_ID && (down_product(node->src[0]) || is_down_scale(node->src[0]));
+}
+
+// The down stub below a layer's outputs, however scaled and biased, or null.
+static const Stub * stub_of_outputs(const ggml_tensor * t) {
+    if (is_down_bias(t)) t = t->src[0];
+    if (is_down_scale(t)) t = t->src[0];
+    return down_product(t);
+}
+
+// A layer's outputs times the gate weights.
+static bool is_weighted(const ggml_tensor * node) {
+    if (node->op != GGML_OP_MUL || node->type != GGML_TYPE_F32 || !node->src[0] || is_down_scale(node)) return false;
     const ggml_tensor * w = node->src[1];
-    return down_product(experts) && w->type == GGML_TYPE_F32 && w->ne[0] == 1 && w->ne[1] == node->ne[1] && w->ne[2] == node->ne[2];
+    return stub_of_outputs(node->src[0]) && w->type == GGML_TYPE_F32 && w->ne[0] == 1 && w->ne[1] == node->ne[1] && w->ne[2] == node->ne[2];
 }
 
 static bool is_slice(const ggml_tensor * t) { return t && t->op == GGML_OP_VIEW && t->src[0] && is_weighted(t->src[0]); }
 
-bool is_partial_sum(const ggml_tensor * node) {
+// An addition of slices of the weighted outputs.
+static bool is_partial_sum(const ggml_tensor * node) {
     while (node->op == GGML_OP_ADD && is_slice(node->src[1])) {
         if (is_slice(node->src[0])) return true;
         node = node->src[0];
@@ -198,13 +240,20 @@ bool is_partial_sum(const ggml_tensor * node) {
     return false;
 }
 
+const Stub * behind_down(const ggml_tensor * node) {
+    if (product_of(node)) return nullptr;
+    if (const Stub * s = scale_stub(node)) return s->projection == DOWN ? s : nullptr;
+    if (is_partial_sum(node)) node = node->src[1]->src[0];
+    if (is_weighted(node)) node = node->src[0];
+    return stub_of_outputs(node);
+}
+
 // The down stub of the layer whose weighted sum this node adds to something else, else null.
 static const Stub * residual_of(const ggml_tensor * node) {
     if (!node || node->op != GGML_OP_ADD || node->type != GGML_TYPE_F32 || is_slice(node->src[1])) return nullptr;
     for (const ggml_tensor * sum : {node->src[0], node->src[1]}) {
         if (!is_partial_sum(sum)) continue;
-        const ggml_tensor * experts = sum->src[1]->src[0]->src[0];
-        return down_product(is_down_bias(experts) ? experts->src[0] : experts);
+        return stub_of_outputs(sum->src[1]->src[0]->src[0]);
     }
     return nullptr;
 }
@@ -231,6 +280,7 @@ const ggml_tensor * find_gate_weights(ggml_cgraph * graph, int first) {
 
 bool find_weighted_sum(ggml_cgraph * graph, int down, WeightedSum & out) {
     const ggml_tensor * product = ggml_graph_node(graph, down);
+    const ggml_tensor * outputs = product;
     const ggml_tensor * weighted = nullptr;
     const ggml_tensor * last = nullptr;
     const int64_t n_used = product->ne[1];
@@ -238,8 +288,14 @@ bool find_weighted_sum(ggml_cgraph * graph, int down, WeightedSum & out) {
     for (int i = down + 1; i < ggml_graph_n_nodes(graph) && n_added < n_used; i++) {
         ggml_tensor * t = ggml_graph_node(graph, i);
         if (!weighted) {
-            if (t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE) continue;
-            if (!is_weighted(t) || t->src[0] != product || (t->flags & GGML_TENSOR_FLAG_OUTPUT)) return false;
+            if (t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || scale_behind(t)) continue;
+            if (t->flags & GGML_TENSOR_FLAG_OUTPUT) return false;
+            if (outputs == product && is_down_scale(t) && t->src[0] == product && t->src[1]->src[1] == product->src[2]) {
+                out.scale = scale_behind(t->src[1]);
+                outputs = t;
+                continue;
+            }
+            if (!is_weighted(t) || t->src[0] != outputs) return false;
             weighted = t;
         } else if (t->op == GGML_OP_ADD) {
             auto slice = [&](const ggml_tensor * v, int64_t j) {
@@ -266,77 +322,7 @@ bool find_weighted_sum(ggml_cgraph * graph, int down, WeightedSum & out) {
 
 bool is_ours(const ggml_tensor * node) {
     if (node->op == GGML_OP_MUL_MAT_ID) return find_stub(node->src[0]) != nullptr;
-    return is_hidden(node, 0) || is_down_bias(node) || is_weighted(node) || is_partial_sum(node) || early_input(node);
-}
-
-static ggml_tensor * rebuild(ggml_context * ctx, const ggml_tensor * t, const ActivationInputs & in, std::string & error);
-
-// The same op with the same parameters on inputs of the real width.
-static ggml_tensor * copy_op(ggml_context * ctx, const ggml_tensor * t, ggml_tensor * a, ggml_tensor * b, ggml_tensor * c) {
-    ggml_tensor * r = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, a->ne[0], a->ne[1], a->ne[2]);
-    r->op = t->op;
-    memcpy(r->op_params, t->op_params, sizeof(r->op_params));
-    r->src[0] = a;
-    r->src[1] = b;
-    r->src[2] = c;
-    return r;
-}
-
-static ggml_tensor * rebuild(ggml_context * ctx, const ggml_tensor * t, const ActivationInputs & in, std::string & error) {
-    switch (t->op) {
-        case GGML_OP_MUL_MAT_ID: {
-            const Stub * s = find_stub(t->src[0]);
-            ggml_tensor * r = !s ? nullptr : s->projection == UP ? in.up : s->projection == GATE ? in.gate : in.gate_up;
-            if (!r) error = std::string("the graph multiplies by '") + t->src[0]->name + "', which is not an expert tensor of this model";
-            return r;
-        }
-        case GGML_OP_VIEW: {
-            ggml_tensor * whole = rebuild(ctx, t->src[0], in, error);
-            if (!whole) return nullptr;
-            size_t offset = 0;
-            memcpy(&offset, t->op_params, sizeof(offset));
-            if (whole != in.gate_up || t->ne[0] != 1 || offset > sizeof(float)) {
-                error = std::string("unknown view '") + t->name + "' between the expert products";
-                return nullptr;
-            }
-            return ggml_view_3d(ctx, whole, in.n_ff, 1, whole->ne[2], whole->nb[1], whole->nb[2], offset * static_cast<size_t>(in.n_ff));
-        }
-        case GGML_OP_ADD_ID: {
-            ggml_tensor * a = rebuild(ctx, t->src[0], in, error);
-            if (!a) return nullptr;
-            const Stub * s = find_stub(t->src[1]);
-            ggml_tensor * bias = !s || !s->bias ? nullptr : s->projection == UP ? in.bias_up : in.bias_gate;
-            if (!bias) {
-                error = std::string("the graph adds '") + t->src[1]->name + "', which is not an expert bias of this model";
-                return nullptr;
-            }
-            return copy_op(ctx, t, a, bias, in.ids);
-        }
-        case GGML_OP_GLU:
-        case GGML_OP_MUL: {
-            ggml_tensor * a = rebuild(ctx, t->src[0], in, error);
-            ggml_tensor * b = a && t->src[1] ? rebuild(ctx, t->src[1], in, error) : nullptr;
-            if (!a || !b) {
-                if (error.empty()) error = std::string("unknown activation '") + ggml_op_desc(t) + "' in one piece";
-                return nullptr;
-            }
-            return copy_op(ctx, t, a, b, nullptr);
-        }
-        case GGML_OP_UNARY:
-        case GGML_OP_CLAMP:
-        case GGML_OP_SQR:
-        case GGML_OP_SCALE: {
-            ggml_tensor * a = rebuild(ctx, t->src[0], in, error);
-            return a ? copy_op(ctx, t, a, nullptr, nullptr) : nullptr;
-        }
-        default:
-            error = std::string("unknown operation '") + ggml_op_desc(t) + "' ('" + t->name + "') between the expert products";
-            return nullptr;
-    }
-}
-
-ggml_tensor * build_activation(ggml_context * ctx, const ggml_tensor * hidden, const ActivationInputs & in, std::string & error) {
-    return rebuild(ctx, hidden, in, error);
+    return is_hidden(node, 0) || behind_down(node) || scale_behind(node) || early_input(node);
 }
 
 }  // namespace moe_edge

@@ -58,6 +58,7 @@ struct Layer {
     bool fused = false, gated = true;
     std::vector<float> bias_up, bias_gate;  // [n_expert][n_ff], empty when the model has none
     int first_unit = 0;
+    int activation_tensors = 0;  // of the experts' width in one graph; known once llama.cpp's graph has been seen
     Router router;
 };
 

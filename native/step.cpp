@@ -522,6 +522,7 @@ bool StepRunner::finish(const Stub & stub, const ggml_tensor * down, const Weigh
     step_.out_nb1 = down->nb[1];
     step_.out_nb2 = down->nb[2];
     step_.sum = sum ? static_cast<char *>(sum->sum->data) : nullptr;
+    step_.down_scale = sum && sum->scale ? static_cast<const float *>(sum->scale->data) : nullptr;
     if (sum && sum->weights != weights_node_) take_weights(sum->weights);
     if (!skipped_.empty() && !drop_skipped()) return false;
     // Few rows, or too few experts to go round: latency counts, all threads share each expert. The bits are the same.

@@ -19,7 +19,7 @@ import math
 import os
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,7 @@ def write_random_model(
     vocab: bool = True,
     split: bool = False,
     tile: bool = False,
+    scales: Sequence[str] = (),
 ) -> Path:
     """Write a random model that stock llama.cpp loads, and return its path (of the first part, if split).
 
@@ -147,12 +148,13 @@ def write_random_model(
     vocab: write a byte-level BPE vocabulary (token id = byte below 256, ID_OF_EOS ends a text) and a chat
     template; else the model has a vocabulary size only.
     split: write two files, NAME-00001-of-00002.gguf and NAME-00002-of-00002.gguf.
+    scales: "gate", "up", "down": the projections that carry a scale for each expert, as NVFP4 checkpoints do.
     tile: draw few numbers and repeat them in blocks of rows, the blocks in a different order in each expert.
     Raises KeyError for an unknown arch or type, ValueError for n_vocab too small for a vocabulary.
     """
     shape = shape or Shape()
     expert_type = expert_type or ("MXFP4" if arch == "gpt-oss" else "Q4_K")
-    recipe = Recipe(arch, shape, expert_type, down_type or expert_type, dense_type)
+    recipe = Recipe(arch, shape, expert_type, down_type or expert_type, dense_type, tuple(scales))
     RECIPES[arch](recipe)
     recipe.embeddings(_token_likelihood(shape.n_vocab) if vocab else None)
 
@@ -160,7 +162,7 @@ def write_random_model(
     writer = gguf.GGUFWriter(Path(path), recipe.arch, split_max_tensors=n_first)
     _add_metadata(writer, recipe)
     if vocab:
-        _add_vocabulary(writer, shape.n_vocab)
+        add_vocabulary(writer, shape.n_vocab)
     else:
         writer.add_tokenizer_model("none")
     for tensor in recipe.tensors:
@@ -253,13 +255,16 @@ def _ggml_base() -> ctypes.CDLL:
 class Recipe:
     """Collects the tensors and metadata of one model; the functions in RECIPES fill it."""
 
-    def __init__(self, arch: str, shape: Shape, expert_type: str, down_type: str, dense_type: str) -> None:
+    def __init__(
+        self, arch: str, shape: Shape, expert_type: str, down_type: str, dense_type: str, scales: tuple[str, ...]
+    ) -> None:
         self.arch = arch.removesuffix("-fused")
         self.fused = arch.endswith("-fused")
         self.shape = shape
         self.expert_type = expert_type
         self.down_type = down_type
         self.dense_type = dense_type
+        self.scales = scales
         self.tensors: list[RandomTensor] = []
         self.keys: dict[str, Any] = {}
         self.embedding_std = 1.0
@@ -322,6 +327,8 @@ class Recipe:
             self.tensors.append(replace(gate, name=name, dims=dims, sources=(gate.name, up.name)))
         down = f"{blk}.ffn_down_exps.weight"
         self.stack(down, s.n_expert, s.n_embd, s.n_ff, self.down_type, gain * self.residual_gain)
+        for part in self.scales:
+            self.vector(f"{blk}.ffn_{part}_exps.scale", s.n_expert, mean=1.0, std=0.3)
 
 
 def olmoe(r: Recipe) -> None:
@@ -511,7 +518,7 @@ def _add_metadata(writer: gguf.GGUFWriter, r: Recipe) -> None:
             writer.add_float32(f"{r.arch}.{key}", value)
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, n_vocab: int) -> None:
+def add_vocabulary(writer: gguf.GGUFWriter, n_vocab: int) -> None:
     tokens = [*_byte_letters(), *(merge.replace(" ", "") for merge in MERGES), *SPECIAL_TOKENS]
     types = [gguf.TokenType.NORMAL] * ID_OF_EOS + [gguf.TokenType.CONTROL] * len(SPECIAL_TOKENS)
     n_pad = n_vocab - len(tokens)

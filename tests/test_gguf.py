@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from moe_edge.convert.ggml_types import TYPES, find_type, tensor_bytes
+from moe_edge.convert.ggml_types import find_type, tensor_bytes
 from moe_edge.convert.gguf import open_gguf, open_headers, read_gguf, read_header
 from moe_edge.convert.write import GGUFOutput, TensorSpec, encode_kv, kv_string, kv_strings, kv_u32
 from moe_edge.models.errors import BadFile, BadMagic, CutFile, MissingFile, MoeEdgeError, UnknownName
@@ -55,12 +55,6 @@ def string(text: str) -> bytes:
 
 def info(name: str = "t", shape: tuple[int, ...] = (4,), type_id: int = 0, offset: int = 0) -> bytes:
     return string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, type_id, offset)
-
-
-def test_type_table_equals_that_of_gguf() -> None:
-    ours = {gguf.GGMLQuantizationType(t.id): (t.block, t.block_bytes) for t in TYPES.values()}
-    assert ours == gguf.GGML_QUANT_SIZES
-    assert all(gguf.GGMLQuantizationType(t.id).name == t.name for t in TYPES.values())
 
 
 def test_unknown_type_name_suggests_the_nearest() -> None:
