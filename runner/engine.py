@@ -391,6 +391,10 @@ class Engine:
         clear_memory(self.llama)
         self.policy.new_conversation()
 
+    def check_open(self) -> None:
+        """Raises EngineError after close()."""
+        self._turns.check_open()
+
     def stop(self) -> None:
         """Ask a running decode to stop; it raises Stopped from within `decoding`. Raises EngineError after close()."""
         self._turns.check_open()

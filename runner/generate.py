@@ -213,6 +213,7 @@ def generate(
     visible: control tokens whose names appear in the text; the others leave nothing there.
     ignore_end: go on after an end-of-generation token, for benchmarks.
     """
+    engine.check_open()
     if isinstance(prompt, str):
         tokens = tokenize(engine.llama, prompt, special=special, add_bos=True)
     else:
@@ -226,12 +227,13 @@ def generate(
             f"try --ctx-size {len(tokens) + n_tokens}"
         )
     check_unchanged(engine.model)
-    out = Generation(prompt_tokens=len(tokens), reused_tokens=keep_prefix(engine, tokens))
+    out = Generation(prompt_tokens=len(tokens))
     writer = _TextWriter(on_text, stop)
-    before, stats_before = engine.counters(), engine.policy.stats.copy()
-    started = first = time.monotonic()
     try:
         with engine.decoding():
+            out.reused_tokens = keep_prefix(engine, tokens)
+            before, stats_before = engine.counters(), engine.policy.stats.copy()
+            started = first = time.monotonic()
             for token in _tokens(engine, tokens, sampling or Sampling()):
                 now = time.monotonic()
                 if out.generated_tokens == 0:
