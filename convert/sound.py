@@ -74,6 +74,13 @@ def mark_sound(path: Path) -> None:
         file.write(_state(path))
 
 
+def forget(path: Path) -> None:
+    """Remove a skeleton that turned out to be bad, and what was noted of it."""
+    for each in (path, _marker(path)):
+        with contextlib.suppress(OSError):
+            each.unlink()
+
+
 def _is_marked(path: Path) -> bool:
     marker = _marker(path)
     try:

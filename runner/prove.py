@@ -19,6 +19,7 @@ from typing import Any
 import moe_edge.models.errors as errors
 from moe_edge.convert.gguf import GGUFFile, read_gguf
 from moe_edge.convert.skeleton import cache_folder
+from moe_edge.convert.sound import forget
 from moe_edge.convert.store import ExpertModel, open_model
 from moe_edge.convert.write import drop_cache
 from moe_edge.models.errors import BudgetTooSmall, CannotRun, MoeEdgeError
@@ -65,7 +66,7 @@ def prove_once(
         proved = _prove(model, skeleton, named, what, flash_attn=flash_attn, all_finite=False)
     except MoeEdgeError:
         if model.in_place and model.skeleton.parent == _cached():
-            model.skeleton.unlink(missing_ok=True)
+            forget(model.skeleton)
         raise
     if proved and remember:
         _remember(markers[what])

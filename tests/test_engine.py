@@ -173,7 +173,8 @@ def test_sizes_are_read_from_log_lines() -> None:
     log = "llama_kv_cache: size =    8.00 MiB (  2048 cells, 4 layers)\nx: CPU compute buffer size =  1.50 MiB\n"
     assert log_megabytes(log, "KV") == int(8.01 * (1 << 20))
     assert log_megabytes(log, "compute") == int(1.51 * (1 << 20))
-    assert log_megabytes(log, "output") == 0
+    with pytest.raises(EngineError, match="did not say how much memory its output buffers take"):
+        log_megabytes(log, "output")
 
 
 def test_another_ggml_is_refused_with_the_version_that_works() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +34,18 @@ def opened(path: Path, **options: Any) -> Engine:
     return Engine(path, EngineOptions(n_threads=1, **options))
 
 
-def run(*arguments: str, text: str = "") -> Any:
-    return CliRunner().invoke(main, list(arguments), input=text)
+@dataclass
+class Said:
+    exit_code: int
+    stdout: str
+    output: str
+
+
+def run(*arguments: str, text: str = "") -> Said:
+    """A whole command, as a user calls it."""
+    command = [sys.executable, "-m", "moe_edge.runner.cli", *arguments]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=120)
+    return Said(done.returncode, done.stdout, done.stdout + done.stderr)
 
 
 class Screen(io.StringIO):
@@ -360,7 +373,7 @@ def test_thinking_is_dimmed_on_a_terminal_hidden_in_a_pipe_and_not_remembered(tm
 @pytest.mark.parametrize("command", ["generate", "chat"])
 def test_numbers_out_of_range_are_wrong_calls(command: str, option: str) -> None:
     name, value = option.split("=")
-    said = run(command, *(["-p", "x"] if command == "generate" else []), name, value, text="x")
+    said = CliRunner().invoke(main, [command, *(["-p", "x"] if command == "generate" else []), name, value])
     assert said.exit_code == 2, said.output
     assert "range" in said.output or "is not a" in said.output
     assert "Traceback" not in said.output
@@ -369,7 +382,7 @@ def test_numbers_out_of_range_are_wrong_calls(command: str, option: str) -> None
 def test_other_commands_check_their_numbers_too() -> None:
     for command in ("show", "plan", "bench"):
         for option in (["-c", "4294967301"], ["-t", "-1"]):
-            said = run(command, *option)
+            said = CliRunner().invoke(main, [command, *option])
             assert said.exit_code == 2 and "range" in said.output, (command, option, said.output)
 
 
