@@ -49,6 +49,12 @@ class KeyValues(Mapping[str, Any]):
         start, _, end = self._spans[key]
         return self._buffer[start:end]
 
+    def count(self, key: str) -> int:
+        """How many elements an array has, without making them; 0 for a key that is missing or no array."""
+        if key not in self._spans or self.types(key)[0] != ARRAY:
+            return 0
+        return int(_U64(self._buffer, self._spans[key][1] + 8)[0])
+
     def types(self, key: str) -> tuple[int, int | None]:
         """Value type of `key`, and for an array the type of its elements."""
         _, at, _ = self._spans[key]

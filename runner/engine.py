@@ -45,7 +45,7 @@ from moe_edge.schedulers.policy import Policy, make_policy
 from moe_edge.schedulers.settings import choose_setting, describe_options, describe_setting, resolve_options
 
 # llama.cpp's vocabulary with its maps and merges, and ours of the header: measured at 151,936 tokens (docs/LOG.md).
-VOCAB_BYTES_PER_TOKEN = 400
+VOCAB_BYTES_PER_TOKEN, VOCAB_BYTES_PER_MERGE = 400, 140
 
 MICRO_BATCH = 512  # large, since every micro-batch reads the experts it touches once
 
@@ -128,6 +128,7 @@ class Engine:
         self._tell = tell
         self._warm: WarmStart | None = None
         self.started = time.monotonic()
+        self._program_bytes = current_rss_bytes()  # what the process holds that is not of the model
         self.model: ExpertModel = open_model(Path(path), verify=verify)
         self._skeleton = read_gguf(self.model.skeleton)
         self.n_ctx = self.options.n_ctx or min(4096, self.trained_context())
@@ -224,7 +225,6 @@ class Engine:
 
     def _fixed_sizes(self) -> FixedSizes:
         """Ask llama.cpp what it would allocate, without allocating it."""
-        before = current_rss_bytes()
         probe, log = self._new_llama(no_alloc=True)
         n_vocab = int(probe.n_vocab())
         o = self.options
@@ -233,7 +233,9 @@ class Engine:
         probe.close()
         del probe
         self.native.unbind()
-        dense = self.model.dense_bytes + n_vocab * VOCAB_BYTES_PER_TOKEN
+        n_merges = self._skeleton.kv.count("tokenizer.ggml.merges")
+        vocabulary = n_vocab * VOCAB_BYTES_PER_TOKEN + n_merges * VOCAB_BYTES_PER_MERGE
+        dense = self.model.dense_bytes + vocabulary
         # The CPU backend's work buffer, which llama.cpp does not log: inputs of a product in the type of its kernel.
         widest = max((t.shape[0] for t in self._skeleton.tensors.values() if len(t.shape) > 1), default=0)
         work = self.n_ubatch * max(4 * widest, 0 if self.flash_attn else 2 * self.n_ctx * self._n_head)
@@ -242,7 +244,7 @@ class Engine:
             kv_bytes=log_megabytes(log, "KV"),
             compute_bytes=log_megabytes(log, "compute") + log_megabytes(log, "output") + n_vocab * 16 + work,
             scratch_bytes=scratch,
-            program_excess_bytes=max(0, before - PROGRAM_ALLOWANCE_BYTES) if o.charge_program else 0,
+            program_excess_bytes=max(0, self._program_bytes - PROGRAM_ALLOWANCE_BYTES) if o.charge_program else 0,
         )
 
     def _plan(self) -> MemoryPlan:

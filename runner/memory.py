@@ -62,11 +62,12 @@ class CgroupLimit:
 class _CgroupFiles:
     limits: tuple[str, ...]
     usage: str
-    cached: str  # the key of memory.stat that counts file pages which are dropped on demand, children included
+    stat_prefix: str  # of the keys of memory.stat that count children too
+    unwritten: tuple[str, ...]  # keys of pages that must be written before they can be dropped
 
 
-_V1 = _CgroupFiles(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file")
-_V2 = _CgroupFiles(("memory.max", "memory.high"), "memory.current", "inactive_file")
+_V1 = _CgroupFiles(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_", ("dirty", "writeback"))
+_V2 = _CgroupFiles(("memory.max", "memory.high"), "memory.current", "", ("file_dirty", "file_writeback"))
 
 
 def cgroup_limits(root: Path = ROOT) -> list[CgroupLimit]:
@@ -109,7 +110,7 @@ def _limit_of(folder: Path, files: _CgroupFiles) -> CgroupLimit | None:
     usage = _read_int(folder / files.usage)
     if not limits or usage is None:
         return None
-    return CgroupLimit(folder, min(limits), max(0, usage - _cached_bytes(folder / "memory.stat", files.cached)))
+    return CgroupLimit(folder, min(limits), max(0, usage - _droppable_bytes(folder, files)))
 
 
 def _read_int(path: Path) -> int | None:
@@ -120,12 +121,20 @@ def _read_int(path: Path) -> int | None:
         return None
 
 
-def _cached_bytes(path: Path, key: str) -> int:
+def _droppable_bytes(folder: Path, files: _CgroupFiles) -> int:
+    """Clean file pages, which the kernel takes back on demand, used twice ("active") or once.
+
+    A tenth of the active ones is left out: they are the working set of whoever else is in the group.
+    """
     try:
-        lines = path.read_text().splitlines()
+        lines = (folder / "memory.stat").read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [key]), 0)
+    stat = {name: int(value) for name, _, value in (line.partition(" ") for line in lines) if value.isdigit()}
+    inactive, active, *unwritten = (
+        stat.get(files.stat_prefix + key, 0) for key in ("inactive_file", "active_file", *files.unwritten)
+    )
+    return max(0, inactive + active - active // 10 - sum(unwritten))
 
 
 def tightest_cgroup(root: Path = ROOT) -> CgroupLimit | None:

@@ -47,20 +47,24 @@ def meminfo(total: int, available: int) -> dict[str, str]:
     return {"proc/meminfo": f"MemTotal: {total // 1024} kB\nMemFree: 1 kB\nMemAvailable: {available // 1024} kB\n"}
 
 
-def v2(folder: str, limit: int | str, used: int, cached: int = 0, high: int | str = "max") -> dict[str, str]:
+def v2(
+    folder: str, limit: int | str, used: int, cached: int = 0, high: int | str = "max", active: int = 0, dirty: int = 0
+) -> dict[str, str]:
     return {
         f"sys/fs/cgroup/{folder}/memory.max": f"{limit}\n",
         f"sys/fs/cgroup/{folder}/memory.high": f"{high}\n",
         f"sys/fs/cgroup/{folder}/memory.current": f"{used}\n",
-        f"sys/fs/cgroup/{folder}/memory.stat": f"anon 5\ninactive_file {cached}\nactive_file 7\n",
+        f"sys/fs/cgroup/{folder}/memory.stat": f"anon 5\nfile 9\nfile_dirty {dirty}\n"
+        f"file_writeback 0\ninactive_file {cached}\nactive_file {active}\n",
     }
 
 
-def v1(folder: str, limit: int, used: int, cached: int = 0) -> dict[str, str]:
+def v1(folder: str, limit: int, used: int, cached: int = 0, active: int = 0, dirty: int = 0) -> dict[str, str]:
     return {
         f"sys/fs/cgroup/memory/{folder}/memory.limit_in_bytes": f"{limit}\n",
         f"sys/fs/cgroup/memory/{folder}/memory.usage_in_bytes": f"{used}\n",
-        f"sys/fs/cgroup/memory/{folder}/memory.stat": f"inactive_file 1\ntotal_inactive_file {cached}\n",
+        f"sys/fs/cgroup/memory/{folder}/memory.stat": f"inactive_file 1\nactive_file 1\ndirty 1\n"
+        f"total_inactive_file {cached}\ntotal_active_file {active}\ntotal_dirty {dirty}\ntotal_writeback 0\n",
     }
 
 
@@ -106,6 +110,18 @@ def test_file_pages_of_a_group_count_as_free_since_they_are_dropped_on_demand(tm
     assert cgroup_free_bytes(root) == 3 * GIB
     other = write(tmp_path / "1", {"proc/self/cgroup": "4:memory:/a\n"} | v1("a", 4 * GIB, 4 * GIB, cached=GIB))
     assert cgroup_free_bytes(other) == GIB
+
+
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+def test_pages_of_files_that_were_read_twice_are_free_but_for_a_margin_and_unwritten_ones_are_not(
+    tmp_path: Path, kind: str
+) -> None:
+    group = {"v1": "4:memory:/a\n", "v2": "0::/a\n"}[kind]
+    make = {"v1": v1, "v2": v2}[kind]
+    for dirty in (0, GIB):
+        files = make("a", 4 * GIB, 4 * GIB, active=2 * GIB, dirty=dirty)
+        root = write(tmp_path / str(dirty), {"proc/self/cgroup": group} | files)
+        assert cgroup_free_bytes(root) == pytest.approx(2 * GIB * 9 // 10 - dirty, abs=1)
 
 
 def test_memory_high_limits_as_memory_max_does(tmp_path: Path) -> None:

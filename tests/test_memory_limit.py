@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import mmap
 import os
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from random_models import write_big_model
+from moe_edge.convert.gguf import read_gguf
+from moe_edge.convert.write import GGUFOutput, TensorSpec, kv_strings
+from random_models import Shape, write_big_model, write_random_model
 
 MIB = 1 << 20
 ALLOWANCE = 64 * MIB
@@ -162,3 +165,72 @@ def test_the_first_run_of_a_model_with_its_proof_keeps_within_the_floor(tmp_path
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["generated_tokens"] == 8
     assert list((tmp_path / "fresh" / "proven").iterdir())
+
+
+@pytest.mark.cgroup
+@pytest.mark.skipif(sys.platform != "linux", reason="memory cgroups are Linux's")
+def test_auto_does_not_shrink_by_a_file_that_was_read_twice(tmp_path: Path, cgroup: Cgroup) -> None:
+    cgroup.limit(512 * MIB)
+    code = f"""
+import os
+from moe_edge.runner.memory import auto_budget
+before = auto_budget().bytes
+path = {str(tmp_path / "file")!r}
+with open(path, "wb") as file:
+    for _ in range(200):
+        file.write(os.urandom(1 << 20))
+    os.fsync(file.fileno())
+for _ in range(3):
+    with open(path, "rb") as file:
+        while file.read(1 << 20):
+            pass
+print(before, auto_budget().bytes)
+"""
+    done = cgroup.run([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
+    before, after = map(int, done.stdout.split())
+    assert cgroup.file_pages_bytes() > 150 * MIB, "the file was meant to be in the page cache"
+    assert before > 300 * MIB and after > before - 40 * MIB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n_vocab", "n_merges"), [(1_000, 0), (50_000, 50_000), (150_000, 150_000)])
+def test_show_plan_and_generate_name_one_floor_and_loading_keeps_to_it(
+    tmp_path: Path, n_vocab: int, n_merges: int
+) -> None:
+    """Each in a process of its own, as users run them."""
+    model = vocabulary_model(tmp_path / "m.gguf", n_vocab, n_merges)
+    moe_edge = [sys.executable, "-m", "moe_edge.runner.cli"]
+
+    def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [*moe_edge, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    floor = json.loads(call("show", model, "-t", 1, "--json").stdout)["ram_floor_bytes"]
+    run = ("-p", "hi", "-n", 4, "--temp", 0, "-t", 1, "--json")
+    done = call("generate", model, *run, "--ram", floor)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["peak_rss_bytes"] <= floor + ALLOWANCE
+    below = call("generate", model, *run, "--ram", floor - mmap.PAGESIZE)
+    assert below.returncode == 2 and "is too small" in below.stderr
+    assert call("plan", model, "-t", 1, "--ram", floor, "--disk", "1GB/s").returncode == 0
+    assert call("plan", model, "-t", 1, "--ram", floor - mmap.PAGESIZE, "--disk", "1GB/s").returncode == 1
+
+
+def vocabulary_model(path: Path, n_vocab: int, n_merges: int) -> Path:
+    """A random model with so many tokens and merges; llama.cpp looks up neither when it loads."""
+    source = write_random_model(path.with_name("source.gguf"), "qwen3moe", Shape(n_vocab=n_vocab))
+    file = read_gguf(source)
+    key = "tokenizer.ggml.merges"
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["".join(word) for n in (3, 4) for word in itertools.product(letters, repeat=n)]
+    merges = [f"{a} {b}" for a, b in zip(words[:n_merges], reversed(words[:n_merges]), strict=True)]
+    records = {each: file.kv.record(each) for each in file.kv} | ({key: kv_strings(key, merges)} if merges else {})
+    specs = [TensorSpec(entry.name, entry.shape, entry.type, entry.nbytes) for entry in file.tensors.values()]
+    with GGUFOutput(path, records, specs, 32) as out, open(source, "rb") as data:
+        for entry in file.tensors.values():
+            data.seek(entry.offset)
+            out.write(data.read(entry.nbytes))
+        out.finish()
+        out.commit()
+    return path
