@@ -76,10 +76,11 @@ def relu_squared(x: FloatArray) -> FloatArray:
 ACTIVATIONS: Mapping[str, Activation] = {
     **dict.fromkeys(
         (
-            "qwen2moe qwen3moe qwen3next qwen35moe ernie4_5-moe lfm2moe grovemoe llada-moe mellum mimo2 qwen3vlmoe "
-            "rnd1 olmoe phimoe llama granitemoe minimax-m2 arctic dbrx granite granitehybrid mistral3 "
+            "qwen2moe qwen3moe qwen3next qwen35moe qwen4exp ernie4_5-moe lfm2moe grovemoe mellum mimo2 qwen3vlmoe "
+            "olmoe phimoe llama granitemoe minimax-m2 arctic dbrx granite granitehybrid mistral3 "
             "deepseek2 glm4moe dots1 afmoe bailingmoe deepseek deepseek2-ocr deepseek32 glm-dsa kimi-linear mistral4 "
-            "cohere2moe laguna exaone-moe hunyuan-moe bailingmoe2"
+            "cohere2moe laguna exaone-moe hunyuan-moe bailingmoe2 granite_swa "
+            "minimax-01 hy_v3 dots3note"
         ).split(),
         silu,
     ),
@@ -91,7 +92,11 @@ ACTIVATIONS: Mapping[str, Activation] = {
 # These clamp inside: E is another function of gate and up than the one above.
 REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("gpt-oss", "minimax-m3"), "its experts use a clamped SwiGLU (swiglu_oai)"),
-    **dict.fromkeys(("maple", "step35"), "its experts clamp their SwiGLU (swiglu_clamp_exp)"),
+    "kimi-k3": "its experts use an activation of their own (situ)",
+    **dict.fromkeys(
+        "maple step35 bailingmoe3 deepseek4 glm5-next hy_v4".split(),
+        "its experts clamp their SwiGLU (swiglu_clamp_exp)",
+    ),
 }
 
 

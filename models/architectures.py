@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moe_edge.models.errors import BadFile, UnknownName
+from moe_edge.models.errors import BadFile, UnknownArchitecture, UnknownName, printable
 
 KeyValue = int | list[int]
 
@@ -20,6 +20,7 @@ DENSE_WIDTH = "feed_forward_length"
 SHARED_WIDTH = "expert_shared_feed_forward_length"
 SHARED_COUNT = "expert_shared_count"
 U32_MAX = 2**32 - 1
+LONGEST_NAME = 40  # characters of a name from a file that a message repeats
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,10 @@ def _table() -> dict[str, Architecture]:
 ARCHITECTURES: Mapping[str, Architecture] = _table()
 
 # Tried, and known not to work: stubs of width 1 would change the shape of dense tensors.
+DIFFUSION = "it writes by diffusion, all tokens at once and without a KV cache; llama.cpp's llama-diffusion-cli runs it"
 REFUSED: Mapping[str, str] = {
+    "llada-moe": DIFFUSION,
+    "rnd1": DIFFUSION,
     "llama4": "its shared expert has the width of the experts and no key of its own",
     "jamba": "its dense layers have the width of the experts",
 }
@@ -85,13 +89,16 @@ HF_CLASSES: Mapping[str, str] = {"OlmoeForCausalLM": "olmoe", "Qwen3MoeForCausal
 def find_architecture(name: str, where: str) -> Architecture:
     """The architecture called `name`; `where` (a file) is named in the error.
 
-    Raises UnknownName for one that is refused (with the reason) or not in the table (with the nearest names).
+    Raises UnknownName for one that is refused (with the reason), and UnknownArchitecture for one not in the table.
     """
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
     if name in REFUSED:
         raise UnknownName(f"{where}: architecture '{name}' is not supported: {REFUSED[name]}")
-    raise UnknownName(f"{where}: unknown architecture '{name}'{did_you_mean(name, ARCHITECTURES)}")
+    called = printable(name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "...")
+    near = difflib.get_close_matches(name[:LONGEST_NAME], ARCHITECTURES, n=1)
+    guess = f"; did you mean '{near[0]}'?" if near else ""
+    raise UnknownArchitecture(f"{where}: unknown architecture '{called}'{guess}", name)
 
 
 def find_hf_class(name: str, where: str) -> Architecture:

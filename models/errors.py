@@ -4,6 +4,7 @@ MoeEdgeError                 everything moe-edge raises on purpose            ex
 ├── UsageError               the call is wrong: fix the command line          2
 │   ├── BudgetTooSmall       --ram is below what the model needs              2
 │   └── UnknownName          an architecture, type, policy we do not know     2
+│       └── UnknownArchitecture                                               2
 └── WorkError                the call is right, the work failed               1
     ├── BadFile              a file is cut, altered, or not what it claims    1
     │   ├── BadMagic         not a GGUF / safetensors file at all             1
@@ -80,6 +81,14 @@ class BudgetTooSmall(UsageError):
 
 class UnknownName(UsageError):
     pass
+
+
+class UnknownArchitecture(UnknownName):
+    """architecture: its name, as the file has it. Whether llama.cpp knows it is for the runner to add."""
+
+    def __init__(self, message: str, architecture: str) -> None:
+        super().__init__(message)
+        self.architecture = architecture
 
 
 class WorkError(MoeEdgeError):

@@ -16,13 +16,14 @@ from typing import Any
 from moe_edge.convert.gguf import read_gguf
 from moe_edge.convert.store import ExpertModel, open_model
 from moe_edge.convert.watch import check_replaced
-from moe_edge.models.errors import CannotRun, EngineError, MoeEdgeError, Stopped
+from moe_edge.models.errors import CannotRun, EngineError, MoeEdgeError, Stopped, UnknownArchitecture
 from moe_edge.runner import signals
 from moe_edge.runner.crowd import CrowdWatch, usable_cores
 from moe_edge.runner.llama import (
     LOAD_LOCK,
     captured_log,
     clear_memory,
+    explained,
     keep_evaluated,
     load_llama,
     log_megabytes,
@@ -129,7 +130,10 @@ class Engine:
         self._warm: WarmStart | None = None
         self.started = time.monotonic()
         self._program_bytes = current_rss_bytes()  # what the process holds that is not of the model
-        self.model: ExpertModel = open_model(Path(path), verify=verify)
+        try:
+            self.model: ExpertModel = open_model(Path(path), verify=verify)
+        except UnknownArchitecture as e:
+            raise explained(e) from e
         self._skeleton = read_gguf(self.model.skeleton)
         self.n_ctx = self.options.n_ctx or min(4096, self.trained_context())
         self.flash_attn, self.n_ubatch = self._attention()

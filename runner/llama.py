@@ -10,12 +10,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 import re
+import struct
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version as metadata_version
 from typing import Any
 
-from moe_edge.models.errors import EngineError
+from moe_edge.models.errors import EngineError, UnknownArchitecture, UnknownName
 from moe_edge.runner.template import metadata_for_llama
 from moe_edge.runner.tokens import with_own_tokenize
 from moe_edge.schedulers.budget import MIB
@@ -171,3 +175,41 @@ def clear_memory(llama: Any) -> None:
     """Empty the KV cache."""
     llama.reset()
     llama._ctx.kv_cache_clear()
+
+
+def knows_architecture(name: str) -> bool:
+    """Whether this llama.cpp has an architecture of this name. It is asked, with a file that has nothing else in it."""
+    import llama_cpp
+
+    data = name.encode(errors="surrogateescape")
+    key = b"general.architecture"
+    header = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(key)) + key + struct.pack("<IQ", 8, len(data)) + data
+    with tempfile.NamedTemporaryFile(suffix=".gguf") as file, captured_log() as log:
+        file.write(header.ljust(-(-len(header) // 32) * 32, b"\0"))
+        file.flush()
+        params = llama_cpp.llama_model_default_params()
+        params.vocab_only = True
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(file.name), params)
+        if model:
+            llama_cpp.llama_model_free(model)
+            return True
+    return "unknown model architecture" not in "".join(log)
+
+
+def explained(error: UnknownArchitecture) -> UnknownName:
+    """The error with what llama.cpp knows of the architecture, and what to do."""
+    if "did you mean" in str(error):
+        return UnknownName(str(error))
+    try:
+        known = knows_architecture(error.architecture)
+    except OSError:  # no room for a file of a hundred bytes
+        return UnknownName(str(error))
+    if known:
+        return UnknownName(
+            f"{error}: llama.cpp has it, but moe-edge has not been tried with it; run the model with llama.cpp itself, "
+            "and please report where it can be had"
+        )
+    return UnknownName(
+        f"{error}: llama-cpp-python {metadata_version('llama-cpp-python')} does not have it either; "
+        "the model needs a newer moe-edge, or its header is damaged"
+    )

@@ -43,7 +43,7 @@ def run(command: object) -> None:
 
 def _outcome(command: object) -> tuple[int, str]:
     """(exit status, what to say) of a command, its output written out."""
-    from moe_edge.models.errors import MoeEdgeError
+    from moe_edge.models.errors import MoeEdgeError, UnknownArchitecture
     from moe_edge.runner import terminal
 
     terminal.open_streams()
@@ -53,6 +53,10 @@ def _outcome(command: object) -> tuple[int, str]:
         return status, said
     except BrokenPipeError:  # who read our output has what they wanted
         return 1, ""
+    except UnknownArchitecture as e:
+        from moe_edge.runner.llama import explained
+
+        return e.exit_status, str(explained(e))
     except MoeEdgeError as e:
         return e.exit_status, str(e)
     except MemoryError:
