@@ -1,6 +1,7 @@
 # make demo    set up in .venv, convert the embedded tiny model, answer under a budget that forces evictions
 # make test    set up in .venv, run the tests against the installed package
 # make check   ruff and mypy --strict
+# make fuzz    mutated headers and signals at random moments, for hours: FUZZ_CASES, FUZZ_ROUNDS
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 SOURCES := $(shell find convert models schedulers runner native pyproject.toml -type f -not -name '*.pyc' -not -name '*.so')
 DEMO := build/demo
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check fuzz bench clean
 setup: $(VENV)/.installed
 
 $(VENV)/.dependencies: pyproject.toml
@@ -39,6 +40,12 @@ check: setup
 	for d in convert models schedulers runner; do ln -sfn ../../../$$d build/typecheck/moe_edge/$$d; done
 	cd build/typecheck && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml \
 	    -p moe_edge.convert -p moe_edge.models -p moe_edge.schedulers -p moe_edge.runner
+
+FUZZ_CASES ?= 5000
+FUZZ_ROUNDS ?= 50
+fuzz: setup
+	MOE_EDGE_FUZZ_CASES=$(FUZZ_CASES) MOE_EDGE_FUZZ_SEED=$$$$ $(BIN)/python -m pytest -q tests/test_contradictions.py -k mutated
+	for i in $$(seq $(FUZZ_ROUNDS)); do $(BIN)/python -m pytest -q tests/test_streams.py -k any_moment || exit 1; done
 
 clean:
 	rm -rf build dist $(VENV)

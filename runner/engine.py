@@ -155,7 +155,8 @@ class Engine:
             self.layout = Layout(
                 tuple(layer.n_expert for layer in self.model.layers), len(self.model.levels), self.native.unit_bytes()
             )
-            self.plan = self._plan()
+            with signals.deferred():  # freeing what was asked calls back into Python, as close() says
+                self.plan = self._plan()
         except BaseException:
             self.close()
             raise

@@ -45,7 +45,7 @@ def prove(skeleton: Path, named: str | os.PathLike[str] | None = None) -> None:
     """
     model, file = open_model(skeleton), read_gguf(skeleton)
     if _prove(model, file, str(named or skeleton), DECODES, flash_attn=False, all_finite=True):
-        _remember(_marker(model, file, DECODES, flash_attn=False))
+        _remember(_markers(model, file, flash_attn=False).get(DECODES))
 
 
 def prove_once(
@@ -59,8 +59,8 @@ def prove_once(
     """
     if what == NOTHING:
         return
-    markers = {each: _marker(model, skeleton, each, flash_attn) for each in (LOADS, DECODES)}
-    if any(path is not None and path.exists() for each, path in markers.items() if what in (LOADS, each)):
+    markers = _markers(model, skeleton, flash_attn)
+    if any(path.exists() for each, path in markers.items() if what in (LOADS, each)):
         return
     try:
         proved = _prove(model, skeleton, named, what, flash_attn=flash_attn, all_finite=False)
@@ -69,7 +69,7 @@ def prove_once(
             forget(model.skeleton)
         raise
     if proved and remember:
-        _remember(markers[what])
+        _remember(markers.get(what))
 
 
 def _prove(
@@ -124,10 +124,13 @@ def _verdict(out: str) -> tuple[str, str] | None:
 # ---- what is remembered ------------------------------------------------------------------------------------
 
 
-def _marker(model: ExpertModel, skeleton: GGUFFile, what: str, flash_attn: bool) -> Path | None:
-    """The file whose existence says that this was proved; None without a cache folder."""
+def _markers(model: ExpertModel, skeleton: GGUFFile, flash_attn: bool) -> dict[str, Path]:
+    """The files whose existence says that LOADS and DECODES were proved; none without a cache folder."""
     folder = _cached()
-    return folder and folder.parent / "proven" / f"{_digest(model, skeleton, flash_attn)}.{what}"
+    if folder is None:
+        return {}
+    name = _digest(model, skeleton, flash_attn)
+    return {what: folder.parent / "proven" / f"{name}.{what}" for what in (LOADS, DECODES)}
 
 
 def _cached() -> Path | None:

@@ -25,9 +25,12 @@ LEAVING_AT = 3  # presses of Ctrl-C that end a clean-up which does not come to i
 _presses_while_leaving = 0
 
 
-def on_interrupt(number: int, _frame: FrameType | None) -> None:
+def on_interrupt(number: int, frame: FrameType | None) -> None:
     """The command line's Ctrl-C: as Python's own, but pressing again does not cut short the clean-up of the first."""
     global _presses_while_leaving
+    if _would_be_lost(frame):
+        _send_again(number)
+        return
     if not _is_leaving():
         _presses_while_leaving = 0
         raise KeyboardInterrupt
@@ -37,10 +40,28 @@ def on_interrupt(number: int, _frame: FrameType | None) -> None:
         os.kill(os.getpid(), number)
 
 
-def on_request_to_end(number: int, _frame: FrameType | None) -> None:
+def on_request_to_end(number: int, frame: FrameType | None) -> None:
     """The command line's SIGTERM and SIGHUP: files that are not finished are removed on the way out."""
-    if not _is_leaving():
+    if _would_be_lost(frame):
+        _send_again(number)
+    elif not _is_leaving():
         raise SystemExit(128 + number)
+
+
+def _would_be_lost(frame: FrameType | None) -> bool:
+    """Whether what is raised now would be printed and forgotten: in a destructor, or as an import drops its lock."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__del__" or (code.co_name == "cb" and "importlib" in code.co_filename):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _send_again(number: int) -> None:
+    """Bring the signal once more, a moment later."""
+    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 
 def _is_leaving() -> bool:
@@ -62,9 +83,12 @@ def install() -> None:
             signal.signal(number, on_request_to_end)
 
 
-def ignore_interrupts() -> None:
-    """For the end of the process, when all is done: there is nothing left to interrupt."""
+def finish() -> None:
+    """For the end of the process, when all is done: nothing is left to interrupt or to clean up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in REQUESTS_TO_END:
+        if signal.getsignal(number) is on_request_to_end:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

@@ -4,8 +4,7 @@ Only the standard library's smallest parts are imported before the first `try`: 
 while the rest is imported.
 """
 
-from __future__ import annotations
-
+import _signal  # type: ignore[import-not-found]  # the part of `signal` that is in the interpreter
 import os
 import sys
 
@@ -21,6 +20,7 @@ def main() -> None:
         signals.install()
         from moe_edge.runner.cli import main as command
     except KeyboardInterrupt:
+        _ignore_interrupts()
         _leave(INTERRUPTED, "interrupted")
     run(command)
 
@@ -32,13 +32,16 @@ def run(command: object) -> None:
 
         signals.install()
         status, said = _outcome(command)
-        signals.ignore_interrupts()
+        signals.finish()
     except KeyboardInterrupt:
-        from moe_edge.runner import signals
-
-        signals.ignore_interrupts()
+        _ignore_interrupts()
         status, said = INTERRUPTED, "interrupted"
     _leave(status, said)
+
+
+def _ignore_interrupts() -> None:
+    """At once: the module `signal` itself may be what was interrupted as it was imported."""
+    _signal.signal(_signal.SIGINT, _signal.SIG_IGN)
 
 
 def _outcome(command: object) -> tuple[int, str]:

@@ -73,9 +73,8 @@ def open_streams() -> None:
         sys.stdin = open(0, closefd=False)
     if sys.stderr is None:
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)
-    out: Any = sys.stdout
-    encoding = "utf-8" if out is None else out.encoding
-    binary = open(1, "wb", closefd=False) if out is None else out.detach()
+    encoding = "utf-8" if sys.stdout is None else sys.stdout.encoding
+    binary = open(1, "wb", closefd=False)  # not sys.stdout's own, which would end with it
     sys.stdout = Output(binary, encoding, "moe_edge.escape", line_buffering=os.isatty(1))
     err: Any = sys.stderr
     err.reconfigure(errors="moe_edge.escape")
