@@ -85,7 +85,12 @@ MLA: Mapping[str, Any] = {
     "attention.value_length_mla": 24,
     "rope.dimension_count": 16,
 }
-KDA: Mapping[str, Any] = {"kda.head_dim": 32, "kda.safe_gate": True, "kda.gate_lower_bound": -5.0}
+KDA: Mapping[str, Any] = {
+    "attention.head_count_kv": [1, 0],
+    "kda.head_dim": 32,
+    "kda.safe_gate": True,
+    "kda.gate_lower_bound": -5.0,
+}
 EVERY_OTHER: Mapping[str, Any] = {"attention.head_count": [N_HEAD, 0], "attention.head_count_kv": [N_HEAD, 0]}
 HYPER: Mapping[str, Any] = {
     "hyper_connection.count": 4,
@@ -108,25 +113,26 @@ class Row:
 PLAIN = (
     "olmoe qwen2moe qwen3moe phimoe llama granitemoe hunyuan-moe minimax-m2 glm4moe dots1 ernie4_5-moe gpt-oss afmoe "
     "bailingmoe bailingmoe2 deepseek deepseek2-ocr laguna exaone-moe cohere2moe grok grovemoe mellum qwen3vlmoe "
-    "smallthinker arctic dbrx granite mistral3 minimax-m3 hy_v3 minimax-01 qwen3next qwen35moe"
+    "smallthinker dbrx granite mistral3 minimax-m3 hy_v3 minimax-01"
 )
 PATTERN: Mapping[str, Any] = {"attention.sliding_window_pattern": [0, 1]}
 ROWS: Mapping[str, Row] = {
     **{name: Row() for name in PLAIN.split()},
-    **{name: Row(PATTERN) for name in ("maple", "mimo2", "step35", "granite_swa")},
-    "gemma4": Row({**PATTERN, "attention.key_length_swa": 32, "attention.value_length_swa": 32}),
+    "maple": Row({**PATTERN, "swiglu_clamp_exp": [7.0, 7.0], "swiglu_clamp_shexp": [7.0, 7.0]}),
+    **{name: Row(PATTERN) for name in ("mimo2", "step35", "granite_swa")},
+    **{name: Row({"ssm.state_size": 64}) for name in ("qwen3next", "qwen35moe")},
     "lfm2moe": Row(EVERY_OTHER),
-    "nemotron_h_moe": Row({**EVERY_OTHER, "feed_forward_length": [0, N_FF], "block_count": 2}),
     "granitehybrid": Row(EVERY_OTHER),
-    **{name: Row(MLA) for name in ("deepseek2", "mistral4", "deepseek32", "glm-dsa")},
+    **{name: Row(MLA) for name in ("deepseek2", "mistral4")},
+    **{name: Row({**MLA, "attention.indexer.key_length": 64}) for name in ("deepseek32", "glm-dsa")},
     "kimi-linear": Row({**MLA, **EVERY_OTHER, **KDA}),
-    "bailingmoe3": Row({**MLA, **EVERY_OTHER, **KDA}),
-    "kimi-k3": Row({**MLA, **EVERY_OTHER, **KDA}),
-    "glm5-next": Row({**MLA, **KDA, **HYPER, "attention.head_count_kv": [N_HEAD, 0]}),
-    "hy_v4": Row({**MLA, **HYPER}),
-    "dots3note": Row(MLA),
-    "deepseek4": Row({**MLA, **HYPER}),
-    "qwen4exp": Row(HYPER),
+    "bailingmoe3": Row({**MLA, **EVERY_OTHER, **KDA, "rope.dimension_sections": None}),
+    "kimi-k3": Row({**MLA, **EVERY_OTHER, **KDA, "attn_res.block_size": 2, "activation.situ_beta": 1.0,
+                    "activation.situ_linear_beta": 1.0}),
+    "glm5-next": Row({**MLA, **KDA, **HYPER, "rope.dimension_count": 0, "attention.key_length": 32,
+                      "attention.key_length_mla": 24}),
+    "hy_v4": Row({**MLA, **HYPER, "attention.indexer.types": [1, 1]}),
+    "qwen4exp": Row({**HYPER, "ssm.state_size": 64}),
 }
 
 
