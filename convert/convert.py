@@ -22,7 +22,7 @@ from moe_edge.convert.imatrix import fill_unused
 from moe_edge.convert.plan import ConvertPlan, ExpertKey, ExpertTypes, change, make_plan
 from moe_edge.convert.quantize import FloatArray, check_importance
 from moe_edge.convert.skeleton import own_kvs, skeleton_kvs, stub_data
-from moe_edge.convert.source import STORE_ID, STORE_SUFFIX, Source, open_source
+from moe_edge.convert.source import STORE_ID, STORE_SUFFIX, Source, computed_layers, open_source
 from moe_edge.convert.store import expert_name, new_store, open_model, seal_store, store_path
 from moe_edge.convert.stream import SourceFiles, converted
 from moe_edge.convert.work import WorkFolder, renamed_in
@@ -189,7 +189,8 @@ def _check_calibration(calibration: Calibration, plan: ConvertPlan, source: Sour
             f"{source.name}: the calibration is of the levels {list(calibration.levels)}, "
             f"the conversion makes {list(plan.levels)}"
         )
-    needed = (len(source.layers), max(layer.n_expert for layer in source.layers))
+    layers = computed_layers(source.kv, source.layers)
+    needed = (len(layers), max(layer.n_expert for layer in layers))
     if calibration.counts.shape != needed:
         raise UsageError(
             f"{source.name}: the calibration is of {list(calibration.counts.shape)} layers and experts, "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -153,6 +153,19 @@ def check_counts(layers: Iterable[MoELayer], where: str) -> None:
                 f"{where}: layer {layer.layer} has {layer.n_expert} experts, {total} matrices so far; at most "
                 f"{MAX_EXPERTS} experts a layer and {MAX_STORE_TENSORS} matrices in all are read"
             )
+
+
+def computed_layers(kv: KeyValues, layers: Sequence[MoELayer]) -> tuple[MoELayer, ...]:
+    """The layers that a decode computes: all but those for predicting several tokens, which are the last ones.
+
+    llama.cpp keeps these (`nextn`, multi-token prediction) for drafts and computes them for nothing else, so they need
+    no memory. Their stubs stay in the skeleton, and their experts in the files.
+    """
+    prefix = kv.get("general.architecture")
+    n_layers, n_drafts = kv.get(f"{prefix}.block_count"), kv.get(f"{prefix}.nextn_predict_layers")
+    if not isinstance(n_layers, int) or not isinstance(n_drafts, int) or not 0 < n_drafts < n_layers:
+        return tuple(layers)
+    return tuple(layer for layer in layers if layer.layer < n_layers - n_drafts)
 
 
 def n_expert_used(kv: KeyValues, where: str) -> int:

@@ -38,6 +38,7 @@ from moe_edge.convert.source import (
     STORE_ID,
     STORE_SUFFIX,
     check_counts,
+    computed_layers,
     find_model,
     gguf_source,
     n_expert_used,
@@ -310,7 +311,7 @@ def _open_store(skeleton: GGUFFile) -> ExpertModel:
     _check_shapes(layers, levels, pieces, path)
     if store_id(store.tensors.values(), checksums.values()) != found:
         raise BadChecksum(f"{path}: its list of tensors was altered: it does not give the store id {found}")
-    calibration = _calibration(store, layers, levels)
+    calibration = _calibration(store, computed_layers(skeleton.kv, layers), levels)
     checks, stamps = tuple(piece_checksums), {path: store.stamp}
     return _make_model(skeleton, (path,), layers, levels, pieces, biases, checks, stamps, calibration)
 
@@ -352,16 +353,21 @@ def _make_model(
                 f"{skeleton.path}: stub '{stub.name}' is {list(found.shape) if found else 'missing'}, "
                 f"the experts in {files[0]} need {list(stub.shape)}; convert again"
             )
+    computed = computed_layers(skeleton.kv, layers)
+    if not computed:
+        raise BadFile(f"{skeleton.path}: its only experts are in layers that a decode does not compute")
+    n_pieces = sum(layer.n_expert * len(layer.projections) for layer in computed) * len(levels)
+    last = computed[-1].layer
     return ExpertModel(
         skeleton=skeleton.path,
         files=files,
         architecture=str(skeleton.kv.get("general.architecture")),
         n_expert_used=n_expert_used(skeleton.kv, str(skeleton.path)),
-        layers=layers,
+        layers=computed,
         levels=levels,
-        pieces=tuple(pieces),
-        biases=biases,
-        checksums=checksums,
+        pieces=tuple(pieces[:n_pieces]),
+        biases={key: piece for key, piece in biases.items() if key[0] <= last},
+        checksums=None if checksums is None else checksums[:n_pieces],
         store_id=str(skeleton.kv.get(STORE_ID)),
         dense_bytes=sum(entry.nbytes for entry in skeleton.tensors.values()),
         calibration=calibration,

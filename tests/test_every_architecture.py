@@ -8,7 +8,8 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from every_architecture import N_USED, ROWS, write_tiny_model
+from every_architecture import N_USED, ROWS, Row, write_tiny_model
+from moe_edge.convert.convert import convert
 from moe_edge.models.architectures import ARCHITECTURES
 from moe_edge.models.errors import BudgetTooSmall
 from moe_edge.runner.engine import Engine, EngineOptions
@@ -47,3 +48,27 @@ def test_the_bits_are_those_of_stock(tmp_path: Path, name: str) -> None:
             assert np.array_equal(last_logits(engine), want)
             counts = engine.counters()
             assert counts.uses >= N_USED and (counts.evictions > 0) == (ram_bytes == floor)
+
+
+@pytest.mark.parametrize("name", ["glm4moe", "deepseek2", "qwen35moe"])
+@pytest.mark.parametrize("converted", [False, True])
+def test_layers_for_drafts_are_neither_counted_nor_computed(tmp_path: Path, name: str, converted: bool) -> None:
+    """A model with one more layer, of multi-token prediction: the same memory as without, and the bits of stock."""
+    keys = ROWS[name].keys
+    plain = write_tiny_model(tmp_path / "plain.gguf", name)
+    drafts = write_tiny_model(
+        tmp_path / "drafts.gguf", name, Row({**keys, "block_count": 3, "nextn_predict_layers": 1})
+    )
+    if converted:
+        convert(drafts, tmp_path / "out.gguf")
+    options: dict[str, Any] = {"n_threads": 1, "n_ctx": 64, "n_ubatch": N_UBATCH, "flash_attn": False, "proof": NOTHING}
+    sizes = []
+    for path in (plain, tmp_path / "out.gguf" if converted else drafts):
+        with Engine(path, EngineOptions(ram_bytes=1 << 30, **options)) as engine:
+            sizes.append((engine.layout.n_experts, engine.model.expert_bytes))
+            if path != plain:
+                want = stock_logits(drafts, TOKENS, n_ubatch=N_UBATCH, n_threads=1, n_ctx=64, all_positions=False)[-1]
+                with engine.decoding():
+                    engine.llama.eval(TOKENS)
+                    assert np.array_equal(last_logits(engine), want)
+    assert sizes[0] == sizes[1]
