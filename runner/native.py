@@ -235,9 +235,14 @@ def library() -> Any:
     return lib
 
 
+LIBRARY = "MOE_EDGE_NATIVE_LIBRARY"  # in the environment: another build of the library, as with sanitizers
+
+
 def _library_path(name: str) -> Path:
     import moe_edge.runner
 
+    if other := os.environ.get(LIBRARY):
+        return Path(other)
     for folder in moe_edge.runner.__path__:
         if (Path(folder) / name).exists():
             return Path(folder) / name
