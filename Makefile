@@ -1,7 +1,7 @@
 # make demo    set up in .venv, convert the embedded tiny model, answer under a budget that forces evictions
 # make test    set up in .venv, run the tests against the installed package
 # make check   ruff and mypy --strict
-# make fuzz    mutated headers and signals at random moments, for hours: FUZZ_CASES, FUZZ_ROUNDS
+# make fuzz    damaged files, mutated models, signals at random moments, for hours: FUZZ_FILES, FUZZ_CASES, FUZZ_ROUNDS
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -41,9 +41,11 @@ check: setup
 	cd build/typecheck && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml \
 	    -p moe_edge.convert -p moe_edge.models -p moe_edge.schedulers -p moe_edge.runner
 
+FUZZ_FILES ?= 100000
 FUZZ_CASES ?= 5000
 FUZZ_ROUNDS ?= 50
 fuzz: setup
+	$(BIN)/python tests/fuzz_parsers.py --cases $(FUZZ_FILES)
 	MOE_EDGE_FUZZ_CASES=$(FUZZ_CASES) MOE_EDGE_FUZZ_SEED=$$$$ $(BIN)/python -m pytest -q tests/test_contradictions.py -k mutated
 	for i in $$(seq $(FUZZ_ROUNDS)); do $(BIN)/python -m pytest -q tests/test_streams.py -k any_moment || exit 1; done
 
