@@ -228,7 +228,7 @@ def _check_layers(
     """Compare the tensors with the counts of config.json, which the metadata repeats."""
     if [layer.layer for layer in layers] != list(range(n_layer)):
         raise BadFile(f"{path}: num_hidden_layers is {n_layer}, but {len(layers)} layers have experts")
-    needed = (_count(path, config, "num_experts"), _count(path, config, "hidden_size"))
+    needed = (_expert_count(path, config), _count(path, config, "hidden_size"))
     for layer in layers:
         if (layer.n_expert, layer.n_embd) != needed:
             raise BadFile(
@@ -289,6 +289,22 @@ def _metadata(
     for suffix, number in floats.items():
         records[architecture.key(suffix)] = encode_kv(architecture.key(suffix), number, _GGUF_F32)
     return records
+
+
+# What releases of transformers and the models' own code call the number of experts of a layer.
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def _expert_count(path: Path, config: Mapping[str, Any]) -> int:
+    """Experts of a layer, under whichever name; where there are several they must agree. Raises BadFile."""
+    named = {key: _count(path, config, key) for key in _EXPERT_COUNTS if config.get(key) is not None}
+    if not named:
+        names = ", ".join(_EXPERT_COUNTS)
+        raise BadFile(f"{path}: does not say how many experts a layer has; it has none of {names}")
+    if len(set(named.values())) > 1:
+        said = ", ".join(f"{key} is {count}" for key, count in named.items())
+        raise BadFile(f"{path}: contradicts itself about the number of experts: {said}")
+    return next(iter(named.values()))
 
 
 def _count(path: Path, config: Mapping[str, Any], key: str, default: int | None = None) -> int:

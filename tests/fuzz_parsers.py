@@ -88,7 +88,7 @@ def damaged_json(data: bytes, rng: random.Random) -> bytes:
                 if rng.random() < 0.2:
                     del here[key]
                 else:
-                    here[key] = rng.choice(VALUES)
+                    here[key] = copy.deepcopy(rng.choice(VALUES))
                 break
             here = here[key]
     return json.dumps(value).encode()

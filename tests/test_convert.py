@@ -450,9 +450,23 @@ def test_setting_llama_cpp_does_not_follow_is_refused(
     assert says in str(caught.value)
 
 
+@pytest.mark.parametrize("config", [olmoe_config(), qwen3_config()], ids=["olmoe", "qwen3moe"])
+@pytest.mark.parametrize("name", ["num_local_experts", "n_routed_experts"])
+def test_the_number_of_experts_has_several_names(tmp_path: Path, config: dict[str, Any], name: str) -> None:
+    """Current transformers write num_local_experts for Qwen3Moe."""
+    folder = write_checkpoint(tmp_path / "named", dict(config))
+    other = json.loads((folder / "config.json").read_text())
+    other[name] = other.pop("num_experts")
+    want = open_source(folder).kv.record(f"{open_source(folder).architecture.name}.expert_count")
+    (folder / "config.json").write_text(json.dumps(other))
+    assert open_source(folder).kv.record(f"{open_source(folder).architecture.name}.expert_count") == want
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
+        ({"num_local_experts": 5}, "about the number of experts: num_experts is 4, num_local_experts is 5"),
+        ({"num_experts": None}, "does not say how many experts"),
         ({"num_hidden_layers": 3}, "num_hidden_layers is 3, but 2 layers have experts"),
         ({"num_experts": 8}, "layer 0 has 4 experts"),
         ({"num_attention_heads": "4"}, "num_attention_heads is '4'"),
