@@ -76,11 +76,13 @@ class ChatTemplate:
         """
         prepared = self.format.prepare([plain_message(message) for message in messages])
         first: Exception | None = None
+        no_tools = (None, []) if not tools else (list(tools),)  # some templates ask for the one, some for the other
         for form in forms_of(prepared):
-            try:
-                return str(self._jinja(messages=form, tools=list(tools) or None, **kwargs).prompt)
-            except Exception as e:  # a template is a program of the model's author: it may raise anything
-                first = first or e
+            for given in no_tools:
+                try:
+                    return str(self._jinja(messages=form, tools=given, **kwargs).prompt)
+                except Exception as e:  # a template is a program of the model's author: it may raise anything
+                    first = first or e
         raise UsageError(f"the model's chat template refuses this conversation: {first}") from first
 
     def tokens(

@@ -311,6 +311,12 @@ def test_strict_templates_get_what_they_accept(tmp_path: Path) -> None:
             template.render([{"role": "assistant", "content": "first"}, ask])
 
 
+def test_templates_that_count_tools_are_given_an_empty_list(tmp_path: Path) -> None:
+    path = write_scripted_model(tmp_path / "m.gguf", ["ok"], template="{{ tools | length }}" + CHAT_TEMPLATE)
+    with opened(path) as engine:
+        assert chat_once(engine, "hi", "again") == "ok\nok\n"
+
+
 # ---- thinking and channels
 
 
