@@ -24,7 +24,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_bytes((ROOT / "README.md").read_bytes())
+    path.write_bytes((ROOT / "tests/data/readme.txt").read_bytes())
     return path
 
 

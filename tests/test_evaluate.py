@@ -125,7 +125,8 @@ def literal(path: Path, text: bytes, e: Evaluation, base: Path | None = None) ->
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some 20 kB of prose and code."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_bytes(b"".join((ROOT / name).read_bytes() for name in ("README.md", "docs/FORMAT.md", "Makefile")))
+    texts = [ROOT / "tests/data" / f"{name}.txt" for name in ("readme", "format", "makefile")]
+    path.write_bytes(b"".join(each.read_bytes() for each in texts))
     return path
 
 

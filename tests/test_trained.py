@@ -23,7 +23,7 @@ def log_probabilities(logits: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("flash_attn", [False, True])
 def test_kld_from_stock_is_zero_over_two_thousand_tokens_at_the_floor(flash_attn: bool) -> None:
     path = tiny_model_path()
-    text = "".join((ROOT / name).read_text() for name in ("docs/FORMAT.md", "models/tiny/README.md", "Makefile"))
+    text = "".join((ROOT / "tests/data" / f"{name}.txt").read_text() for name in ("format", "tiny", "makefile"))
     options = {"n_ctx": 2048, "n_ubatch": 128, "n_threads": 2, "logits_all": True, "flash_attn": flash_attn}
     with open_engine(path, "floor", **options) as engine:
         tokens = engine.llama.tokenize(text.encode(), add_bos=False)[:N_TOKENS]
