@@ -53,11 +53,18 @@ def read_arrays(
             with np.load(file, allow_pickle=False) as npz:
                 _check_members(npz.zip, most_bytes)
                 wanted = names(list(npz.files))
-                return {name: npz[name] for name in wanted}
+                return {name: _array(name, npz[name]) for name in wanted}
         except ENDS_EARLY as error:
             raise Damaged(error, True) from error
         except SAYS_NONSENSE as error:
             raise Damaged(error, False) from error
+
+
+def _array(name: str, found: Any) -> npt.NDArray[Any]:
+    """What numpy gives for a part that does not begin as an array of its own: plain bytes."""
+    if not isinstance(found, np.ndarray):
+        raise ValueError(f"its part '{name[:40]}' is no array")
+    return found
 
 
 def _check_members(archive: zipfile.ZipFile, most_bytes: int | None) -> None:

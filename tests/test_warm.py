@@ -402,3 +402,18 @@ def test_the_tokens_of_a_generation_are_the_same_from_a_warm_start(cache: Path) 
         assert result.counters.evictions > 0
         assert (facts["warm_start"]["n_experts"] > 0) == (len(texts) > 1)
     assert len(set(texts)) == 1
+
+
+def test_a_part_that_is_no_array_is_damage(tmp_path: Path) -> None:
+    """numpy gives its plain bytes; found by make fuzz, seed 78."""
+    import zipfile
+
+    whole = tmp_path / "whole.npz"
+    np.savez(whole, version=np.int32(1), n_experts=np.array([4], np.int32), tokens=np.float64(1), counts=np.ones(4))
+    for name in ("version", "n_experts", "tokens", "counts"):
+        path = tmp_path / f"{name}.npz"
+        with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w") as target:
+            for part in source.namelist():
+                target.writestr(part, b"no array" if part == f"{name}.npy" else source.read(part))
+        _, said = load_usage(path, Layout((4,), 1, (10,) * 4))
+        assert said is not None and "cannot be read" in said
