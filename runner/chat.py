@@ -17,12 +17,11 @@ from typing import TextIO
 
 from moe_edge.models.errors import MoeEdgeError, Stopped, printable, sentence
 from moe_edge.runner import terminal
-from moe_edge.runner.chatformat.format import Part
+from moe_edge.runner.chatformat.parts import Part, Reasoning, Text, ToolArguments, ToolStart
 from moe_edge.runner.chatformat.plain import PlainParser
 from moe_edge.runner.conversation import Conversation, Prompt
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.generate import Generation, LookAheadState, Sampling, generate
-from moe_edge.runner.protocol import Reasoning, Text, ToolArguments, ToolStart
 from moe_edge.runner.template import ChatTemplate, template_text
 from moe_edge.runner.tokens import find_tokens
 

@@ -8,7 +8,7 @@ two thousand million.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 from moe_edge.models.errors import EngineError
@@ -33,11 +33,6 @@ def token_bytes(llama: Any, token: int, *, special: bool = False) -> bytes:
         if n >= 0:
             return buffer.raw[:n]
         size = -n
-
-
-def tokens_bytes(llama: Any, tokens: Sequence[int], *, special: bool = False) -> bytes:
-    """The bytes of several tokens, joined."""
-    return b"".join(token_bytes(llama, token, special=special) for token in tokens)
 
 
 def tokenize(llama: Any, text: str | bytes, *, special: bool, add_bos: bool) -> list[int]:

@@ -6,10 +6,10 @@ import random
 
 import pytest
 from moe_edge.runner.chatformat import FORMATS, find_format
-from moe_edge.runner.chatformat.format import Part, held_back
+from moe_edge.runner.chatformat.format import held_back
 from moe_edge.runner.chatformat.harmony import TAGS, answers_only
+from moe_edge.runner.chatformat.parts import Part, Reasoning, Text, ToolArguments, ToolEnd, ToolStart
 from moe_edge.runner.chatformat.think import without_thinking
-from moe_edge.runner.protocol import Reasoning, Text, ToolArguments, ToolEnd, ToolStart
 
 Whole = tuple[str, str, tuple[tuple[str, str], ...]]  # reasoning, answer, (tool, arguments)
 

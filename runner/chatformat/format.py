@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from moe_edge.runner.protocol import Reasoning, Text, ToolArguments, ToolEnd, ToolStart
+from moe_edge.runner.chatformat.parts import Part, Text
 
 Message = dict[str, Any]
-Part = Text | Reasoning | ToolStart | ToolArguments | ToolEnd
 
 
 class Parser(Protocol):

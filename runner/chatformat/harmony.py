@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from moe_edge.runner.chatformat.format import ChatFormat, Message, Part, StreamParser
-from moe_edge.runner.protocol import Reasoning, Text, ToolArguments, ToolEnd, ToolStart
+from moe_edge.runner.chatformat.format import ChatFormat, Message, StreamParser
+from moe_edge.runner.chatformat.parts import Part, Reasoning, Text, ToolArguments, ToolEnd, ToolStart
 
 START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
 END, CALL, RETURN = "<|end|>", "<|call|>", "<|return|>"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe_edge.runner.chatformat.format import ChatFormat, Part, StreamParser
+from moe_edge.runner.chatformat.format import ChatFormat, StreamParser
+from moe_edge.runner.chatformat.parts import Part
 
 
 class PlainParser(StreamParser):

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
-from moe_edge.runner.chatformat.format import ChatFormat, Message, Part, StreamParser
-from moe_edge.runner.protocol import Reasoning
+from moe_edge.runner.chatformat.format import ChatFormat, Message, StreamParser
+from moe_edge.runner.chatformat.parts import Part, Reasoning
 
 OPEN, CLOSE = "<think>", "</think>"
 
