@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -90,3 +91,12 @@ def llama_without_repacking(monkeypatch: pytest.MonkeyPatch) -> None:
         return result
 
     monkeypatch.setattr(llama_cpp.llama_cpp, "llama_model_default_params", params)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_as_a_terminal_gives_them() -> None:
+    """A shell's `&` or nohup may have these ignored, which the programs under test would inherit and respect."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
