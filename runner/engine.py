@@ -1,7 +1,7 @@
-"""The one place that talks to llama.cpp: a `Llama` whose experts the native engine computes under a byte budget.
+"""One model, loaded: a `Llama` whose experts the native engine computes under a byte budget.
 
-The skeleton is loaded by llama-cpp-python's own `Llama`, so its tokenizer, templates, samplers and KV cache are used
-as they are. Two of llama.cpp's parameters that `Llama` has no argument for are set in its defaults while one loads.
+The skeleton is loaded by llama-cpp-python's own `Llama`, through llama.py, so its samplers and KV cache are used as
+they are. What is planned, scheduled, stopped and freed is decided here.
 """
 
 from __future__ import annotations
@@ -352,7 +352,10 @@ class Engine:
 
     def counters(self) -> Counters:
         """Counts since the model was opened; after close(), those at its end."""
-        return self._last_counters if self._turns.closed else self.native.counters()
+        try:
+            return self.native.counters()
+        except EngineError:  # freed, perhaps by another thread just now
+            return self._last_counters
 
     @contextlib.contextmanager
     def decoding(self) -> Iterator[None]:

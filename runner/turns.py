@@ -20,11 +20,6 @@ class Turns:
         self._owner: int | None = None
         self._closing = self._freed = False
 
-    @property
-    def closed(self) -> bool:
-        """Whether close() was called, by whomever."""
-        return self._closing
-
     def check_open(self) -> None:
         """Raises EngineError once close() was called."""
         if self._closing:
