@@ -591,9 +591,10 @@ class NativeModel:
         return int(self._lib.me_model_scratch_bytes(self._open_handle(), n_ubatch, n_used, n_threads))
 
     def close(self) -> None:
-        if self._handle:
-            self._lib.me_model_close(self._open_handle())
-            self._handle = None
+        with self._use:
+            handle, self._handle = self._handle, None
+            if handle:
+                self._lib.me_model_close(handle)
 
 
 def _describe(model: ExpertModel) -> tuple[ModelDesc, list[Any]]:

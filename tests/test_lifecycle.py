@@ -131,6 +131,27 @@ def test_close_from_within_a_decode_stops_it_and_frees_behind_it() -> None:
     assert engine.native._handle is None and engine.llama is None
 
 
+def test_no_other_thread_can_read_counts_while_the_model_is_freed() -> None:
+    engine = tiny()
+    engine.load()
+    native = engine.native
+    real, could_read = native._lib, []
+
+    class Library:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+        def me_model_close(self, handle: int) -> None:
+            other = threading.Thread(target=lambda: could_read.append(native._use.acquire(blocking=False)))
+            other.start()
+            other.join(30)
+            real.me_model_close(handle)
+
+    native._lib = Library()  # type: ignore[assignment]
+    engine.close()
+    assert could_read == [False] and native._handle is None
+
+
 def test_a_decode_within_a_decode_is_refused_and_the_outer_one_goes_on() -> None:
     with tiny() as engine:
         alone = generate(engine, PROMPT, 10, GREEDY).text
