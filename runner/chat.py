@@ -37,7 +37,7 @@ Ctrl-C         stop the reply"""
 def chat_template(engine: Engine) -> ChatTemplate | None:
     """The model's own template; None when it has none. Raises UsageError when it cannot be read."""
     text = template_text(engine.metadata)
-    return ChatTemplate(text, engine.llama, str(engine.model.skeleton)) if text else None
+    return ChatTemplate(text, engine.llama, engine.name) if text else None
 
 
 @dataclass

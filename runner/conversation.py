@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from moe_edge.runner.chatformat.format import Message
 from moe_edge.runner.engine import Engine
-from moe_edge.runner.template import ChatTemplate, Message
+from moe_edge.runner.template import ChatTemplate
 from moe_edge.runner.tokens import tokenize
 
 
@@ -24,16 +24,12 @@ class Prompt:
 
 @dataclass
 class Conversation:
-    """Messages so far. template None: a base model, whose text goes on.
-
-    template_kwargs: what the template is told besides, as for thinking.
-    """
+    """Messages so far. template None: a base model, whose text goes on."""
 
     engine: Engine
     template: ChatTemplate | None = None
     messages: list[Message] = field(default_factory=list)
     text: str = ""
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def add(self, role: str, content: str) -> None:
         if self.template is None:
@@ -73,12 +69,12 @@ class Conversation:
             dropped += len(self.messages) - len(shorter)
             self.messages = shorter
             tokens, text = self._tokens(self.messages)
-        stop = [each for each in (self.template.eos_text, *self.template.format.stops) if each]
+        stop = [self.template.eos_text] if self.template.eos_text else []
         return Prompt(tokens, text, stop, dropped)
 
     def _tokens(self, messages: Sequence[Message]) -> tuple[list[int], str]:
         assert self.template is not None
-        return self.template.tokens(messages, **self.template_kwargs)
+        return self.template.tokens(messages)
 
 
 def without_oldest_turn(messages: list[Message]) -> list[Message]:

@@ -12,10 +12,9 @@ from typing import Any
 
 from moe_edge.models.errors import UsageError
 from moe_edge.runner.chatformat import find_format
-from moe_edge.runner.chatformat.format import ChatFormat
+from moe_edge.runner.chatformat.format import ChatFormat, Message
 from moe_edge.runner.tokens import bos_wanted, special_names, token_bytes, tokenize
 
-Message = dict[str, Any]
 KEY = "tokenizer.chat_template"
 MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # noncharacters: no text of anybody's has them
 

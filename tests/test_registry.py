@@ -15,6 +15,7 @@ from moe_edge.schedulers.lookahead import rules
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policy import make_policy
 from moe_edge.schedulers.registry import collect
+from test_policies import calibration
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,5 @@ def test_every_knob_is_an_option_that_names_who_listens() -> None:
 @pytest.mark.parametrize("name", policies.POLICY_NAMES)
 def test_a_policy_says_its_own_name_everywhere(name: str) -> None:
     layout = Layout((4,), 2, (10,) * 8)
-    if name == "damage":
-        return  # needs a calibration: tests/test_policies.py
-    made = make_policy(PolicyOptions(name), layout, 80)
+    made = make_policy(PolicyOptions(name), layout, 80, calibration())
     assert made.name == policies.find_policy(name).name == name

@@ -23,7 +23,7 @@ from moe_edge.runner.generate import Sampling, generate
 from moe_edge.runner.template import mark_names, tokenize_marked
 from moe_edge.runner.tokens import token_bytes, tokenize
 from random_models import CHAT_TEMPLATE, write_random_model
-from scripted import CONTROL, USER_DEFINED, write_scripted_model
+from scripted import CONTROL, FIRST_FREE, USER_DEFINED, write_scripted_model
 
 GREEDY = Sampling(temp=0)
 LONG = [c * n for c, n in zip("-=*_#", (31, 32, 33, 100, 1000), strict=True)]
@@ -77,9 +77,10 @@ def test_tokens_of_any_length_are_shown_and_kept_in_the_conversation(tmp_path: P
 def test_every_token_of_the_vocabulary_has_its_own_bytes(tmp_path: Path) -> None:
     path = write_scripted_model(tmp_path / "m.gguf", LONG, more_tokens=["<|x|>"], types={"<|x|>": CONTROL})
     with opened(path) as engine:
-        for text in LONG:
-            (token,) = tokenize(engine.llama, text, special=True, add_bos=False)[:1]
-            assert len(token_bytes(engine.llama, token)) >= 1
+        for token, text in enumerate(LONG, FIRST_FREE):
+            assert token_bytes(engine.llama, token) == text.encode()
+            first = tokenize(engine.llama, text, special=True, add_bos=False)[0]
+            assert len(token_bytes(engine.llama, first)) >= 1
         (control,) = tokenize(engine.llama, "<|x|>", special=True, add_bos=False)
         assert token_bytes(engine.llama, control) == b""
         assert token_bytes(engine.llama, control, special=True) == b"<|x|>"
@@ -283,7 +284,7 @@ def test_a_broken_template_stops_chat_and_nothing_else(tmp_path: Path, broken: s
     made = run("generate", str(path), "-p", "x\n", "--temp", "0", "-n", "4", "-t", "1")
     assert made.exit_code == 0 and "ok" in made.output
     said = run("chat", str(path), "-t", "1", text="hi")
-    assert said.exit_code == 2 and "its chat template cannot be read" in said.output
+    assert said.exit_code == 2 and f"{path}: its chat template cannot be read" in said.output
     assert "Traceback" not in said.output and said.output.count("moe-edge:") == 1
 
 

@@ -21,20 +21,14 @@ class Parser(Protocol):
         ...
 
 
-def no_kwargs(think: bool | None, effort: str | None) -> dict[str, Any]:
-    """What most templates need to be told about thinking: nothing."""
-    return {}
-
-
 @dataclass(frozen=True)
 class ChatFormat:
     """A family's way to write a reply.
 
     order: formats are asked in this order, lowest first. recognises: the model's template -> whether it is this format.
     parser: (the end of the prompt, the tools) -> a parser for one reply; a prompt may have opened the thinking already.
-    tags: control tokens whose names the parser needs to see in the text. stops: texts that end a reply.
-    prepare: messages -> messages as this family's templates want them. template_kwargs: (think, effort) -> what the
-    template is given for them.
+    tags: control tokens whose names the parser needs to see in the text.
+    prepare: messages -> messages as this family's templates want them.
     """
 
     name: str
@@ -42,9 +36,7 @@ class ChatFormat:
     recognises: Callable[[str], bool]
     parser: Callable[[str, Sequence[Mapping[str, Any]]], Parser]
     tags: tuple[str, ...] = ()
-    stops: tuple[str, ...] = ()
     prepare: Callable[[list[Message]], list[Message]] = lambda messages: messages
-    template_kwargs: Callable[[bool | None, str | None], dict[str, Any]] = no_kwargs
 
 
 def held_back(text: str, marks: Iterable[str]) -> int:

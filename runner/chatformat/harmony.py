@@ -91,5 +91,5 @@ def make_parser(prompt: str, tools: Sequence[Mapping[str, Any]]) -> HarmonyParse
 
 FORMAT = ChatFormat(
     "harmony", 10, lambda template: CHANNEL in template and MESSAGE in template, make_parser, tags=TAGS,
-    prepare=answers_only, template_kwargs=lambda think, effort: {"reasoning_effort": effort} if effort else {},
+    prepare=answers_only,
 )  # fmt: skip

@@ -79,19 +79,10 @@ def without_thinking(messages: list[Message]) -> list[Message]:
     return cleaned
 
 
-def think_kwargs(think: bool | None, effort: str | None) -> dict[str, Any]:
-    """`enable_thinking` (Qwen3, GLM), `thinking` (DeepSeek V3.1): each template takes the name it knows."""
-    if think is None and effort is None:
-        return {}
-    on = think if think is not None else effort != "none"
-    return {"enable_thinking": on, "thinking": on} | ({"reasoning_effort": effort} if effort else {})
-
-
 def make_parser(prompt: str, tools: Sequence[Mapping[str, Any]]) -> ThinkParser:
     return ThinkParser(opened_by(prompt))
 
 
 FORMAT = ChatFormat(
-    "think", 900, lambda template: CLOSE in template, make_parser, tags=(OPEN, CLOSE), prepare=without_thinking,
-    template_kwargs=think_kwargs,
+    "think", 900, lambda template: CLOSE in template, make_parser, tags=(OPEN, CLOSE), prepare=without_thinking
 )  # fmt: skip
