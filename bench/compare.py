@@ -26,9 +26,9 @@ import facts
 import limits
 import report
 import texts
-from moe_edge.convert.gguf import open_gguf
-from moe_edge.convert.skeleton import skeleton_for
 from moe_edge.models.errors import MoeEdgeError, UsageError
+from moe_edge.models.formats.gguf import open_gguf
+from moe_edge.models.store.skeleton import skeleton_for
 from moe_edge.schedulers.budget import PROGRAM_ALLOWANCE_BYTES, format_bytes, parse_bytes
 from report import COLD, WARM, Case, Sample
 from worker import ARMS, CEILING, Job

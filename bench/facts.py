@@ -12,9 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from moe_edge.convert.ggml_types import type_name
-from moe_edge.convert.gguf import GGUFModel, open_gguf
 from moe_edge.models.errors import NotMoE
+from moe_edge.models.formats.ggml_types import type_name
+from moe_edge.models.formats.gguf import GGUFModel, open_gguf
 
 GIB = 1 << 30
 PACKAGES = ("moe-edge", "llama-cpp-python", "numpy", "gguf")

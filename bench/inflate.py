@@ -19,13 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from moe_edge.convert.ggml_types import F32, TYPES, row_bytes, tensor_bytes
-from moe_edge.convert.gguf import KeyValues, TensorEntry
-from moe_edge.convert.quantize import FloatArray, dequantize, fitting_type, quantize, target_type
-from moe_edge.convert.source import Source, open_source
-from moe_edge.convert.stream import SourceFiles
-from moe_edge.convert.write import GGUFOutput, TensorSpec, check_space, encode_kv, kv_string, kv_u32
+from moe_edge.convert.quantize import dequantize, fitting_type, quantize, target_type
+from moe_edge.convert.source import open_source
 from moe_edge.models.errors import BadFile, MoeEdgeError, UnknownName, UsageError
+from moe_edge.models.formats.floats import FloatArray
+from moe_edge.models.formats.ggml_types import F32, TYPES, row_bytes, tensor_bytes
+from moe_edge.models.formats.gguf import KeyValues, TensorEntry
+from moe_edge.models.formats.source_files import SourceFiles
+from moe_edge.models.formats.write import GGUFOutput, TensorSpec, check_space, encode_kv, kv_string, kv_u32
+from moe_edge.models.store.source import Source
 
 ARCHITECTURE = "olmoe"
 CHUNK_BYTES = 8 << 20

@@ -39,10 +39,10 @@ import limits
 import texts
 from compare import drop_page_cache, parse_speed
 from lossy import ram_for
-from moe_edge.convert.store import open_model
+from moe_edge.models.store.store import open_model
 from moe_edge.runner.engine import Engine, EngineOptions
-from moe_edge.runner.plan import plan
-from moe_edge.runner.trace import record_trace
+from moe_edge.runner.measure.plan import plan
+from moe_edge.runner.measure.record import record_trace
 from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES
 from moe_edge.schedulers.layout import Ahead, Layout, Step, StepPlan
 from moe_edge.schedulers.lookahead.around import LookAheadPolicy

@@ -19,9 +19,9 @@ from typing import Any
 import limits
 import texts
 from compare import drop_page_cache, parse_speed, run_worker
-from moe_edge.convert.store import open_model
+from moe_edge.models.store.store import open_model
 from moe_edge.runner.engine import Engine, EngineOptions
-from moe_edge.runner.show import NO_LIMIT
+from moe_edge.runner.measure.show import NO_LIMIT
 from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES, format_bytes
 from worker import Job
 

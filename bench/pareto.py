@@ -26,18 +26,19 @@ from typing import Any
 import facts
 import numpy as np
 import numpy.typing as npt
+from moe_edge.convert.conversion_plan import ExpertTypes
 from moe_edge.convert.convert import convert
-from moe_edge.convert.experts import Piece
-from moe_edge.convert.gguf import read_gguf
-from moe_edge.convert.plan import ExpertTypes
 from moe_edge.convert.source import open_source
 from moe_edge.convert.stacked import write_stacked
-from moe_edge.convert.store import open_model, store_path
 from moe_edge.models.errors import MoeEdgeError, UsageError
-from moe_edge.runner.calibrate import CalibrateOptions, Calibrator
+from moe_edge.models.formats.gguf import read_gguf
+from moe_edge.models.store.experts import Piece
+from moe_edge.models.store.store import open_model, store_path
+from moe_edge.runner.calibrate.calibrate import CalibrateOptions, Calibrator
+from moe_edge.runner.calibrate.observe import spread_chunks
 from moe_edge.runner.engine import EXACT as EXACT_OPTIONS
 from moe_edge.runner.engine import Engine, EngineOptions
-from moe_edge.runner.evaluate import (
+from moe_edge.runner.measure.evaluate import (
     BLOCK_VALUES,
     PassWork,
     ReferenceLogits,
@@ -52,8 +53,7 @@ from moe_edge.runner.evaluate import (
     standard_error,
     tokenize_text,
 )
-from moe_edge.runner.observe import spread_chunks
-from moe_edge.runner.show import NO_LIMIT
+from moe_edge.runner.measure.show import NO_LIMIT
 from moe_edge.schedulers.budget import format_bytes
 from moe_edge.schedulers.options import PolicyOptions
 from rivals import Rival, make_rival

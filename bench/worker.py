@@ -223,7 +223,7 @@ def _moe_edge(job: Job) -> Opened:
 
 
 def _ceiling(job: Job) -> dict[str, Any]:
-    from moe_edge.runner import probe
+    from moe_edge.runner.measure import probe
 
     return {
         "disk_bytes_per_second": probe.disk_bytes_per_second(Path(job.model)),

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 from moe_edge.models.errors import UsageError
+from moe_edge.models.formats.floats import Float64Array
 
 IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 BISECTIONS = 200
 CORE_ITEMS = 64  # solved exactly together: the others have clear choices at the right price
@@ -46,7 +46,7 @@ class Allocation:
 
 
 def allocate_global(
-    cost: FloatArray, bytes_: IntArray, budget_bytes: int, guard: Sequence[IntArray] | None = None
+    cost: Float64Array, bytes_: IntArray, budget_bytes: int, guard: Sequence[IntArray] | None = None
 ) -> Allocation:
     """The allocation of least cost within the budget, near enough: `gap` says how near.
 
@@ -67,7 +67,7 @@ def allocate_global(
     return problem.allocation(choice, bound)
 
 
-def allocate_by_layer(cost: FloatArray, bytes_: IntArray, budget_bytes: int, layer_of: IntArray) -> Allocation:
+def allocate_by_layer(cost: Float64Array, bytes_: IntArray, budget_bytes: int, layer_of: IntArray) -> Allocation:
     """Each layer alone, at the same share of its largest size: what to do when costs of layers do not compare.
 
     layer_of: (n_items,), the layer of each item. Source: PMQ of MC-MoE (2410.06270).
@@ -87,7 +87,7 @@ def allocate_by_layer(cost: FloatArray, bytes_: IntArray, budget_bytes: int, lay
     return problem.allocation(choice, _bound(problem))
 
 
-def allocate_uniform(cost: FloatArray, bytes_: IntArray, budget_bytes: int, seed: int = 0) -> Allocation:
+def allocate_uniform(cost: Float64Array, bytes_: IntArray, budget_bytes: int, seed: int = 0) -> Allocation:
     """Two neighbouring types, the larger one spread evenly over the items: what a plain quantization does.
 
     seed: where the spreading starts. cost decides nothing, but where it is infinite.
@@ -99,7 +99,7 @@ def allocate_uniform(cost: FloatArray, bytes_: IntArray, budget_bytes: int, seed
     return _two_types(problem, np.argsort(positions, kind="stable"))
 
 
-def allocate_by_frequency(cost: FloatArray, bytes_: IntArray, budget_bytes: int, counts: IntArray) -> Allocation:
+def allocate_by_frequency(cost: Float64Array, bytes_: IntArray, budget_bytes: int, counts: IntArray) -> Allocation:
     """Two neighbouring types, the larger one for the most used items; ties go to the earlier item.
 
     counts: (n_items,), uses of each item's expert. cost decides nothing, but where it is infinite.
@@ -110,7 +110,7 @@ def allocate_by_frequency(cost: FloatArray, bytes_: IntArray, budget_bytes: int,
 
 
 class _Problem(NamedTuple):
-    cost: FloatArray
+    cost: Float64Array
     bytes: IntArray
     budget: int
 
@@ -136,7 +136,7 @@ class _Problem(NamedTuple):
         return Allocation(choice, cost, self.bytes_of(choice), min(bound, cost))
 
 
-def _checked(cost: FloatArray, bytes_: IntArray, budget_bytes: int) -> _Problem:
+def _checked(cost: Float64Array, bytes_: IntArray, budget_bytes: int) -> _Problem:
     problem = _Problem(np.asarray(cost, np.float64), np.asarray(bytes_, np.int64), int(budget_bytes))
     assert problem.cost.ndim == 2 and problem.cost.shape == problem.bytes.shape, (problem.cost.shape, bytes_)
     assert not np.isnan(problem.cost).any() and not (problem.cost == -np.inf).any() and (problem.bytes >= 0).all()
@@ -151,7 +151,7 @@ def _checked(cost: FloatArray, bytes_: IntArray, budget_bytes: int) -> _Problem:
     return problem
 
 
-def _first_by(first: npt.NDArray[np.generic], second: FloatArray, allowed: npt.NDArray[np.bool_]) -> IntArray:
+def _first_by(first: npt.NDArray[np.generic], second: Float64Array, allowed: npt.NDArray[np.bool_]) -> IntArray:
     """For each row the allowed column with the least `first`, then the least `second`."""
     primary = np.where(allowed, first, np.inf)
     tied = primary == primary.min(axis=1, keepdims=True)
@@ -212,7 +212,7 @@ def _solve(problem: _Problem) -> tuple[IntArray, float, float]:
     return _use_rest(problem, best), bound, price
 
 
-def _moves(problem: _Problem, choice: IntArray) -> tuple[FloatArray, IntArray]:
+def _moves(problem: _Problem, choice: IntArray) -> tuple[Float64Array, IntArray]:
     """What changing an item to a type adds to the cost and to the bytes, (n_items, n_types)."""
     here = choice[:, None]
     return (
@@ -295,7 +295,7 @@ def _solve_core(problem: _Problem, choice: IntArray, price: float) -> IntArray:
     return tried if problem.cost_of(tried) <= problem.cost_of(choice) else choice
 
 
-def _knapsack(cost: FloatArray, steps: IntArray, room: int) -> IntArray:
+def _knapsack(cost: Float64Array, steps: IntArray, room: int) -> IntArray:
     """The choice of least cost with at most `room` steps, by dynamic programming; all stay at 0 steps if need be."""
     n_items, n_types = cost.shape
     best = np.zeros(room + 1)

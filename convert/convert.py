@@ -15,19 +15,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_edge.convert.files import is_present, stamp_of
-from moe_edge.convert.folder import is_folder
-from moe_edge.convert.ggml_types import BF16, BY_NAME, F16, F32
+from moe_edge.convert.conversion_plan import ConvertPlan, ExpertTypes, change, make_plan
 from moe_edge.convert.imatrix import fill_unused
-from moe_edge.convert.plan import ConvertPlan, ExpertKey, ExpertTypes, change, make_plan
-from moe_edge.convert.quantize import FloatArray, check_importance
-from moe_edge.convert.skeleton import own_kvs, skeleton_kvs, stub_data
-from moe_edge.convert.source import STORE_ID, STORE_SUFFIX, Source, computed_layers, open_source
-from moe_edge.convert.store import expert_name, new_store, open_model, seal_store, store_path
-from moe_edge.convert.stream import SourceFiles, converted
-from moe_edge.convert.work import WorkFolder, renamed_in
-from moe_edge.convert.write import GGUFOutput, check_space, kv_string, kv_u32
+from moe_edge.convert.quantize import check_importance
+from moe_edge.convert.source import open_source
+from moe_edge.convert.stream import converted
+from moe_edge.convert.write_store import new_store, seal_store
 from moe_edge.models.errors import MissingFile, MoeEdgeError, UsageError, printable
+from moe_edge.models.formats.files import is_present, stamp_of
+from moe_edge.models.formats.floats import FloatArray
+from moe_edge.models.formats.ggml_types import BF16, BY_NAME, F16, F32
+from moe_edge.models.formats.source_files import SourceFiles
+from moe_edge.models.formats.work import WorkFolder, renamed_in
+from moe_edge.models.formats.write import GGUFOutput, check_space, kv_string, kv_u32
+from moe_edge.models.store.experts import MatrixKey
+from moe_edge.models.store.folder import STORE_SUFFIX, is_folder
+from moe_edge.models.store.skeleton import own_kvs, skeleton_kvs, stub_data
+from moe_edge.models.store.source import STORE_ID, Source, computed_layers
+from moe_edge.models.store.store import expert_name, open_model, store_path
 
 if TYPE_CHECKING:
     from moe_edge.models.calibration import Calibration
@@ -98,7 +103,7 @@ def convert(
     *,
     low_type: str | None = None,
     types: ExpertTypes | None = None,
-    importance: Mapping[ExpertKey, FloatArray] | None = None,
+    importance: Mapping[MatrixKey, FloatArray] | None = None,
     dense_importance: Mapping[str, FloatArray] | None = None,
     calibration: Calibration | None = None,
     overwrite: bool = False,
@@ -172,7 +177,7 @@ def check_output(skeleton: Path, source: Source, overwrite: bool) -> None:
             raise UsageError(f"{path}: exists already; choose another output, or allow to overwrite it")
 
 
-def _checked(importance: Mapping[ExpertKey, FloatArray], source: Source) -> dict[ExpertKey, FloatArray]:
+def _checked(importance: Mapping[MatrixKey, FloatArray], source: Source) -> dict[MatrixKey, FloatArray]:
     """`importance` as float32, each fitting the rows of its tensor. Raises BadFile, UsageError for unknown experts."""
     checked = {}
     for key, values in importance.items():
@@ -199,7 +204,7 @@ def _check_calibration(calibration: Calibration, plan: ConvertPlan, source: Sour
 
 
 def _importance_by_name(
-    plan: ConvertPlan, importance: Mapping[ExpertKey, FloatArray], dense: Mapping[str, FloatArray]
+    plan: ConvertPlan, importance: Mapping[MatrixKey, FloatArray], dense: Mapping[str, FloatArray]
 ) -> dict[str, FloatArray]:
     """Planned tensor -> importance of its columns. Raises BadFile for one that does not fit its dense tensor."""
     by_name = {

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-from moe_edge.convert.experts import MoELayer, make_layer
-from moe_edge.convert.files import read_file, shown
-from moe_edge.convert.ggml_types import BF16, F16, F32
-from moe_edge.convert.gguf import DEFAULT_ALIGNMENT, TensorEntry
-from moe_edge.convert.keyvalues import parse_records
-from moe_edge.convert.safetensors import (
+from moe_edge.convert.tokenizer import read_tokenizer
+from moe_edge.models.architectures import Architecture, find_hf_class
+from moe_edge.models.errors import BadFile, NotMoE, UnknownName
+from moe_edge.models.formats.files import read_file, shown
+from moe_edge.models.formats.ggml_types import BF16, F16, F32
+from moe_edge.models.formats.gguf import DEFAULT_ALIGNMENT, TensorEntry
+from moe_edge.models.formats.keyvalues import parse_records
+from moe_edge.models.formats.safetensors import (
     DTYPES,
     MAX_JSON,
     SafeTensor,
@@ -27,11 +29,9 @@ from moe_edge.convert.safetensors import (
     open_safetensors,
     read_json_file,
 )
-from moe_edge.convert.source import MAX_EXPERTS, Source, sha256_of
-from moe_edge.convert.tokenizer import read_tokenizer
-from moe_edge.convert.write import encode_kv, kv_string, kv_u32
-from moe_edge.models.architectures import Architecture, find_hf_class
-from moe_edge.models.errors import BadFile, NotMoE, UnknownName
+from moe_edge.models.formats.write import encode_kv, kv_string, kv_u32
+from moe_edge.models.store.experts import MoELayer, make_layer
+from moe_edge.models.store.source import MAX_EXPERTS, Source, sha256_of
 
 _ONE = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 _FUSED = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj(?:\.weight)?")

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from moe_edge.convert.experts import MoELayer
-from moe_edge.convert.files import shown
-from moe_edge.convert.ggml_types import F32, type_name
-from moe_edge.convert.gguf import GGUFFile, TensorEntry, read_gguf
-from moe_edge.convert.plan import ExpertKey
-from moe_edge.convert.quantize import FloatArray
-from moe_edge.convert.stream import SourceFiles
 from moe_edge.models.errors import BadFile, BadMagic
+from moe_edge.models.formats.files import shown
+from moe_edge.models.formats.floats import FloatArray
+from moe_edge.models.formats.ggml_types import F32, type_name
+from moe_edge.models.formats.gguf import GGUFFile, TensorEntry, read_gguf
+from moe_edge.models.formats.source_files import SourceFiles
+from moe_edge.models.store.experts import MatrixKey, MoELayer
 
 IntArray = npt.NDArray[np.int64]
 
@@ -47,7 +46,7 @@ class Imatrix:
     squares: Mapping[str, FloatArray]
     counts: Mapping[str, IntArray]
 
-    def expert_importance(self, layers: Iterable[MoELayer]) -> dict[ExpertKey, FloatArray]:
+    def expert_importance(self, layers: Iterable[MoELayer]) -> dict[MatrixKey, FloatArray]:
         """(layer number, expert, projection) -> (n_cols,), of every expert the text used.
 
         Raises BadFile when the matrix was collected for other shapes than those of `layers`.
@@ -128,7 +127,7 @@ def read_imatrix(path: str | os.PathLike[str]) -> Imatrix:
     )
 
 
-def fill_unused(importance: Mapping[ExpertKey, FloatArray], layers: Iterable[MoELayer]) -> dict[ExpertKey, FloatArray]:
+def fill_unused(importance: Mapping[MatrixKey, FloatArray], layers: Iterable[MoELayer]) -> dict[MatrixKey, FloatArray]:
     """`importance` with the experts the text never used (none, or all zeros) given the mean of their layer's others.
 
     A layer of which no expert was used stays without.

@@ -14,14 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from moe_edge.convert.ggml_types import BF16, BY_NAME, F16, F32, FLOAT_TYPES, TYPES, GGMLType, find_type, row_bytes
 from moe_edge.models.errors import BadFile, UnknownName, UsageError, WrongLibrary
+from moe_edge.models.formats.floats import FloatArray, bf16_to_f32
+from moe_edge.models.formats.ggml_types import (
+    BF16,
+    BY_NAME,
+    F16,
+    F32,
+    FLOAT_TYPES,
+    TYPES,
+    GGMLType,
+    find_type,
+    row_bytes,
+)
 
 F16_MAX = 65504
 LEAST_IMPORTANCE = 1e-6  # of a column, as a share of the mean: a group of zeros has no best scale
 
-FloatArray = npt.NDArray[np.float32]
 
 TARGETS = (
     "F32 F16 BF16 Q8_0 Q6_K Q5_K Q5_1 Q5_0 Q4_K Q4_1 Q4_0 IQ4_NL IQ4_XS MXFP4 Q3_K IQ3_S Q2_K TQ1_0 TQ2_0"
@@ -143,11 +152,6 @@ def dequantize(data: bytes, type_id: int, n_cols: int) -> FloatArray:
         raise UnknownName(f"ggml cannot convert {TYPES[type_id].name} to float")
     to_float(data, out.ctypes.data, n_rows * n_cols)
     return out
-
-
-def bf16_to_f32(values: npt.NDArray[np.uint16]) -> FloatArray:
-    """float32 of bfloat16 bits: the upper half of a float."""
-    return (values.astype(np.uint32) << 16).view(np.float32)
 
 
 def requantize(

@@ -13,11 +13,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe_edge.convert.plan import ConvertPlan, PlannedTensor, make_plan
-from moe_edge.convert.source import Source, open_source
-from moe_edge.convert.stream import SourceFiles, converted
-from moe_edge.convert.write import GGUFOutput, TensorSpec
+from moe_edge.convert.conversion_plan import ConvertPlan, PlannedTensor, make_plan
+from moe_edge.convert.source import open_source
+from moe_edge.convert.stream import converted
 from moe_edge.models.errors import BadFile, MoeEdgeError
+from moe_edge.models.formats.source_files import SourceFiles
+from moe_edge.models.formats.write import GGUFOutput, TensorSpec
+from moe_edge.models.store.source import Source
 
 
 def write_stacked(source_path: Path, output: Path, type: str | None = None, dense_type: str | None = None) -> Path:

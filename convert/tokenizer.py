@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moe_edge.convert.files import is_present, read_file, shown
-from moe_edge.convert.keyvalues import ARRAY, MAX_ELEMENTS, STRING
-from moe_edge.convert.safetensors import as_object, as_objects, read_json_file
-from moe_edge.convert.write import encode_kv, kv_bool, kv_string, kv_strings, kv_u32
 from moe_edge.models.errors import BadFile, UnknownName
+from moe_edge.models.formats.files import is_present, read_file, shown
+from moe_edge.models.formats.keyvalues import ARRAY, MAX_ELEMENTS, STRING
+from moe_edge.models.formats.safetensors import as_object, as_objects, read_json_file
+from moe_edge.models.formats.write import encode_kv, kv_bool, kv_string, kv_strings, kv_u32
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's token types
 I32 = 5

@@ -1,4 +1,4 @@
-"""What a calibration measured, as the policies use it. Pure data; convert/calibration.py stores and reads it."""
+"""What a calibration measured, as the policies use it. Pure data; store/calibration_keys.py stores and reads it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-
-FloatArray = npt.NDArray[np.float64]
+from moe_edge.models.formats.floats import Float64Array
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,12 @@ class Calibration:
     n_tokens: int
     levels: tuple[str, ...]
     counts: npt.NDArray[np.int64]
-    mean_gate: FloatArray
-    squares: FloatArray
-    sensitivity: FloatArray
-    error: FloatArray
-    cumulated: FloatArray
-    use_damage: FloatArray
+    mean_gate: Float64Array
+    squares: Float64Array
+    sensitivity: Float64Array
+    error: Float64Array
+    cumulated: Float64Array
+    use_damage: Float64Array
     settings: tuple[Setting, ...] = ()
 
     @property
@@ -63,12 +62,12 @@ class Calibration:
         ratios = [s.kld / s.expected for s in self.settings if s.expected > 0]
         return float(np.median(ratios)) if ratios else 1.0
 
-    def damage(self) -> FloatArray:
+    def damage(self) -> Float64Array:
         """[L, E, n + 1]: expected KLD (nats per token) when that expert alone is always used at that level."""
-        scaled: FloatArray = self.error * self.sensitivity[:, None, None] / max(1, self.n_tokens)
+        scaled: Float64Array = self.error * self.sensitivity[:, None, None] / max(1, self.n_tokens)
         return scaled
 
-    def unit_damage(self, level: int) -> FloatArray:
+    def unit_damage(self, level: int) -> Float64Array:
         """[L, E]: nats that one use with gate weight 1 costs at `level` (an index; -1: skipped) above the level 0.
 
         A use with gate weight g costs g^2 times this. An expert the text never used gets its layer's median
@@ -76,7 +75,7 @@ class Calibration:
         """
         extra = np.maximum(0.0, self.error[..., level] - self.error[..., 0]) * self.sensitivity[:, None]
         used = self.squares > 0
-        unit: FloatArray = np.divide(extra, self.squares, out=np.zeros_like(extra), where=used)
+        unit: Float64Array = np.divide(extra, self.squares, out=np.zeros_like(extra), where=used)
         for layer, row in enumerate(unit):
             seen = row[used[layer]]
             row[~used[layer]] = np.median(seen) if len(seen) else 0.0

@@ -254,12 +254,12 @@ def show(
 ) -> None:  # fmt: skip
     """Say what MODEL is, and how much memory it needs at the least, comfortably, and for everything."""
     from moe_edge.models.embedded import tiny_model_path
-    from moe_edge.runner.show import calibration_text, describe, describe_calibration, describe_text
+    from moe_edge.runner.measure.show import calibration_text, describe, describe_calibration, describe_text
 
     if calibration or picture is not None:
         facts = describe_calibration(model or tiny_model_path())
         if picture is not None:
-            from moe_edge.runner.picture import draw_calibration
+            from moe_edge.runner.calibrate.picture import draw_calibration
 
             draw_calibration(facts, picture)
         _print(facts if as_json else calibration_text(facts))
@@ -300,7 +300,7 @@ def type_options(f: F) -> F:
 @click.option("-t", "--threads", "n_threads", type=THREADS, default=0)
 def convert(source: Path, output: Path | None, dry_run: bool, as_json: bool, **o: Any) -> None:
     """Turn SOURCE, a Hugging Face directory or a GGUF, into a skeleton and an expert store."""
-    from moe_edge.runner.convert import ConvertRequest, run_convert
+    from moe_edge.runner.commands.conversion import ConvertRequest, run_convert
 
     if output is None and not dry_run:
         raise UsageError("where to? give -o NAME.gguf (or --dry-run to see the plan)")
@@ -335,7 +335,7 @@ def evaluate_command(
     Chunks of -c tokens (512), of which the second half counts, as llama.cpp's perplexity does it.
     """
     from moe_edge.models.embedded import tiny_model_path
-    from moe_edge.runner.evaluate import evaluate
+    from moe_edge.runner.measure.evaluate import evaluate
 
     result = evaluate(
         model or model_option or tiny_model_path(), text, _engine_options(o), reference=reference,
@@ -361,8 +361,8 @@ def bench(
 ) -> None:  # fmt: skip
     """Measure this machine with MODEL and print a block to paste."""
     from moe_edge.models.embedded import tiny_model_path
-    from moe_edge.runner.bench import bench as run
-    from moe_edge.runner.bench import markdown
+    from moe_edge.runner.measure.bench import bench as run
+    from moe_edge.runner.measure.bench import markdown
     from moe_edge.runner.memory import auto_budget_bytes
     from moe_edge.schedulers.budget import format_bytes
 
@@ -393,8 +393,8 @@ def trace(
     With gate weights, and with the scores that the routers of the next layers give ahead, for `simulate --lookahead`.
     The policy runs while the trace is recorded, without look-ahead of its own.
     """
-    from moe_edge.runner.evaluate import read_text
-    from moe_edge.runner.trace import prediction_width, record_trace, save_trace
+    from moe_edge.runner.measure.evaluate import read_text
+    from moe_edge.runner.measure.record import prediction_width, record_trace, save_trace
 
     if prefill and lookahead_depth:
         raise UsageError("look-ahead is recorded one token at a time; leave out --prefill, or --lookahead-depth")
@@ -437,7 +437,8 @@ def simulate(
 
     reads/belady: bytes read, as a multiple of the fewest possible at that budget.
     """
-    from moe_edge.runner.simulate import (
+    from moe_edge.runner.measure.record import load_trace
+    from moe_edge.runner.measure.simulation import (
         budget_of_ram,
         even_budgets,
         need_matplotlib,
@@ -445,7 +446,6 @@ def simulate(
         policies_named,
         run_simulations,
     )
-    from moe_edge.runner.trace import load_trace
     from moe_edge.schedulers.replay.simulate import Costs
 
     if plot is not None:
@@ -479,8 +479,8 @@ def plan(
     Reads headers only. Exit status 1 when it will not run.
     """
     from moe_edge.models.embedded import tiny_model_path
-    from moe_edge.runner.plan import plan as run
-    from moe_edge.runner.trace import load_trace
+    from moe_edge.runner.measure.plan import plan as run
+    from moe_edge.runner.measure.record import load_trace
 
     result = run(
         model or tiny_model_path(), ram, n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads,
@@ -498,8 +498,8 @@ def plan(
 @click.option("--json", "as_json", is_flag=True)
 def doctor(path: Path | None, n_threads: int, fresh: bool, as_json: bool) -> None:
     """Measure this machine: the storage PATH is on, memory, compute, limits."""
-    from moe_edge.runner.doctor import doctor as run
-    from moe_edge.runner.doctor import doctor_text
+    from moe_edge.runner.measure.doctor import doctor as run
+    from moe_edge.runner.measure.doctor import doctor_text
 
     facts = run(path, n_threads=n_threads, fresh=fresh, tell=terminal.say)
     _print(facts if as_json else doctor_text(facts))

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moe_edge.convert.gguf import read_gguf
-from moe_edge.convert.store import ExpertModel, open_model
-from moe_edge.convert.watch import check_replaced
 from moe_edge.models.errors import CannotRun, EngineError, MoeEdgeError, Stopped, UnknownArchitecture
+from moe_edge.models.formats.gguf import read_gguf
+from moe_edge.models.store.store import ExpertModel, open_model
+from moe_edge.models.store.watch import check_replaced
 from moe_edge.runner import signals
 from moe_edge.runner.crowd import CrowdWatch, usable_cores
 from moe_edge.runner.llama import (

@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from moe_edge.convert.watch import check_unchanged
 from moe_edge.models.errors import Stopped, UsageError
+from moe_edge.models.store.watch import check_unchanged
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.memory import peak_rss_bytes
 from moe_edge.runner.native import Counters

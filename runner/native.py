@@ -29,15 +29,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
-from moe_edge.convert.gguf import TensorEntry
-from moe_edge.convert.store import ExpertModel
-from moe_edge.convert.stream import SourceFiles
 from moe_edge.models.errors import EngineError, MissingFile, WrongLibrary
+from moe_edge.models.formats.floats import FloatArray
+from moe_edge.models.formats.gguf import TensorEntry
+from moe_edge.models.formats.source_files import SourceFiles
+from moe_edge.models.store.store import ExpertModel
 from moe_edge.runner.turns import CLOSED
 from moe_edge.schedulers.layout import Ahead, Prefetch, Routing, Step, StepPlan
-
-FloatArray = npt.NDArray[np.float32]
 
 WORKING_VERSION = "llama-cpp-python 0.3.36"
 ERROR_BYTES = 1024

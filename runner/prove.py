@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import moe_edge.models.errors as errors
-from moe_edge.convert.gguf import GGUFFile, read_gguf
-from moe_edge.convert.skeleton import cache_folder
-from moe_edge.convert.sound import forget
-from moe_edge.convert.store import ExpertModel, open_model
-from moe_edge.convert.write import drop_cache
 from moe_edge.models.errors import BudgetTooSmall, CannotRun, MoeEdgeError
+from moe_edge.models.formats.gguf import GGUFFile, read_gguf
+from moe_edge.models.formats.write import drop_cache
+from moe_edge.models.store.skeleton import cache_folder
+from moe_edge.models.store.sound import forget
+from moe_edge.models.store.store import ExpertModel, open_model
 from moe_edge.runner import child
 from moe_edge.runner.reason import ending, reason, refusal
 

@@ -18,12 +18,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from moe_edge.convert.files import is_present
-from moe_edge.convert.skeleton import cache_folder
-from moe_edge.convert.work import new_file
 from moe_edge.models.errors import MoeEdgeError
+from moe_edge.models.formats.files import is_present
+from moe_edge.models.formats.npz import Damaged, open_npz, read_arrays
+from moe_edge.models.formats.work import new_file
+from moe_edge.models.store.skeleton import cache_folder
 from moe_edge.runner.native import Counters
-from moe_edge.runner.npz import Damaged, open_npz, read_arrays
 from moe_edge.schedulers.budget import MIB, format_bytes
 from moe_edge.schedulers.layout import Layout
 from moe_edge.schedulers.usage import Usage, preload_order
@@ -105,7 +105,7 @@ def _batches(units: Sequence[int], layout: Layout) -> Iterator[list[int]]:
 
 
 def usage_path(store_id: str, cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Where the usage of a store's experts is kept; cache_dir as in convert/skeleton.py."""
+    """Where the usage of a store's experts is kept; cache_dir as in models/store/skeleton.py."""
     return cache_folder(cache_dir) / f"{store_id}.usage.npz"
 
 

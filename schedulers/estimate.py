@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from moe_edge.models.formats.floats import Float64Array
 from moe_edge.schedulers.budget import arena_working_set_bytes
 from moe_edge.schedulers.layout import Layout
-
-FloatArray = npt.NDArray[np.float64]
 
 # (share of the experts in memory, hit rate) of two trained models, batch 1. A line is drawn between the points.
 # Flat: tiny-moe, 32 experts, 4 of them used, the default rule, simulated (LRU: 0.26, 0.42, 0.60, 0.80; LOG 2026-11-22).
@@ -79,11 +78,11 @@ class ModelWork:
         """Bytes one token multiplies or reads in memory."""
         return self.dense_bytes + self.kv_bytes + float(self.probabilities() @ self.expert_bytes())
 
-    def expert_bytes(self) -> FloatArray:
+    def expert_bytes(self) -> Float64Array:
         """[n]: bytes of each expert at the highest level, layer by layer."""
         return np.array(self.layout.unit_bytes[:: self.layout.n_levels], np.float64)
 
-    def probabilities(self) -> FloatArray:
+    def probabilities(self) -> Float64Array:
         """[n]: how likely a token uses each expert; they sum to top_k in each layer. Uniform without counts."""
         layers = []
         for layer, n in enumerate(self.layout.n_experts):
@@ -148,7 +147,7 @@ def typical_hit_rate(share: float, used_share: float) -> Band:
     return Band(flat, flat + (skewed - flat) * min(1.0, max(0.0, skew)), skewed)
 
 
-def characteristic_time(probabilities: FloatArray, nbytes: FloatArray, arena_bytes: float) -> float:
+def characteristic_time(probabilities: Float64Array, nbytes: Float64Array, arena_bytes: float) -> float:
     """Tokens an unused expert stays in an LRU cache of arena_bytes; infinite when all that are ever used fit.
 
     probabilities, nbytes: [n]. Solves sum((1 - exp(-p T)) bytes) = arena.
@@ -170,7 +169,7 @@ def characteristic_time(probabilities: FloatArray, nbytes: FloatArray, arena_byt
     return low
 
 
-def che_hit_rate(probabilities: FloatArray, nbytes: FloatArray, arena_bytes: float) -> float:
+def che_hit_rate(probabilities: Float64Array, nbytes: Float64Array, arena_bytes: float) -> float:
     """Share of expert uses that an LRU cache of arena_bytes holds, for independent draws (see characteristic_time)."""
     tokens = characteristic_time(probabilities, nbytes, arena_bytes)
     if tokens == float("inf"):

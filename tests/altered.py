@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moe_edge.convert.gguf import TensorEntry, read_gguf
-from moe_edge.convert.write import encode_kv
+from moe_edge.models.formats.gguf import TensorEntry, read_gguf
+from moe_edge.models.formats.write import encode_kv
 
 U32, F32, BOOL, STRING, ARRAY = 4, 6, 7, 8, 9
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import gguf
 import numpy as np
-from moe_edge.convert.ggml_types import BY_NAME
 from moe_edge.convert.quantize import quantize
-from moe_edge.convert.store import ExpertModel
+from moe_edge.models.formats.ggml_types import BY_NAME
+from moe_edge.models.store.store import ExpertModel
 from test_safetensors import to_bf16, write_safetensors
 from test_tokenizer import train, write_tokenizer
 

@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 from moe_edge.convert.convert import convert
-from moe_edge.convert.gguf import open_gguf, read_gguf
 from moe_edge.convert.imatrix import read_imatrix
 from moe_edge.convert.source import open_source
-from moe_edge.convert.store import open_model
 from moe_edge.models.errors import MoeEdgeError, sentence
-from moe_edge.runner.trace import load_trace
+from moe_edge.models.formats.gguf import open_gguf, read_gguf
+from moe_edge.models.store.store import open_model
+from moe_edge.runner.measure.record import load_trace
 from moe_edge.runner.warm import load_usage
 from moe_edge.schedulers.layout import Layout
 from random_models import write_random_model

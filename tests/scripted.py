@@ -11,9 +11,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from moe_edge.convert.gguf import read_gguf
-from moe_edge.convert.write import GGUFOutput, TensorSpec, kv_bool, kv_string, kv_strings
-from moe_edge.convert.write import encode_kv as encode
+from moe_edge.models.formats.gguf import read_gguf
+from moe_edge.models.formats.write import GGUFOutput, TensorSpec, kv_bool, kv_string, kv_strings
+from moe_edge.models.formats.write import encode_kv as encode
 from random_models import ID_OF_EOS, Shape, _byte_letters, write_random_model
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4

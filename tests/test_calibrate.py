@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from checkpoints import write_checkpoint
 from moe_edge.convert import allocate as rules
+from moe_edge.convert.conversion_plan import ExpertTypes
 from moe_edge.convert.convert import ConvertReport
-from moe_edge.convert.ggml_types import find_type, tensor_bytes
-from moe_edge.convert.plan import ExpertTypes
 from moe_edge.convert.quantize import dequantize, quantize
-from moe_edge.convert.store import expert_name, open_model
 from moe_edge.models.calibration import Calibration
 from moe_edge.models.errors import MoeEdgeError, UnknownName, UsageError
-from moe_edge.runner import calibrate as module
-from moe_edge.runner import settings as settings_module
-from moe_edge.runner.calibrate import CalibrateOptions, Calibrator, convert_calibrated
+from moe_edge.models.formats.ggml_types import find_type, tensor_bytes
+from moe_edge.models.store.store import expert_name, open_model
+from moe_edge.runner.calibrate import calibrate as module
+from moe_edge.runner.calibrate import measured_settings as settings_module
+from moe_edge.runner.calibrate.calibrate import CalibrateOptions, Calibrator, convert_calibrated
+from moe_edge.runner.calibrate.observe import LayerView, measure_sensitivity, spread_chunks
 from moe_edge.runner.engine import Engine, EngineOptions
-from moe_edge.runner.evaluate import cut_chunks, eval_options, kld_of_rows, logits_pass, tokenize_text
-from moe_edge.runner.observe import LayerView, measure_sensitivity, spread_chunks
+from moe_edge.runner.measure.evaluate import cut_chunks, eval_options, kld_of_rows, logits_pass, tokenize_text
 from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
 from moe_edge.schedulers.policies.damage import PRICE
 from random_models import Shape, write_random_model

@@ -9,16 +9,9 @@ import gguf
 import numpy as np
 import pytest
 from checkpoints import N_EXPERT, N_LAYER, floats
-from moe_edge.convert.calibration import (
-    LOW_LEVELS,
-    POLICIES,
-    SETTING_ROWS,
-    calibration_kvs,
-    patch_settings,
-    read_calibration,
-)
 from moe_edge.convert.convert import convert
-from moe_edge.convert.damage import (
+from moe_edge.convert.quantize import dequantize, quantize
+from moe_edge.convert.type_damage import (
     ACTIVATIONS,
     REFUSED,
     column_importance,
@@ -31,13 +24,20 @@ from moe_edge.convert.damage import (
     relu_squared,
     silu,
 )
-from moe_edge.convert.gguf import read_gguf
-from moe_edge.convert.keyvalues import parse_records
-from moe_edge.convert.quantize import dequantize, quantize
-from moe_edge.convert.store import open_model
 from moe_edge.models.architectures import ARCHITECTURES
 from moe_edge.models.calibration import Calibration, Setting
 from moe_edge.models.errors import BadFile, MoeEdgeError, UnknownName, UsageError
+from moe_edge.models.formats.gguf import read_gguf
+from moe_edge.models.formats.keyvalues import parse_records
+from moe_edge.models.store.calibration_keys import (
+    LOW_LEVELS,
+    POLICIES,
+    SETTING_ROWS,
+    calibration_kvs,
+    patch_settings,
+    read_calibration,
+)
+from moe_edge.models.store.store import open_model
 from moe_edge.schedulers.options import LOW_LEVEL
 from moe_edge.schedulers.policies import POLICY_NAMES
 

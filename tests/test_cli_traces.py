@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from moe_edge.runner.trace import load_trace
+from moe_edge.runner.measure.record import load_trace
 from moe_edge.schedulers.eviction import RULES
 from test_cli import fails, run
 

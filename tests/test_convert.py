@@ -30,15 +30,10 @@ from checkpoints import (
     write_checkpoint,
     write_stock,
 )
-from moe_edge.convert import write
+from moe_edge.convert.conversion_plan import ExpertTypes, make_plan, may_quantize
 from moe_edge.convert.convert import convert
-from moe_edge.convert.experts import MoELayer
-from moe_edge.convert.ggml_types import BY_NAME, type_name
-from moe_edge.convert.gguf import open_gguf, read_gguf
-from moe_edge.convert.plan import ExpertTypes, make_plan, may_quantize
 from moe_edge.convert.quantize import dequantize, quantize
-from moe_edge.convert.source import Source, open_source
-from moe_edge.convert.store import open_model
+from moe_edge.convert.source import open_source
 from moe_edge.models.errors import (
     BadChecksum,
     BadFile,
@@ -49,6 +44,12 @@ from moe_edge.models.errors import (
     UnknownName,
     UsageError,
 )
+from moe_edge.models.formats import write
+from moe_edge.models.formats.ggml_types import BY_NAME, type_name
+from moe_edge.models.formats.gguf import open_gguf, read_gguf
+from moe_edge.models.store.experts import MoELayer
+from moe_edge.models.store.source import Source
+from moe_edge.models.store.store import open_model
 from test_safetensors import to_bf16, write_safetensors
 
 

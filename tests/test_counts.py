@@ -9,8 +9,8 @@ import pytest
 from conftest import open_engine
 from moe_edge.models.embedded import tiny_model_path
 from moe_edge.runner.engine import Engine, EngineOptions
+from moe_edge.runner.measure.show import NO_LIMIT
 from moe_edge.runner.native import Counters
-from moe_edge.runner.show import NO_LIMIT
 from moe_edge.schedulers.layout import Step, StepPlan
 from moe_edge.schedulers.options import PolicyOptions
 

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from moe_edge.models.embedded import tiny_model_path
 from moe_edge.models.errors import MissingFile
-from moe_edge.runner import doctor as doctor_module
-from moe_edge.runner import probe
-from moe_edge.runner.doctor import cache_file, doctor, doctor_text, machine_speeds, storage_of
+from moe_edge.runner.measure import doctor as doctor_module
+from moe_edge.runner.measure import probe
+from moe_edge.runner.measure.doctor import cache_file, doctor, doctor_text, machine_speeds, storage_of
+from moe_edge.runner.measure.probe import DirectReads, ProductSpeeds, ReadSpeed, StorageSpeeds, Unmeasured
 from moe_edge.runner.memory import (
     auto_budget,
     auto_budget_bytes,
@@ -25,7 +26,6 @@ from moe_edge.runner.memory import (
     parse_vm_stat,
     usable_bytes,
 )
-from moe_edge.runner.probe import DirectReads, ProductSpeeds, ReadSpeed, StorageSpeeds, Unmeasured
 
 MIB, GIB = 1 << 20, 1 << 30
 Q4_K, Q8_0, MXFP4 = 12, 8, 39

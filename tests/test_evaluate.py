@@ -20,9 +20,9 @@ import pytest
 from conftest import budget_bytes
 from moe_edge.models.embedded import tiny_model_path
 from moe_edge.models.errors import DiskFull, EngineError, MissingFile, UsageError
-from moe_edge.runner import evaluate as module
 from moe_edge.runner.engine import Engine, EngineOptions
-from moe_edge.runner.evaluate import (
+from moe_edge.runner.measure import evaluate as module
+from moe_edge.runner.measure.evaluate import (
     Evaluation,
     PassWork,
     cut_chunks,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import BUDGETS, open_engine
 from moe_edge.convert.convert import convert
-from moe_edge.convert.store import open_model
 from moe_edge.models.errors import BadFile
+from moe_edge.models.store.store import open_model
 from moe_edge.schedulers.layout import Step, StepPlan
 from random_models import Shape, write_random_model
 from reference import logits_of_context, stock_logits

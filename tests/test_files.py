@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pytest
 from moe_edge.convert.convert import convert
-from moe_edge.convert.gguf import read_gguf
-from moe_edge.convert.skeleton import cache_folder, skeleton_for
-from moe_edge.convert.store import open_model, store_path, verify_store
 from moe_edge.models.errors import BadFile, EngineError, MissingFile, MoeEdgeError, UsageError
+from moe_edge.models.formats.gguf import read_gguf
+from moe_edge.models.store.skeleton import cache_folder, skeleton_for
+from moe_edge.models.store.store import open_model, store_path, verify_store
 from moe_edge.runner.engine import Engine, EngineOptions
 from moe_edge.runner.generate import Sampling, generate
 from random_models import write_random_model
@@ -419,7 +419,7 @@ def test_no_home_and_no_entry_among_users_is_one_sentence(tmp_path: Path) -> Non
         "import os, pwd, sys\n"
         "def gone(*_): raise KeyError('nobody')\n"
         "pwd.getpwuid = gone\n"
-        "from moe_edge.convert.skeleton import skeleton_for\n"
+        "from moe_edge.models.store.skeleton import skeleton_for\n"
         "from moe_edge.models.errors import MissingFile\n"
         "try: skeleton_for(sys.argv[1])\n"
         "except MissingFile as e: print(e)\n"

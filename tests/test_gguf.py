@@ -11,10 +11,10 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from moe_edge.convert.ggml_types import find_type, tensor_bytes
-from moe_edge.convert.gguf import open_gguf, open_headers, read_gguf, read_header
-from moe_edge.convert.write import GGUFOutput, TensorSpec, encode_kv, kv_string, kv_strings, kv_u32
 from moe_edge.models.errors import BadFile, BadMagic, CutFile, MissingFile, MoeEdgeError, UnknownName
+from moe_edge.models.formats.ggml_types import find_type, tensor_bytes
+from moe_edge.models.formats.gguf import open_gguf, open_headers, read_gguf, read_header
+from moe_edge.models.formats.write import GGUFOutput, TensorSpec, encode_kv, kv_string, kv_strings, kv_u32
 
 
 def write_small(path: Path) -> Path:

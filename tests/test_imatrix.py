@@ -9,9 +9,9 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from moe_edge.convert.experts import MoELayer
 from moe_edge.convert.imatrix import fill_unused, read_imatrix
 from moe_edge.models.errors import BadFile, BadMagic, CutFile, MissingFile, MoeEdgeError
+from moe_edge.models.store.experts import MoELayer
 
 LAYER = MoELayer(0, 2, 4, 3, False, True, ("up", "gate", "down"))
 FUSED = MoELayer(0, 2, 4, 3, True, True, ("gate_up", "down"))

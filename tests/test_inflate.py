@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import inflate as inflate_module
 from inflate import encode_padded, inflate
-from moe_edge.convert.ggml_types import BY_NAME, row_bytes
 from moe_edge.convert.quantize import dequantize, quantize
 from moe_edge.models.errors import UnknownName, UsageError
+from moe_edge.models.formats.ggml_types import BY_NAME, row_bytes
 from random_models import Shape, write_random_model
 from reference import stock_logits
 

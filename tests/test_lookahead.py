@@ -20,11 +20,11 @@ from moe_edge.models.errors import EngineError, UnknownName
 from moe_edge.runner.chat import Chat
 from moe_edge.runner.engine import Engine, EngineOptions
 from moe_edge.runner.generate import Generation, LookAheadState, Sampling, generate
+from moe_edge.runner.measure.record import record_trace
 from moe_edge.runner.native import Counters
-from moe_edge.runner.trace import record_trace
 from moe_edge.schedulers.layout import Ahead, ExpertKey, Layout, Prefetch, Step, StepPlan
 from moe_edge.schedulers.lookahead.around import LookAheadPolicy, with_lookahead
-from moe_edge.schedulers.lookahead.controller import Controller, Setting
+from moe_edge.schedulers.lookahead.controller import Controller, Reach
 from moe_edge.schedulers.lookahead.rules import make_rule
 from moe_edge.schedulers.lookahead.rules.rule import Predicted
 from moe_edge.schedulers.options import PolicyOptions
@@ -495,7 +495,7 @@ def test_the_state_is_that_of_the_controller() -> None:
     assert LookAheadState.of(policy) == LookAheadState("auto", False, 0, ())  # no token yet
     policy.controller = Controller(4, 2, 10.0)
     policy.controller.trials = 2
-    policy.controller.settings[1] = Setting(3, 1)
+    policy.controller.settings[1] = Reach(3, 1)
     assert LookAheadState.of(policy) == LookAheadState("auto", False, 2, ((1, 1), (3, 1), (1, 1)))
     policy.controller._set(True)
     state = LookAheadState.of(policy)

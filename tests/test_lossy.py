@@ -12,15 +12,16 @@ import llama_cpp
 import numpy as np
 import pytest
 from conftest import BUDGETS, open_engine
+from moe_edge.convert.conversion_plan import ExpertTypes
 from moe_edge.convert.convert import convert
-from moe_edge.convert.ggml_types import BY_NAME
-from moe_edge.convert.gguf import read_gguf
-from moe_edge.convert.plan import ExpertKey, ExpertTypes
 from moe_edge.convert.quantize import dequantize
 from moe_edge.convert.source import open_source
 from moe_edge.convert.stacked import write_stacked
-from moe_edge.convert.store import open_model
 from moe_edge.models.errors import EngineError
+from moe_edge.models.formats.ggml_types import BY_NAME
+from moe_edge.models.formats.gguf import read_gguf
+from moe_edge.models.store.experts import MatrixKey
+from moe_edge.models.store.store import open_model
 from moe_edge.runner.engine import Engine
 from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
 from moe_edge.schedulers.options import PolicyOptions
@@ -469,7 +470,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = write_random_model(folder / "m.gguf", "olmoe", Shape(n_used=3), expert_type="F16")
     rng = np.random.default_rng(5)
     kinds = [BY_NAME[name].id for name in ("Q4_0", "Q5_1", "Q8_0", "F16", "IQ4_NL")]
-    homes: dict[ExpertKey, int] = {key: int(rng.choice(kinds)) for key in open_source(source).experts}
+    homes: dict[MatrixKey, int] = {key: int(rng.choice(kinds)) for key in open_source(source).experts}
     convert(source, folder / "c.gguf", types=ExpertTypes(low="Q4_0", homes=homes), threads=1)
     return folder / "c.gguf"
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from moe_edge.convert.gguf import read_gguf
-from moe_edge.convert.write import GGUFOutput, TensorSpec, kv_strings
+from moe_edge.models.formats.gguf import read_gguf
+from moe_edge.models.formats.write import GGUFOutput, TensorSpec, kv_strings
 from random_models import Shape, write_big_model, write_random_model
 
 MIB = 1 << 20

@@ -14,12 +14,12 @@ from moe_edge.convert.convert import convert
 from moe_edge.models.calibration import Calibration
 from moe_edge.models.embedded import tiny_model_path
 from moe_edge.models.errors import CutFile, MissingFile, NotMoE, UsageError
-from moe_edge.runner import plan as plan_module
-from moe_edge.runner.doctor import Facts
 from moe_edge.runner.engine import Engine, EngineOptions
+from moe_edge.runner.measure import plan as plan_module
+from moe_edge.runner.measure.doctor import Facts
+from moe_edge.runner.measure.plan import dense_bytes_used, plan
+from moe_edge.runner.measure.show import describe
 from moe_edge.runner.memory import AutoBudget
-from moe_edge.runner.plan import dense_bytes_used, plan
-from moe_edge.runner.show import describe
 from moe_edge.schedulers.estimate import MachineSpeeds
 from moe_edge.schedulers.layout import Layout
 from moe_edge.schedulers.replay.trace import Trace
@@ -49,7 +49,7 @@ def test_plan_needs_the_same_memory_as_show_says(arch: str, random_model: Callab
 def test_nothing_but_headers_is_read_and_nothing_is_kept(model: Path, tmp_path: Path, private_cache: Path) -> None:
     cut = tmp_path / "cut.gguf"
     whole = model.read_bytes()
-    from moe_edge.convert.gguf import read_gguf
+    from moe_edge.models.formats.gguf import read_gguf
 
     cut.write_bytes(whole[: read_gguf(model).data_offset])
     before = sorted(private_cache.rglob("*"))
@@ -195,7 +195,7 @@ def test_counts_of_a_calibration_are_used(model: Path, monkeypatch: pytest.Monke
 
 
 def test_dense_bytes_leave_out_stubs_and_a_table_that_is_only_looked_up(model: Path) -> None:
-    from moe_edge.convert.gguf import read_gguf
+    from moe_edge.models.formats.gguf import read_gguf
 
     tensors = read_gguf(model).tensors
     used = dense_bytes_used(read_gguf(model))

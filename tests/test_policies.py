@@ -8,8 +8,9 @@ from math import ceil, cos, pi
 
 import numpy as np
 import pytest
-from moe_edge.models.calibration import Calibration, FloatArray, Setting
+from moe_edge.models.calibration import Calibration, Setting
 from moe_edge.models.errors import UnknownName, UsageError
+from moe_edge.models.formats.floats import Float64Array
 from moe_edge.schedulers.layout import SKIP, Layout, Routing, Step
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policies.depth import at_least_one, calibrated, cosine, depth_schedule
@@ -29,10 +30,10 @@ def layout(n_layers: int = 1, n_experts: int = 4, n_levels: int = 2) -> Layout:
 def calibration(
     n_layers: int = 1,
     n_experts: int = 4,
-    low: FloatArray | None = None,
-    removed: FloatArray | None = None,
-    use_damage: FloatArray | None = None,
-    cumulated: FloatArray | None = None,
+    low: Float64Array | None = None,
+    removed: Float64Array | None = None,
+    use_damage: Float64Array | None = None,
+    cumulated: Float64Array | None = None,
     settings: tuple[Setting, ...] = (),
     levels: tuple[str, ...] = ("Q4_0", "Q2_K"),
 ) -> Calibration:

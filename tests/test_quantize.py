@@ -11,7 +11,6 @@ import pytest
 from checkpoints import (
     floats,
 )
-from moe_edge.convert.ggml_types import BY_NAME, type_name
 from moe_edge.convert.quantize import (
     NEED_IMATRIX,
     TARGETS,
@@ -27,6 +26,7 @@ from moe_edge.models.errors import (
     UnknownName,
     UsageError,
 )
+from moe_edge.models.formats.ggml_types import BY_NAME, type_name
 
 BLOCKS = [name for name in (*TARGETS, *NEED_IMATRIX) if name not in ("F32", "F16", "BF16")]
 

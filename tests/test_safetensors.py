@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from moe_edge.convert.safetensors import INDEX_NAME, open_safetensors, read_safetensors
 from moe_edge.models.errors import BadFile, BadMagic, CutFile, MissingFile, MoeEdgeError, UnknownName
+from moe_edge.models.formats.safetensors import INDEX_NAME, open_safetensors, read_safetensors
 
 
 def to_bf16(values: np.ndarray) -> np.ndarray:

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from moe_edge.convert.convert import convert
-from moe_edge.convert.store import open_model
 from moe_edge.models.calibration import Calibration, Setting
 from moe_edge.models.embedded import tiny_model_path
 from moe_edge.models.errors import MissingFile, UsageError
-from moe_edge.runner.picture import draw_calibration
-from moe_edge.runner.show import calibration_text, describe, describe_calibration, describe_text
+from moe_edge.models.store.store import open_model
+from moe_edge.runner.calibrate.picture import draw_calibration
+from moe_edge.runner.measure.show import calibration_text, describe, describe_calibration, describe_text
 from moe_edge.schedulers.policies.depth import calibrated, cosine
 from random_models import write_random_model
 from test_calibration import make_calibration

@@ -17,7 +17,8 @@ from conftest import open_engine
 from moe_edge.convert.convert import convert
 from moe_edge.models.embedded import tiny_model_path
 from moe_edge.models.errors import BudgetTooSmall, EngineError, UnknownName, UsageError
-from moe_edge.runner.simulate import (
+from moe_edge.runner.measure.record import record_trace
+from moe_edge.runner.measure.simulation import (
     SimBudget,
     budget_of_ram,
     curve_label,
@@ -27,7 +28,6 @@ from moe_edge.runner.simulate import (
     policy_label,
     run_simulations,
 )
-from moe_edge.runner.trace import record_trace
 from moe_edge.schedulers.budget import FixedSizes
 from moe_edge.schedulers.eviction import RULES
 from moe_edge.schedulers.layout import SKIP, ExpertKey, Layout, Step, StepPlan

@@ -20,9 +20,6 @@ from checkpoints import (
     write_stock,
 )
 from moe_edge.convert.convert import convert
-from moe_edge.convert.gguf import open_gguf, read_gguf
-from moe_edge.convert.skeleton import skeleton_for
-from moe_edge.convert.store import open_model
 from moe_edge.models.errors import (
     BadChecksum,
     BadFile,
@@ -33,6 +30,9 @@ from moe_edge.models.errors import (
     UsageError,
     WrongStore,
 )
+from moe_edge.models.formats.gguf import open_gguf, read_gguf
+from moe_edge.models.store.skeleton import skeleton_for
+from moe_edge.models.store.store import open_model
 
 
 @pytest.fixture
@@ -224,7 +224,7 @@ def test_experts_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
 
 def test_opening_a_model_imports_neither_gguf_nor_numpy(stock: Path, tmp_path: Path) -> None:
     script = (
-        "import sys\nfrom moe_edge.convert.store import open_model\n"
+        "import sys\nfrom moe_edge.models.store.store import open_model\n"
         f"open_model({str(stock)!r}, {str(tmp_path)!r})\n"
         "assert not {'gguf', 'numpy', 'llama_cpp'} & set(sys.modules), 'heavy imports'\n"
     )

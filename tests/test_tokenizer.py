@@ -9,11 +9,11 @@ from typing import Any
 
 import llama_cpp
 import pytest
-from moe_edge.convert.gguf import read_gguf
-from moe_edge.convert.keyvalues import parse_records
 from moe_edge.convert.tokenizer import SPLITS, Tokenizer, read_tokenizer
-from moe_edge.convert.write import GGUFOutput, kv_string
 from moe_edge.models.errors import BadFile, MissingFile, UnknownName
+from moe_edge.models.formats.gguf import read_gguf
+from moe_edge.models.formats.keyvalues import parse_records
+from moe_edge.models.formats.write import GGUFOutput, kv_string
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Reference
 

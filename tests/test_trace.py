@@ -16,7 +16,7 @@ import pytest
 from conftest import open_engine
 from moe_edge.models.embedded import tiny_model_path
 from moe_edge.models.errors import BadFile, CutFile, DiskFull, MissingFile, UsageError
-from moe_edge.runner.trace import load_trace, record_trace, save_trace
+from moe_edge.runner.measure.record import load_trace, record_trace, save_trace
 from moe_edge.schedulers.budget import FixedSizes
 from moe_edge.schedulers.replay.trace import NO_EXPERT, Recorded, Trace
 

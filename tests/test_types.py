@@ -13,11 +13,11 @@ from pathlib import Path
 import llama_cpp
 import pytest
 from moe_edge.convert.convert import convert
-from moe_edge.convert.ggml_types import TYPES, WITHOUT_PRODUCT, check_product, type_name
-from moe_edge.convert.gguf import read_gguf
 from moe_edge.convert.source import open_source
-from moe_edge.convert.store import open_model
 from moe_edge.models.errors import BadFile
+from moe_edge.models.formats.ggml_types import TYPES, WITHOUT_PRODUCT, check_product, type_name
+from moe_edge.models.formats.gguf import read_gguf
+from moe_edge.models.store.store import open_model
 from random_models import Shape, write_random_model
 
 SMALL = Shape(n_layer=2, n_embd=256, n_ff=256, n_expert=4, n_used=2)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from conftest import open_engine
-from moe_edge.convert.gguf import read_gguf
 from moe_edge.models.embedded import tiny_model_path
 from moe_edge.models.errors import UsageError
+from moe_edge.models.formats.gguf import read_gguf
 from moe_edge.runner.chat import Chat
 from moe_edge.runner.cli import main
 from moe_edge.runner.engine import Engine, EngineOptions

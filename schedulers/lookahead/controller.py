@@ -57,7 +57,9 @@ class Ledger:
 
 
 @dataclass
-class Setting:
+class Reach:
+    """How far a group of layers looks ahead: so many layers, and so many experts of each."""
+
     depth: int
     width: int
 
@@ -77,7 +79,7 @@ class Controller:
         self._most_depth = most_depth
         # simulated and measured: three quarters of the experts gain nearly what all of them do, with half of the waste,
         # and a second layer mostly moves reads about (docs/LOG.md); the rest is for climbing
-        self.settings = [Setting(1, max(1, n_used * 3 // 4)) for _ in range(GROUPS)]
+        self.settings = [Reach(1, max(1, n_used * 3 // 4)) for _ in range(GROUPS)]
         self.ledgers = [Ledger() for _ in range(GROUPS)]
         self.on = False
         self.allowance_bytes = 0.0  # for each step
@@ -94,7 +96,7 @@ class Controller:
         self._climb_at = 0
         self._climb_before: float | None = None
         self._steps = [1] * (2 * GROUPS)  # the direction each coordinate is tried in
-        self._old: Setting | None = None
+        self._old: Reach | None = None
 
     @property
     def pays(self) -> bool:
@@ -109,7 +111,7 @@ class Controller:
     def group(self, layer: int) -> int:
         return layer * GROUPS // self._n_layers
 
-    def setting(self, layer: int) -> Setting:
+    def setting(self, layer: int) -> Reach:
         return self.settings[self.group(layer)]
 
     def token(self, now: Measured) -> None:
@@ -224,7 +226,7 @@ class Controller:
         self._old = self._climb_before = None
         self._climb_at = (self._climb_at + 1) % (2 * GROUPS)
 
-    def _change(self, group: int, depth: bool) -> Setting:
+    def _change(self, group: int, depth: bool) -> Reach:
         """Move one coordinate of one group, away from a limit it is at; returns the setting before."""
         old = self.settings[group]
         value, least, most = (old.depth, 1, self._most_depth) if depth else (old.width, 1, 2 * self._n_used)
@@ -232,7 +234,7 @@ class Controller:
         moved = min(max(value + step, least), most)
         if moved == value:
             moved = min(max(value - step, least), most)
-        self.settings[group] = Setting(moved, old.width) if depth else Setting(old.depth, moved)
+        self.settings[group] = Reach(moved, old.width) if depth else Reach(old.depth, moved)
         return old
 
 

@@ -1,6 +1,6 @@
 """A routing trace: which experts every token used, and what is needed to simulate a policy on it without the model.
 
-A value and its checks; runner/trace.py records it, and reads and writes the file.
+A value and its checks; runner/measure/record.py records it, and reads and writes the file.
 """
 
 from __future__ import annotations

@@ -18,10 +18,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from moe_edge.convert.store import ExpertModel, open_model
 from moe_edge.models.errors import UsageError, WorkError, printable
+from moe_edge.models.store.store import ExpertModel, open_model
+from moe_edge.runner.measure.probe import disk_bytes_per_second, memory_bytes_per_second
 from moe_edge.runner.memory import available_bytes
-from moe_edge.runner.probe import disk_bytes_per_second, memory_bytes_per_second
 from moe_edge.schedulers.budget import MIB, format_bytes
 
 PROMPTS = (
@@ -82,7 +82,7 @@ def run_job(job: BenchJob) -> list[dict[str, Any]]:
 def run_in_child(job: BenchJob) -> list[dict[str, Any]]:
     """run_job in a child process. Raises WorkError with its last words."""
     child = subprocess.run(
-        [sys.executable, "-m", "moe_edge.runner.bench", json.dumps(asdict(job))],
+        [sys.executable, "-m", "moe_edge.runner.measure.bench", json.dumps(asdict(job))],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if child.returncode != 0:
@@ -141,7 +141,7 @@ def bench(
     """Everything `bench --json` prints. budgets: name -> bytes; None for the defaults. pace_bytes_per_second: read
     experts as a disk of this speed would; None: as fast as it is. tell: called before each run.
     """
-    from moe_edge.runner.show import describe
+    from moe_edge.runner.measure.show import describe
 
     if n_tokens < 2:
         raise UsageError(f"-n {n_tokens}: a speed needs at least 2 tokens")

@@ -1,7 +1,7 @@
 """`moe-edge convert --calibrate`: what each type does to each expert, which expert gets which type, and what the
 runtime may expect of a low or skipped expert.
 
-The model runs once over a text (runner/observe.py); everything else is arithmetic on one expert's weights and tokens at
+The model runs once over a text (observe.py); everything else is arithmetic on one expert's weights and tokens at
 a time. The source's own weights are the reference. Source of the idea: GEMQ, with the layers' weights measured by
 disturbing their outputs instead of by gradients (PAPERS.md, section 5).
 """
@@ -25,9 +25,13 @@ from moe_edge.convert.allocate import (
     allocate_global,
     allocate_uniform,
 )
-from moe_edge.convert.calibration import patch_settings
+from moe_edge.convert.conversion_plan import ConvertPlan, ExpertTypes, make_plan
 from moe_edge.convert.convert import ConvertReport, check_output, convert
-from moe_edge.convert.damage import (
+from moe_edge.convert.imatrix import fill_unused, read_imatrix
+from moe_edge.convert.quantize import dequantize, fitting_type, prepare, quantize, target_type
+from moe_edge.convert.source import open_source
+from moe_edge.convert.stacked import write_stacked
+from moe_edge.convert.type_damage import (
     Activation,
     ColumnImportance,
     ExpertErrors,
@@ -36,29 +40,26 @@ from moe_edge.convert.damage import (
     expert_hidden,
     find_activation,
 )
-from moe_edge.convert.experts import MoELayer
-from moe_edge.convert.ggml_types import find_type, tensor_bytes
-from moe_edge.convert.imatrix import fill_unused, read_imatrix
-from moe_edge.convert.plan import ConvertPlan, ExpertKey, ExpertTypes, make_plan
-from moe_edge.convert.quantize import dequantize, fitting_type, prepare, quantize, target_type
-from moe_edge.convert.source import Source, open_source
-from moe_edge.convert.stacked import write_stacked
-from moe_edge.convert.store import HIGH, LOW, store_path
-from moe_edge.convert.stream import SourceFiles
-from moe_edge.convert.work import WorkFolder
-from moe_edge.models.calibration import Calibration, FloatArray
+from moe_edge.models.calibration import Calibration
 from moe_edge.models.errors import UsageError
+from moe_edge.models.formats.floats import Float64Array, FloatArray
+from moe_edge.models.formats.ggml_types import find_type, tensor_bytes
+from moe_edge.models.formats.source_files import SourceFiles
+from moe_edge.models.formats.work import WorkFolder
+from moe_edge.models.store.calibration_keys import patch_settings
+from moe_edge.models.store.experts import MatrixKey, MoELayer
+from moe_edge.models.store.source import Source
+from moe_edge.models.store.store import HIGH_NAME, LOW_NAME, store_path
+from moe_edge.runner.calibrate.measured_settings import measure_settings
+from moe_edge.runner.calibrate.observe import LayerView, Observed, observe
 from moe_edge.runner.engine import EngineOptions
-from moe_edge.runner.observe import LayerView, Observed, observe
 from moe_edge.runner.prove import prove
-from moe_edge.runner.settings import measure_settings
 
 DEFAULT_TYPES = ("IQ2_XXS", "Q2_K", "IQ3_XXS", "Q3_K", "Q4_K", "Q6_K")
 MOST_ROWS = 512  # of an expert's tokens, for its errors; more move them by a few per cent (docs/LOG.md)
 REFERENCE_TYPE = "Q8_0"  # of the temporary model that a checkpoint is run as
 QUANTILES = np.linspace(0, 1, 101)
 
-Floats = npt.NDArray[np.float32]
 Tell = Callable[[str], None]
 T = TypeVar("T")
 
@@ -138,8 +139,8 @@ class Calibrator:
         find_activation(self.source.architecture.name, self.source.name)
         for name in options.types:
             target_type(name, with_imatrix=True)
-        self.importance: dict[ExpertKey, Floats] = {}
-        self.dense_importance: dict[str, Floats] = {}
+        self.importance: dict[MatrixKey, FloatArray] = {}
+        self.dense_importance: dict[str, FloatArray] = {}
         if options.imatrix:
             imatrix = read_imatrix(options.imatrix)
             self.importance = fill_unused(imatrix.expert_importance(self.source.layers), self.source.layers)
@@ -186,7 +187,7 @@ class Calibrator:
                 self.tell(f"errors: block {layer.layer}, {len(self.options.types)} types")
         return self._errors
 
-    def allocate(self, bits: float, how: str = "global") -> dict[ExpertKey, int]:
+    def allocate(self, bits: float, how: str = "global") -> dict[MatrixKey, int]:
         """(layer number, expert, projection) -> type id: the home precisions that make the wanted bits a weight.
 
         how: `global` is the product's; `layer`, `frequency` and `uniform` are there to be compared with.
@@ -263,7 +264,7 @@ class _Weights:
         """work(self, layer, expert, *args) for all experts of a layer, in order."""
         return self._pool.map(lambda expert: work(self, layer, expert, *args), range(layer.n_expert))
 
-    def of(self, layer: MoELayer, expert: int) -> dict[str, Floats]:
+    def of(self, layer: MoELayer, expert: int) -> dict[str, FloatArray]:
         """projection -> (n_rows, n_cols)."""
         found = {}
         for projection in layer.projections:
@@ -279,14 +280,14 @@ class _Weights:
     def errors(
         self, layer: MoELayer, expert: int, view: LayerView, kinds: Mapping[str, Sequence[int]],
         levels: tuple[Mapping[tuple[int, int, str, str], int], Sequence[str]] | None,
-        importance: Mapping[ExpertKey, Floats],
+        importance: Mapping[MatrixKey, FloatArray],
     ) -> ExpertErrors:  # fmt: skip
         """kinds: projection -> types to try alone. levels: planned types and the levels to try together."""
         planned, names = levels or ({}, ())
         assignments = [{p: planned[layer.layer, expert, p, name] for p in layer.projections} for name in names]
         x, g, scale = _some_rows(view, expert)
         reference = self.of(layer, expert)
-        candidates: dict[str, dict[int, Floats]] = {}
+        candidates: dict[str, dict[int, FloatArray]] = {}
         for projection in layer.projections:
             wanted = {*kinds.get(projection, ()), *(a[projection] for a in assignments if projection in a)}
             for kind in sorted(wanted):
@@ -304,7 +305,7 @@ class _Weights:
         )
 
 
-def _some_rows(view: LayerView, expert: int) -> tuple[Floats, Floats, float]:
+def _some_rows(view: LayerView, expert: int) -> tuple[FloatArray, FloatArray, float]:
     """(inputs, gate weights, what their sums must be multiplied by) of at most MOST_ROWS evenly spread tokens."""
     x, g = view.rows_of(expert)
     if len(g) <= MOST_ROWS:
@@ -320,17 +321,17 @@ def _planned_types(plan: ConvertPlan) -> dict[tuple[int, int, str, str], int]:
     for each in plan.experts:  # blk.3.ffn_up_exps.7.low.weight
         _, layer, name, expert, *level = each.name.split(".")
         projection = name.removeprefix("ffn_").removesuffix("_exps")
-        found[int(layer), int(expert), projection, LOW if level[0] == LOW else HIGH] = each.type
+        found[int(layer), int(expert), projection, LOW_NAME if level[0] == LOW_NAME else HIGH_NAME] = each.type
     return found
 
 
 def allocate(
     source: Source, seen: Observed, errors: Mapping[tuple[int, int], ExpertErrors], types: Sequence[str], bits: float,
     how: str,
-) -> dict[ExpertKey, int]:  # fmt: skip
+) -> dict[MatrixKey, int]:  # fmt: skip
     """See Calibrator.allocate; types: names of those to choose from."""
     kinds = [find_type(name).id for name in types]
-    keys: list[ExpertKey] = []
+    keys: list[MatrixKey] = []
     cost: list[list[float]] = []
     sizes: list[list[int]] = []
     layer_of: list[int] = []
@@ -376,7 +377,7 @@ def _cost_of_one_use(
 
 
 def _allocations(
-    cost: FloatArray, bytes_: npt.NDArray[np.int64], budget: int, layer_of: npt.NDArray[np.int64],
+    cost: Float64Array, bytes_: npt.NDArray[np.int64], budget: int, layer_of: npt.NDArray[np.int64],
     counts: npt.NDArray[np.int64],
 ) -> dict[str, Callable[[], Allocation]]:  # fmt: skip
     return {
@@ -412,13 +413,13 @@ def _result(
     return replace(plain, use_damage=np.stack([np.quantile(d, QUANTILES) for d in damage]))
 
 
-def cumulated_quantiles(layers: Sequence[LayerView]) -> FloatArray:
+def cumulated_quantiles(layers: Sequence[LayerView]) -> Float64Array:
     """[101]: quantiles over all uses of the share of the token's gate weight that larger ones have: HOBBIT's s(e_i)."""
     shares = []
     for view in layers:
         g = -np.sort(-view.weights.astype(np.float64), axis=1)
         before = np.cumsum(g, axis=1) - g
         shares.append((before / np.maximum(g.sum(axis=1, keepdims=True), 1e-30)).ravel())
-    quantiles: FloatArray = np.quantile(np.concatenate(shares), QUANTILES)
+    quantiles: Float64Array = np.quantile(np.concatenate(shares), QUANTILES)
     return quantiles
 

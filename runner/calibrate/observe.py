@@ -1,7 +1,7 @@
 """The model-running half of a calibration: what the experts get to see on a text, and how much each layer matters.
 
 Runs the reference (the source model as it is) under the exact policy. What follows from it is arithmetic on weights:
-runner/calibrate.py.
+runner/calibrate/calibrate.py.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from moe_edge.models.calibration import FloatArray
+from moe_edge.models.formats.floats import Float64Array
 from moe_edge.runner.engine import Engine, EngineOptions
-from moe_edge.runner.evaluate import (
+from moe_edge.runner.measure.evaluate import (
     IntArray,
     ReferenceLogits,
     bos_token,
@@ -56,7 +56,7 @@ class Observed:
     text_sha256: str
     n_tokens: int
     layers: tuple[LayerView, ...]
-    sensitivity: FloatArray
+    sensitivity: Float64Array
 
 
 @contextlib.contextmanager
@@ -127,7 +127,7 @@ def _watch(engine: Engine, chunks: IntArray, folder: Path, tell: Callable[[str],
 
 def measure_sensitivity(
     engine: Engine, chunks: IntArray, noise: float, *, seed: int = 1, tell: Callable[[str], None] = lambda _: None
-) -> FloatArray:
+) -> Float64Array:
     """[L]: nats of KLD for each unit of squared noise a token's MoE output gets, layer by layer.
 
     Stands in for the gradients of GEMQ (PAPERS.md, section 5): a layer whose output the loss feels more shows a larger

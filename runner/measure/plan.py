@@ -15,15 +15,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_edge.convert.gguf import GGUFFile, GGUFModel, open_headers, read_gguf, read_header
-from moe_edge.convert.skeleton import IN_PLACE, file_identities, in_place_id, own_kvs, skeleton_kvs, stub_specs
-from moe_edge.convert.source import KIND, find_model, gguf_source
-from moe_edge.convert.store import STORE_KIND, store_path
-from moe_edge.convert.write import GGUFOutput, TensorSpec
 from moe_edge.models.errors import BudgetTooSmall, MissingFile, UsageError, printable
-from moe_edge.runner.doctor import Facts, Tell, doctor, machine_speeds, n_cores, with_overrides
+from moe_edge.models.formats.gguf import GGUFFile, GGUFModel, open_headers, read_gguf, read_header
+from moe_edge.models.formats.write import GGUFOutput, TensorSpec
+from moe_edge.models.store.folder import find_model
+from moe_edge.models.store.skeleton import IN_PLACE, file_identities, in_place_id, own_kvs, skeleton_kvs, stub_specs
+from moe_edge.models.store.source import KIND, gguf_source
+from moe_edge.models.store.store import STORE_KIND, store_path
+from moe_edge.runner.measure.doctor import Facts, Tell, doctor, machine_speeds, n_cores, with_overrides
+from moe_edge.runner.measure.probe import BLOCK_BYTES, Unmeasured
 from moe_edge.runner.memory import auto_budget, usable_bytes
-from moe_edge.runner.probe import BLOCK_BYTES, Unmeasured
 from moe_edge.schedulers.budget import MemoryPlan, format_arg, format_bytes, plan_memory
 from moe_edge.schedulers.estimate import Band, Estimate, MachineSpeeds, ModelWork, enough_arena_bytes, estimate
 from moe_edge.schedulers.options import PolicyOptions
@@ -198,8 +199,8 @@ def _simulated(trace: Trace, policy: PolicyOptions, m: _ModelFacts) -> Callable[
 
 def _read_model(path: Path, *, n_ctx: int, n_ubatch: int, n_threads: int) -> _ModelFacts:
     from moe_edge.runner.engine import Engine, EngineOptions
+    from moe_edge.runner.measure.show import NO_LIMIT
     from moe_edge.runner.prove import LOADS
-    from moe_edge.runner.show import NO_LIMIT
 
     path = find_model(path)
     options = EngineOptions(ram_bytes=NO_LIMIT, n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, proof=LOADS)

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_edge.convert.files import FileStamp, is_present, open_file, read_range, shown
-from moe_edge.convert.files import unreadable as unreadable
-from moe_edge.convert.ggml_types import TYPES
-from moe_edge.convert.keyvalues import (
+from moe_edge.models.errors import BadFile, BadMagic, CutFile, MissingFile
+from moe_edge.models.formats.files import FileStamp, is_present, open_file, read_range, shown
+from moe_edge.models.formats.files import unreadable as unreadable
+from moe_edge.models.formats.ggml_types import TYPES
+from moe_edge.models.formats.keyvalues import (
     ARRAY,
     STRING,
     TensorInfo,
@@ -29,8 +30,7 @@ from moe_edge.convert.keyvalues import (
     parse_u32,
     parse_u64,
 )
-from moe_edge.convert.keyvalues import KeyValues as KeyValues
-from moe_edge.models.errors import BadFile, BadMagic, CutFile, MissingFile
+from moe_edge.models.formats.keyvalues import KeyValues as KeyValues
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from moe_edge.convert.gguf import GGUFFile, read_gguf
-from moe_edge.convert.keyvalues import ARRAY, KeyValues
-from moe_edge.convert.write import F32, U32, kv_f32s, kv_string, kv_strings, kv_u32, kv_u32s, replace_kvs
 from moe_edge.models.calibration import Calibration, Setting
 from moe_edge.models.errors import BadFile, UsageError
+from moe_edge.models.formats.floats import Float64Array
+from moe_edge.models.formats.gguf import GGUFFile, read_gguf
+from moe_edge.models.formats.keyvalues import ARRAY, KeyValues
+from moe_edge.models.formats.write import F32, U32, kv_f32s, kv_string, kv_strings, kv_u32, kv_u32s, replace_kvs
 
 VERSION = 1
 PREFIX = "moe_edge.calibration."
@@ -29,7 +30,6 @@ LOW_LEVELS = ("low", "skip", "")
 _U32_MAX = 2**32 - 1
 _NUMBERS = ("knob", "kld", "bytes_share", "expected")
 
-FloatArray = npt.NDArray[np.float64]
 
 
 def calibration_kvs(calibration: Calibration) -> dict[str, bytes]:
@@ -174,7 +174,7 @@ class _Reader:
             raise BadFile(f"{self.where}: {key} has {len(values)} numbers, expected {length}")
         return values
 
-    def floats(self, name: str, shape: tuple[int, ...]) -> FloatArray:
+    def floats(self, name: str, shape: tuple[int, ...]) -> Float64Array:
         length = int(np.prod(shape, dtype=object))
         values = np.asarray(self.array(name, F32, length), np.float64)
         if not np.isfinite(values).all():

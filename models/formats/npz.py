@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-from moe_edge.convert.files import open_file
+from moe_edge.models.formats.files import open_file
 
 Arrays = dict[str, npt.NDArray[Any]]
 

@@ -1,4 +1,4 @@
-"""The expert store: opening a model for the runtime, and writing the store of a conversion.
+"""The expert store: opening a model for the runtime. convert/write_store.py writes one.
 
 `open_model` is the one entry point of the runtime: a skeleton with its store, or a stock GGUF whose experts are read
 in place. It lists where every expert's bytes are and checks that they can be there; it reads no weights.
@@ -14,48 +14,40 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_edge.convert.experts import MoELayer, Piece, find_stacked, make_layer
-from moe_edge.convert.files import FileStamp, is_present, shown, unreadable
-from moe_edge.convert.ggml_types import check_product
-from moe_edge.convert.gguf import GGUFFile, GGUFModel, TensorEntry, open_gguf, open_parts, read_gguf
-from moe_edge.convert.sample import dense_digest
-from moe_edge.convert.skeleton import (
+from moe_edge.models.errors import BadChecksum, BadFile, MissingFile, UsageError, WrongStore
+from moe_edge.models.formats.files import FileStamp, is_present, shown, unreadable
+from moe_edge.models.formats.ggml_types import check_product
+from moe_edge.models.formats.gguf import GGUFFile, GGUFModel, TensorEntry, open_gguf, open_parts, read_gguf
+from moe_edge.models.formats.source_files import SourceFiles
+from moe_edge.models.formats.work import whole
+from moe_edge.models.formats.write import (
+    TensorSpec,
+    crc_of_range,
+    drop_cache,
+)
+from moe_edge.models.store.experts import MoELayer, Piece, find_stacked, make_layer
+from moe_edge.models.store.folder import STORE_SUFFIX, find_model
+from moe_edge.models.store.sample import dense_digest
+from moe_edge.models.store.skeleton import (
     IN_PLACE,
     SKELETON_KIND,
     SOURCE,
     SOURCE_DIGEST,
     SOURCE_FILES,
     SOURCE_IDENTITY,
-    VERSION,
     check_version,
     part_identities,
     skeleton_of,
     stub_specs,
 )
-from moe_edge.convert.source import (
-    FORMAT_VERSION,
+from moe_edge.models.store.source import (
     KIND,
     STORE_ID,
-    STORE_SUFFIX,
     check_counts,
     computed_layers,
-    find_model,
     gguf_source,
     n_expert_used,
 )
-from moe_edge.convert.stream import SourceFiles
-from moe_edge.convert.work import whole
-from moe_edge.convert.write import (
-    GGUFOutput,
-    TensorSpec,
-    crc_of_range,
-    drop_cache,
-    kv_string,
-    kv_strings,
-    kv_u32,
-    kv_u32s,
-)
-from moe_edge.models.errors import BadChecksum, BadFile, MissingFile, UsageError, WrongStore
 
 if TYPE_CHECKING:
     from moe_edge.models.calibration import Calibration
@@ -66,12 +58,12 @@ LEVELS = "moe_edge.levels"
 CHECKSUMS = "moe_edge.checksums"
 SOURCE_SHA256 = "moe_edge.source_sha256"
 CALIBRATION = "moe_edge.calibration.version"
-HIGH, LOW = "high", "low"
+HIGH_NAME, LOW_NAME = "high", "low"
 
 _EXPERT = re.compile(r"blk\.([0-9]+)\.ffn_(gate_up|gate|up|down)_exps\.([0-9]+)(\.low)?\.weight")
 _BIAS = re.compile(r"blk\.([0-9]+)\.ffn_(gate|up)_exps\.bias")
 
-Key = tuple[int, int, str, str]  # layer, expert, level, projection
+PieceKey = tuple[int, int, str, str]  # layer, expert, level, projection
 
 
 @dataclass(frozen=True)
@@ -173,50 +165,9 @@ def store_id(specs: Iterable[TensorSpec | TensorEntry], checksums: Iterable[int]
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
 
 
-def new_store(
-    path: Path,
-    architecture: str,
-    source: str,
-    source_sha256: str,
-    levels: Sequence[str],
-    tensors: Sequence[TensorSpec],
-    calibration: Calibration | None = None,
-    part: Path | None = None,
-) -> GGUFOutput:
-    """The output for a store, to be filled and then closed by `seal_store`. part: as GGUFOutput has it.
-
-    Raises UsageError for a calibration the format cannot hold.
-    """
-    kvs = {
-        "general.architecture": kv_string("general.architecture", architecture),
-        "general.alignment": kv_u32("general.alignment", ALIGNMENT),
-        FORMAT_VERSION: kv_u32(FORMAT_VERSION, VERSION),
-        KIND: kv_string(KIND, STORE_KIND),
-        STORE_ID: kv_string(STORE_ID, "0" * 32),
-        LEVELS: kv_strings(LEVELS, levels),
-        SOURCE: kv_string(SOURCE, source),
-        SOURCE_SHA256: kv_string(SOURCE_SHA256, source_sha256),
-        CHECKSUMS: kv_u32s(CHECKSUMS, [0] * len(tensors)),
-    }
-    if calibration is not None:
-        from moe_edge.convert.calibration import calibration_kvs
-
-        kvs |= calibration_kvs(calibration)
-    return GGUFOutput(path, kvs, tensors, ALIGNMENT, part)
-
-
-def seal_store(output: GGUFOutput) -> str:
-    """Put checksums and id into a store whose tensors are all written, and sync it. Returns the id."""
-    identity = store_id(output.tensors, output.checksums)
-    output.patch(CHECKSUMS, kv_u32s(CHECKSUMS, output.checksums))
-    output.patch(STORE_ID, kv_string(STORE_ID, identity))
-    output.finish()
-    return identity
-
-
 def expert_name(layer: int, projection: str, expert: int, level: str) -> str:
     """`blk.3.ffn_up_exps.7.weight`, `blk.3.ffn_up_exps.7.low.weight`."""
-    return f"blk.{layer}.ffn_{projection}_exps.{expert}.{'' if level == HIGH else level + '.'}weight"
+    return f"blk.{layer}.ffn_{projection}_exps.{expert}.{'' if level == HIGH_NAME else level + '.'}weight"
 
 
 def _open_pair(path: Path, model: GGUFModel) -> ExpertModel:
@@ -273,7 +224,7 @@ def _open_in_place(model: GGUFModel, skeleton: GGUFFile) -> ExpertModel:
             pieces += [stacked.piece(layer.layer, expert, projection, file) for projection, file in homes]
     biases = {key: _piece(entry, index[entry.path]) for key, entry in stacked.biases.items()}
     stamps = {part.path: part.stamp for part in model.parts}
-    return _make_model(skeleton, files, stacked.layers, (HIGH,), pieces, biases, None, stamps)
+    return _make_model(skeleton, files, stacked.layers, (HIGH_NAME,), pieces, biases, None, stamps)
 
 
 def _open_store(skeleton: GGUFFile) -> ExpertModel:
@@ -293,7 +244,7 @@ def _open_store(skeleton: GGUFFile) -> ExpertModel:
             "they are of different conversions: put the right one beside it"
         )
     levels = tuple(_strings(store, LEVELS))
-    if levels not in ((HIGH,), (HIGH, LOW)):
+    if levels not in ((HIGH_NAME,), (HIGH_NAME, LOW_NAME)):
         raise BadFile(f"{path}: has levels {shown(list(levels))}, expected high, or high and low")
     experts, biases = _sort_tensors(store)
     layers = _store_layers(experts, path)
@@ -319,7 +270,7 @@ def _open_store(skeleton: GGUFFile) -> ExpertModel:
 def _calibration(store: GGUFFile, layers: tuple[MoELayer, ...], levels: tuple[str, ...]) -> Calibration | None:
     if CALIBRATION not in store.kv:
         return None
-    from moe_edge.convert.calibration import read_calibration  # numpy: not for models without a calibration
+    from moe_edge.models.store.calibration_keys import read_calibration  # numpy: not for models without a calibration
 
     found = read_calibration(store.kv, str(store.path))
     if found is None:
@@ -375,12 +326,12 @@ def _make_model(
     )
 
 
-def _sort_tensors(store: GGUFFile) -> tuple[dict[Key, TensorEntry], dict[tuple[int, str], Piece]]:
-    experts: dict[Key, TensorEntry] = {}
+def _sort_tensors(store: GGUFFile) -> tuple[dict[PieceKey, TensorEntry], dict[tuple[int, str], Piece]]:
+    experts: dict[PieceKey, TensorEntry] = {}
     biases = {}
     for name, entry in store.tensors.items():
         if match := _EXPERT.fullmatch(name):
-            experts[int(match[1]), int(match[3]), LOW if match[4] else HIGH, match[2]] = entry
+            experts[int(match[1]), int(match[3]), LOW_NAME if match[4] else HIGH_NAME, match[2]] = entry
         elif match := _BIAS.fullmatch(name):
             biases[int(match[1]), match[2]] = _piece(entry)
         else:
@@ -391,18 +342,18 @@ def _sort_tensors(store: GGUFFile) -> tuple[dict[Key, TensorEntry], dict[tuple[i
     return experts, biases
 
 
-def _store_layers(experts: Mapping[Key, TensorEntry], path: Path) -> tuple[MoELayer, ...]:
+def _store_layers(experts: Mapping[PieceKey, TensorEntry], path: Path) -> tuple[MoELayer, ...]:
     """The layers, after the shapes of each one's expert 0 and the highest expert number."""
     n_expert: dict[int, int] = {}
     shapes: dict[int, dict[str, tuple[int, int]]] = {}
     for (layer, expert, level, projection), entry in experts.items():
         n_expert[layer] = max(n_expert.get(layer, 0), expert + 1)
-        if expert == 0 and level == HIGH:
+        if expert == 0 and level == HIGH_NAME:
             shapes.setdefault(layer, {})[projection] = (entry.shape[0], entry.shape[1])
     return tuple(make_layer(layer, n_expert[layer], shapes.get(layer, {}), str(path)) for layer in sorted(n_expert))
 
 
-def _piece_keys(layers: Iterable[MoELayer], levels: Iterable[str]) -> Iterator[Key]:
+def _piece_keys(layers: Iterable[MoELayer], levels: Iterable[str]) -> Iterator[PieceKey]:
     for layer in layers:
         for expert in range(layer.n_expert):
             for level in levels:

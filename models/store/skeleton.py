@@ -11,17 +11,17 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from moe_edge.convert import work
-from moe_edge.convert.experts import MoELayer
-from moe_edge.convert.files import FileStamp, shown, stamp_of
-from moe_edge.convert.ggml_types import F16, F32, tensor_bytes
-from moe_edge.convert.gguf import GGUFFile, GGUFModel, open_gguf
-from moe_edge.convert.sample import dense_digest
-from moe_edge.convert.sound import is_sound, mark_sound
-from moe_edge.convert.source import FORMAT_VERSION, KIND, STORE_ID, Source, gguf_source
-from moe_edge.convert.stream import SourceFiles
-from moe_edge.convert.write import GGUFOutput, TensorSpec, check_space, kv_bool, kv_string, kv_strings, kv_u32
 from moe_edge.models.errors import BadFile, MissingFile, MoeEdgeError
+from moe_edge.models.formats import work
+from moe_edge.models.formats.files import FileStamp, shown, stamp_of
+from moe_edge.models.formats.ggml_types import F16, F32, tensor_bytes
+from moe_edge.models.formats.gguf import GGUFFile, GGUFModel, open_gguf
+from moe_edge.models.formats.source_files import SourceFiles
+from moe_edge.models.formats.write import GGUFOutput, TensorSpec, check_space, kv_bool, kv_string, kv_strings, kv_u32
+from moe_edge.models.store.experts import MoELayer
+from moe_edge.models.store.sample import dense_digest
+from moe_edge.models.store.sound import is_sound, mark_sound
+from moe_edge.models.store.source import FORMAT_VERSION, KIND, STORE_ID, Source, gguf_source
 
 VERSION = 1
 SKELETON_KIND = "skeleton"

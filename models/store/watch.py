@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 
-from moe_edge.convert.files import FileStamp
-from moe_edge.convert.store import ExpertModel
 from moe_edge.models.errors import EngineError, WrongStore
+from moe_edge.models.formats.files import FileStamp
+from moe_edge.models.store.store import ExpertModel
 
 
 def changed_files(model: ExpertModel) -> list[str]:

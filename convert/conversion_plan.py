@@ -10,15 +10,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_edge.convert.experts import MoELayer
-from moe_edge.convert.ggml_types import F32, FLOAT_TYPES, tensor_bytes, type_name
-from moe_edge.convert.gguf import TensorEntry
 from moe_edge.convert.quantize import NEED_IMATRIX, TARGETS, fitting_type, target_type
-from moe_edge.convert.skeleton import stub_specs
-from moe_edge.convert.source import Source
-from moe_edge.convert.store import ALIGNMENT, HIGH, LOW, expert_name
-from moe_edge.convert.write import TensorSpec
 from moe_edge.models.errors import UnknownName, UsageError, printable
+from moe_edge.models.formats.ggml_types import F32, FLOAT_TYPES, tensor_bytes, type_name
+from moe_edge.models.formats.gguf import TensorEntry
+from moe_edge.models.formats.write import TensorSpec
+from moe_edge.models.store.experts import MatrixKey, MoELayer
+from moe_edge.models.store.skeleton import stub_specs
+from moe_edge.models.store.source import Source
+from moe_edge.models.store.store import ALIGNMENT, HIGH_NAME, LOW_NAME, expert_name
 
 DEFAULT_DENSE = "Q8_0"  # of a checkpoint whose experts are quantized
 READABLE = frozenset({*TARGETS, *NEED_IMATRIX, "Q1_0", "NVFP4"})
@@ -30,7 +30,6 @@ _NEVER_QUANTIZED = (
 )  # fmt: skip
 
 
-ExpertKey = tuple[int, int, str]  # layer number, expert, projection
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ class ExpertTypes:
     high: str | None = None
     low: str | None = None
     by_projection: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    homes: Mapping[ExpertKey, int] = field(default_factory=dict)
-    low_homes: Mapping[ExpertKey, int] = field(default_factory=dict)
+    homes: Mapping[MatrixKey, int] = field(default_factory=dict)
+    low_homes: Mapping[MatrixKey, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ class ConvertPlan:
     def _expert_lines(self) -> Iterator[str]:
         groups: dict[tuple[str, str], list[int]] = {}
         for each in self.store_tensors:
-            projection = each.name.split(".")[2] + (".low" if level_of(each.name) == LOW else "")
+            projection = each.name.split(".")[2] + (".low" if level_of(each.name) == LOW_NAME else "")
             group = groups.setdefault((projection, change(each)), [0, 0])
             group[0] += 1
             group[1] += each.nbytes
@@ -182,7 +181,7 @@ def make_plan(
     low_type: str | None = None,
     *,
     types: ExpertTypes | None = None,
-    importance: Collection[ExpertKey] = (),
+    importance: Collection[MatrixKey] = (),
     dense_importance: Collection[str] = (),
 ) -> ConvertPlan:
     """The plan to convert `source`, with types by name.
@@ -206,14 +205,14 @@ def make_plan(
     dense = tuple(_plan_dense(entry, dense_id, source.is_checkpoint, fallbacks) for entry in source.dense)
     for each in dense:
         _check_importance(each, each.name in dense_importance)
-    homes = {HIGH: types.homes, LOW: types.low_homes}
+    homes = {HIGH_NAME: types.homes, LOW_NAME: types.low_homes}
     experts = tuple(_plan_experts(source, wanted, homes, frozenset(importance), fallbacks))
     biases = tuple(PlannedTensor(e.name, e.shape, e, e.type, e.nbytes) for e in source.biases.values())
     stubs = stub_specs(source.layers, source.biases)
     return ConvertPlan(
         source=source.name,
         architecture=source.architecture.name,
-        levels=(HIGH, LOW) if types.low or types.low_homes else (HIGH,),
+        levels=(HIGH_NAME, LOW_NAME) if types.low or types.low_homes else (HIGH_NAME,),
         dense=dense,
         stubs=stubs,
         experts=experts,
@@ -226,7 +225,7 @@ def make_plan(
 
 def level_of(name: str) -> str:
     """The level of an expert tensor by its name in the store."""
-    return LOW if name.endswith(".low.weight") else HIGH
+    return LOW_NAME if name.endswith(".low.weight") else HIGH_NAME
 
 
 def may_quantize(name: str, shape: tuple[int, ...]) -> bool:
@@ -245,13 +244,13 @@ def _plan_dense(entry: TensorEntry, wanted: int | None, is_checkpoint: bool, fal
 
 def _wanted_types(source: Source, types: ExpertTypes, with_imatrix: bool) -> dict[tuple[str, str], int | None]:
     """(level, projection) -> type id, None to keep the source's; levels in the order of the store."""
-    named = {HIGH: types.high} | ({LOW: types.low} if types.low or types.low_homes else {})
+    named = {HIGH_NAME: types.high} | ({LOW_NAME: types.low} if types.low or types.low_homes else {})
     by_projection = {key: target_type(name, with_imatrix).id for key, name in types.by_projection.items()}
     known = list(dict.fromkeys(each for layer in source.layers for each in layer.projections))
     fused = "gate_up" in known
     for level, projection in by_projection:
-        if level not in (HIGH, LOW):
-            raise UsageError(f"unknown level '{level}'; known: {HIGH}, {LOW}")
+        if level not in (HIGH_NAME, LOW_NAME):
+            raise UsageError(f"unknown level '{level}'; known: {HIGH_NAME}, {LOW_NAME}")
         if level not in named:
             raise UsageError(f"a type for {projection} at the level {level} needs a low level; give it a type too")
         if projection not in known and not (fused and projection in ("gate", "up")):
@@ -282,15 +281,15 @@ def _overridden(
 
 def _quantizes(wanted: Mapping[tuple[str, str], int | None], types: ExpertTypes) -> bool:
     """Whether any expert's high level gets a type that is not a float type."""
-    given = {type_id for (level, _), type_id in wanted.items() if level == HIGH} | set(types.homes.values())
+    given = {type_id for (level, _), type_id in wanted.items() if level == HIGH_NAME} | set(types.homes.values())
     return bool(given - FLOAT_TYPES - {None})
 
 
 def _plan_experts(
     source: Source,
     wanted: Mapping[tuple[str, str], int | None],
-    homes: Mapping[str, Mapping[ExpertKey, int]],
-    importance: Collection[ExpertKey],
+    homes: Mapping[str, Mapping[MatrixKey, int]],
+    importance: Collection[MatrixKey],
     fallbacks: Counter[str],
 ) -> Iterable[PlannedTensor]:
     levels = list(dict.fromkeys(level for level, _ in wanted))

@@ -13,9 +13,9 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from moe_edge.convert.files import is_present, shown, unreadable
-from moe_edge.convert.gguf import MOST_NAMED, read_header
 from moe_edge.models.errors import MissingFile, MoeEdgeError
+from moe_edge.models.formats.files import is_present, shown, unreadable
+from moe_edge.models.formats.gguf import MOST_NAMED, read_header
 
 SUFFIX = ".gguf"
 STORE_SUFFIX = ".experts.gguf"

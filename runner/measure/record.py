@@ -16,20 +16,20 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-from moe_edge.convert.files import stamp_of, unreadable
-from moe_edge.convert.store import ExpertModel
-from moe_edge.convert.work import new_file
 from moe_edge.models.errors import BadFile, CutFile, DiskFull, EngineError, MissingFile, UsageError
+from moe_edge.models.formats.files import stamp_of, unreadable
+from moe_edge.models.formats.floats import FloatArray
+from moe_edge.models.formats.npz import Damaged, open_npz, read_arrays
+from moe_edge.models.formats.work import new_file
+from moe_edge.models.store.store import ExpertModel
 from moe_edge.runner.engine import Engine
-from moe_edge.runner.evaluate import bos_token, tokenize_text
+from moe_edge.runner.measure.evaluate import bos_token, tokenize_text
 from moe_edge.runner.native import Counters
-from moe_edge.runner.npz import Damaged, open_npz, read_arrays
 from moe_edge.schedulers.budget import FixedSizes
 from moe_edge.schedulers.layout import Routing
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.replay.trace import NO_EXPERT, TRACE_VERSION, Array, Recorded, Trace
 
-FloatArray = npt.NDArray[np.float32]
 Predict = Callable[[int, FloatArray], tuple[Array, Array]]
 """predict(layer, input [n, n_embd]) -> (experts [n, D, K], scores [n, D, K]) that it predicts for the next D layers."""
 

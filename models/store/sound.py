@@ -13,13 +13,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe_edge.convert.files import open_file, read_file, read_range
-from moe_edge.convert.gguf import TensorEntry
-from moe_edge.convert.sample import dense_digest
-from moe_edge.convert.stream import SourceFiles
-from moe_edge.convert.work import new_file
-from moe_edge.convert.write import GGUFOutput, drop_cache
 from moe_edge.models.errors import MoeEdgeError
+from moe_edge.models.formats.files import open_file, read_file, read_range
+from moe_edge.models.formats.gguf import TensorEntry
+from moe_edge.models.formats.source_files import SourceFiles
+from moe_edge.models.formats.work import new_file
+from moe_edge.models.formats.write import GGUFOutput, drop_cache
+from moe_edge.models.store.sample import dense_digest
 
 COMPARE_AGAIN_SECONDS = 30 * 24 * 3600.0
 MARKER_BYTES = 200

@@ -21,18 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from moe_edge.convert.gguf import read_gguf
-from moe_edge.convert.store import open_model
 from moe_edge.models.errors import DiskFull, EngineError, MissingFile, UsageError, printable
+from moe_edge.models.formats.floats import FloatArray
+from moe_edge.models.formats.gguf import read_gguf
+from moe_edge.models.store.store import open_model
 from moe_edge.runner.engine import Engine, EngineOptions
-from moe_edge.runner.show import NO_LIMIT
+from moe_edge.runner.measure.show import NO_LIMIT
 from moe_edge.runner.tokens import tokenize
 from moe_edge.schedulers.budget import MIB, format_bytes
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policies import DEFAULTS
 from numpy.typing import NDArray
 
-FloatArray = NDArray[np.float32]
 DoubleArray = NDArray[np.float64]
 IntArray = NDArray[np.int32]
 

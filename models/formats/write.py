@@ -17,11 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from moe_edge.convert import work
-from moe_edge.convert.files import read_range
-from moe_edge.convert.gguf import DEFAULT_ALIGNMENT, GGUFFile
-from moe_edge.convert.keyvalues import ARRAY, SCALARS, STRING
 from moe_edge.models.errors import BadChecksum, DiskFull, MissingFile, WorkError
+from moe_edge.models.formats import work
+from moe_edge.models.formats.files import read_range
+from moe_edge.models.formats.gguf import DEFAULT_ALIGNMENT, GGUFFile
+from moe_edge.models.formats.keyvalues import ARRAY, SCALARS, STRING
 
 U32, F32, BOOL = 4, 6, 7
 SYNC_BYTES = 256 << 20  # give written pages back this often: dirty pages count as our memory in a cgroup

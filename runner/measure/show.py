@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from moe_edge.convert.ggml_types import type_name
-from moe_edge.convert.plan import level_of
-from moe_edge.convert.store import ExpertModel, open_model
-from moe_edge.models.calibration import Calibration, FloatArray
+from moe_edge.convert.conversion_plan import level_of
+from moe_edge.models.calibration import Calibration
 from moe_edge.models.errors import UsageError, printable
+from moe_edge.models.formats.floats import Float64Array
+from moe_edge.models.formats.ggml_types import type_name
+from moe_edge.models.store.store import ExpertModel, open_model
 from moe_edge.runner.engine import Engine, EngineOptions
 from moe_edge.runner.prove import LOADS
 from moe_edge.schedulers.budget import format_bytes
@@ -173,10 +174,10 @@ def _layer_facts(model: ExpertModel, c: Calibration, columns: tuple[str, ...]) -
     return facts
 
 
-def lowering_damage(c: Calibration) -> FloatArray:
+def lowering_damage(c: Calibration) -> Float64Array:
     """[L, E]: nats a token above level 0 with that expert alone always at the low level; one level: skipped."""
     damage = c.damage()
-    lowered: FloatArray = np.maximum(0.0, damage[..., 1] - damage[..., 0])
+    lowered: Float64Array = np.maximum(0.0, damage[..., 1] - damage[..., 0])
     return lowered
 
 

@@ -18,11 +18,11 @@ from typing import Any, NoReturn, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
-from moe_edge.convert.files import is_present, open_file, read_file, shown, unreadable
-from moe_edge.convert.gguf import MOST_NAMED, TensorEntry, cut_tensor
-from moe_edge.convert.quantize import bf16_to_f32
-from moe_edge.convert.stream import SourceFiles
 from moe_edge.models.errors import BadFile, BadMagic, CutFile, MissingFile, UnknownName
+from moe_edge.models.formats.files import is_present, open_file, read_file, shown, unreadable
+from moe_edge.models.formats.floats import bf16_to_f32
+from moe_edge.models.formats.gguf import MOST_NAMED, TensorEntry, cut_tensor
+from moe_edge.models.formats.source_files import SourceFiles
 
 MAX_HEADER = 1 << 25  # the format allows 100 MB; 130,000 tensors need half of this
 MAX_JSON = 1 << 26  # the largest tokenizer.json known has 33 MB

@@ -10,15 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from moe_edge.convert.ggml_types import F32, check_product, type_name
-from moe_edge.convert.gguf import TensorEntry
 from moe_edge.models.errors import BadFile, NotMoE
+from moe_edge.models.formats.ggml_types import F32, check_product, type_name
+from moe_edge.models.formats.gguf import TensorEntry
 
 _STACKED = re.compile(r"blk\.(\d+)\.ffn_(gate_up|gate|up|down)_exps\.(weight|bias)")
 _SCALE = re.compile(r"blk\.(\d+)\.ffn_(gate_up|gate|up|down)_exps\.scale")
 _OLD_SPLIT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
 
 SHAPES_OF_PROJECTIONS = (("gate_up", "down"), ("up", "gate", "down"), ("up", "down"))
+
+
+MatrixKey = tuple[int, int, str]  # layer number, expert, projection
 
 
 class Piece(NamedTuple):

@@ -22,14 +22,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from moe_edge.convert.ggml_types import BY_NAME, type_name
-from moe_edge.convert.skeleton import cache_folder
-from moe_edge.convert.work import new_file
 from moe_edge.models.embedded import tiny_model_path
 from moe_edge.models.errors import MissingFile, MoeEdgeError
-from moe_edge.runner import memory, probe
+from moe_edge.models.formats.ggml_types import BY_NAME, type_name
+from moe_edge.models.formats.work import new_file
+from moe_edge.models.store.skeleton import cache_folder
+from moe_edge.runner import memory
 from moe_edge.runner.crowd import usable_cores
-from moe_edge.runner.probe import DirectReads, ProductSpeeds, ReadSpeed, StorageSpeeds, Unmeasured
+from moe_edge.runner.measure import probe
+from moe_edge.runner.measure.probe import DirectReads, ProductSpeeds, ReadSpeed, StorageSpeeds, Unmeasured
 from moe_edge.schedulers.budget import MIB, format_bytes
 from moe_edge.schedulers.estimate import LAYER_SECONDS, MachineSpeeds
 
@@ -179,7 +180,7 @@ def _measure_speeds(n_threads: int) -> Facts:
 def _tiny_model_facts(n_threads: int, products: Facts) -> Facts:
     """Decode with the embedded model, all resident. Its experts are tiny: what it shows is the overhead of a layer."""
     from moe_edge.runner.engine import Engine, EngineOptions
-    from moe_edge.runner.show import NO_LIMIT
+    from moe_edge.runner.measure.show import NO_LIMIT
 
     try:
         options = EngineOptions(ram_bytes=NO_LIMIT, n_ctx=128, n_threads=n_threads, seed=0)

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moe_edge.convert.conversion_plan import ExpertTypes
 from moe_edge.convert.convert import ConvertReport, convert
 from moe_edge.convert.imatrix import read_imatrix
-from moe_edge.convert.plan import ExpertTypes
 from moe_edge.convert.source import open_source
 from moe_edge.models.errors import UsageError
 from moe_edge.runner.prove import prove
@@ -64,7 +64,7 @@ def run_convert(r: ConvertRequest, tell: Callable[[str], None] = lambda _: None)
             r.source, r.output, types=types, importance=importance, dense_importance=dense, dense_type=r.dense_type,
             dry_run=r.dry_run, overwrite=r.force, threads=r.n_threads or None,
         )  # fmt: skip
-    from moe_edge.runner.calibrate import DEFAULT_TYPES, CalibrateOptions, convert_calibrated
+    from moe_edge.runner.calibrate.calibrate import DEFAULT_TYPES, CalibrateOptions, convert_calibrated
 
     options = CalibrateOptions(
         text=r.calibrate, types=tuple(r.types.split(",")) if r.types else DEFAULT_TYPES, n_tokens=r.calibrate_tokens,

@@ -10,8 +10,8 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 
-from moe_edge.convert.gguf import TensorEntry
-from moe_edge.convert.stream import SourceFiles
+from moe_edge.models.formats.gguf import TensorEntry
+from moe_edge.models.formats.source_files import SourceFiles
 
 PAGE = 4096
 WHOLE_BYTES = 4 << 20  # of all tensors together: up to here all is read

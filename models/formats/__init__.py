@@ -1,0 +1,1 @@
+"""Files as they are: GGUF, safetensors, npz. Opened, listed, distrusted; written whole or not at all."""

@@ -1,0 +1,1 @@
+"""The commands of `moe-edge`, one file each; runner/cli.py registers them."""
