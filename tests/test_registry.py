@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from moe_edge.runner.cli import main
+from moe_edge.runner.commands.parameters import SECTIONS
 from moe_edge.schedulers import eviction, policies
 from moe_edge.schedulers.layout import Layout
 from moe_edge.schedulers.lookahead import rules
@@ -76,3 +77,14 @@ def test_a_policy_says_its_own_name_everywhere(name: str) -> None:
     layout = Layout((4,), 2, (10,) * 8)
     made = make_policy(PolicyOptions(name), layout, 80, calibration())
     assert made.name == policies.find_policy(name).name == name
+
+
+def test_help_shows_what_everybody_uses_first() -> None:
+    shown = CliRunner().invoke(main, ["chat", "--help"]).output
+    sections = [line for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert sections == [f"{section}:" for section in SECTIONS]
+    everyday = shown.split("\nSampling:")[0]
+    for option in ("--model", "--ram", "--ctx-size", "--threads"):
+        assert option in everyday
+    for option in ("--policy", "--cache", "--lookahead", "--retention"):
+        assert option not in everyday

@@ -1,0 +1,58 @@
+"""`moe-edge convert`: a checkpoint or a GGUF into a skeleton and an expert store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from moe_edge.models.errors import UsageError
+from moe_edge.runner import terminal
+from moe_edge.runner.commands.parameters import THREADS, F, Number, SectionedCommand, Size, print_result
+
+PROJECTIONS = ("up", "gate", "down")
+
+
+def type_options(f: F) -> F:
+    """--high, --low, and one of each for every projection."""
+    for level, meaning in (("low", "a second copy of every expert, for the lossy policies"), ("high", "the experts")):
+        for projection in reversed(PROJECTIONS):
+            f = click.option(f"--{level}-{projection}", help=f"The same for {projection} alone.")(f)
+        names = ("--high", "--type", "high") if level == "high" else ("--low", "low")
+        f = click.option(*names, help=f"ggml type of {meaning} (Q4_K, Q2_K, ...).")(f)
+    return f
+
+
+@click.command("convert", cls=SectionedCommand)
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The skeleton to write; the store goes beside.")
+@type_options
+@click.option("--bits", type=Number(0.01, 64),
+              help="Instead of --high: choose each expert's types so that they take this many bits a weight.")
+@click.option("--low-bits", type=Number(0.01, 64), help="The same, instead of --low.")
+@click.option("--types", help="What --bits chooses from, like Q2_K,Q3_K,Q4_K.")
+@click.option("--calibrate", type=click.Path(path_type=Path), help="A text to measure the experts on.")
+@click.option("--calibrate-tokens", type=click.IntRange(min=512), default=16384, show_default=True)
+@click.option("--imatrix", type=click.Path(path_type=Path), help="An importance matrix (GGUF) for the quantizer.")
+@click.option("--dense-type", help="Type of the dense matrices. Default: Q8_0 if a checkpoint's experts are quantized.")
+@click.option("--ram", type=Size(), default="auto", help="Memory for running the model on the text.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--force", is_flag=True, help="Replace files that exist.")
+@click.option("--json", "as_json", is_flag=True)
+@click.option("-t", "--threads", "n_threads", type=THREADS, default=0)
+def command(source: Path, output: Path | None, dry_run: bool, as_json: bool, **o: Any) -> None:
+    """Turn SOURCE, a Hugging Face directory or a GGUF, into a skeleton and an expert store."""
+    from moe_edge.runner.commands.conversion import ConvertRequest, run_convert
+
+    if output is None and not dry_run:
+        raise UsageError("where to? give -o NAME.gguf (or --dry-run to see the plan)")
+    overrides = {
+        (level, p): o[f"{level}_{p}"] for level in ("high", "low") for p in PROJECTIONS if o[f"{level}_{p}"] is not None
+    }
+    request = ConvertRequest(
+        source, output, high=o["high"], low=o["low"], overrides=overrides, bits=o["bits"], low_bits=o["low_bits"],
+        types=o["types"], calibrate=o["calibrate"], calibrate_tokens=o["calibrate_tokens"], imatrix=o["imatrix"],
+        dense_type=o["dense_type"], ram_bytes=o["ram"], n_threads=o["n_threads"], dry_run=dry_run, force=o["force"],
+    )  # fmt: skip
+    report = run_convert(request, tell=terminal.say)
+    print_result(report.to_json() if as_json else report.text())
