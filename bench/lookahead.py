@@ -40,9 +40,10 @@ import texts
 from compare import drop_page_cache, parse_speed
 from lossy import ram_for
 from moe_edge.models.store.store import open_model
-from moe_edge.runner.engine import Engine, EngineOptions
+from moe_edge.runner.engine import Engine
 from moe_edge.runner.measure.plan import plan
 from moe_edge.runner.measure.record import record_trace
+from moe_edge.runner.options import EngineOptions
 from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES
 from moe_edge.schedulers.layout import Ahead, Layout, Step, StepPlan
 from moe_edge.schedulers.lookahead.around import LookAheadPolicy

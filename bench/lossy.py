@@ -20,8 +20,8 @@ import limits
 import texts
 from compare import drop_page_cache, parse_speed, run_worker
 from moe_edge.models.store.store import open_model
-from moe_edge.runner.engine import Engine, EngineOptions
-from moe_edge.runner.measure.show import NO_LIMIT
+from moe_edge.runner.options import EngineOptions
+from moe_edge.runner.sizes import sizes_of
 from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES, format_bytes
 from worker import Job
 
@@ -30,14 +30,9 @@ SHOWN = ("tok_s", "ttft_s", "nll")
 
 def ram_for(model: Path, share: float, n_ctx: int, n_ubatch: int, n_threads: int) -> int:
     """--ram that gives the arena this share of the high level's expert bytes."""
-    options = EngineOptions(
-        ram_bytes=NO_LIMIT, n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, flash_attn=False
-    )
-    engine = Engine(model, options)
-    try:
-        return engine.plan.fixed.total_bytes + int(share * engine.layout.total_bytes)
-    finally:
-        engine.close()
+    options = EngineOptions(n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, flash_attn=False)
+    sizes = sizes_of(model, options)
+    return sizes.plan.fixed.total_bytes + int(share * sizes.layout.total_bytes)
 
 
 def parse_arm(text: str) -> tuple[str, dict[str, Any]]:

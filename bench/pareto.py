@@ -37,7 +37,7 @@ from moe_edge.models.store.store import open_model, store_path
 from moe_edge.runner.calibrate.calibrate import CalibrateOptions, Calibrator
 from moe_edge.runner.calibrate.observe import spread_chunks
 from moe_edge.runner.engine import EXACT as EXACT_OPTIONS
-from moe_edge.runner.engine import Engine, EngineOptions
+from moe_edge.runner.engine import Engine
 from moe_edge.runner.measure.evaluate import (
     BLOCK_VALUES,
     PassWork,
@@ -53,7 +53,8 @@ from moe_edge.runner.measure.evaluate import (
     standard_error,
     tokenize_text,
 )
-from moe_edge.runner.measure.show import NO_LIMIT
+from moe_edge.runner.options import EngineOptions
+from moe_edge.runner.sizes import NO_LIMIT
 from moe_edge.schedulers.budget import format_bytes
 from moe_edge.schedulers.options import PolicyOptions
 from rivals import Rival, make_rival

@@ -9,103 +9,35 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moe_edge.models.errors import CannotRun, EngineError, MoeEdgeError, Stopped, UnknownArchitecture
-from moe_edge.models.formats.gguf import read_gguf
-from moe_edge.models.store.store import ExpertModel, open_model
+from moe_edge.models.errors import EngineError, MoeEdgeError, Stopped
 from moe_edge.models.store.watch import check_replaced
 from moe_edge.runner import signals
 from moe_edge.runner.crowd import CrowdWatch, usable_cores
 from moe_edge.runner.llama import (
-    LOAD_LOCK,
     captured_log,
     clear_memory,
-    explained,
     keep_evaluated,
-    load_llama,
-    log_megabytes,
     set_threads,
 )
+from moe_edge.runner.loading import Loading
 from moe_edge.runner.memory import auto_budget_bytes, current_rss_bytes
 from moe_edge.runner.native import Counters, NativeModel, ThreadPool
-from moe_edge.runner.paths import AnyPath
-from moe_edge.runner.prove import DECODES, prove_once
-from moe_edge.runner.reason import reason, refusal
+from moe_edge.runner.options import EngineOptions
+from moe_edge.runner.reason import reason
+from moe_edge.runner.sizes import fixed_sizes, layout_of
 from moe_edge.runner.turns import Turns
 from moe_edge.runner.warm import Preloaded, WarmStart, usage_path
-from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES, FixedSizes, MemoryPlan, plan_memory
+from moe_edge.schedulers.budget import MemoryPlan, plan_memory
 from moe_edge.schedulers.crowd import CrowdControl
-from moe_edge.schedulers.layout import Layout
 from moe_edge.schedulers.lookahead.around import LookAheadPolicy
 from moe_edge.schedulers.lookahead.controller import Measured
 from moe_edge.schedulers.options import RENORMALISE, PolicyOptions
 from moe_edge.schedulers.policy import Policy, make_policy
 from moe_edge.schedulers.settings import choose_setting, describe_options, describe_setting, resolve_options
-
-# llama.cpp's vocabulary with its maps and merges, and ours of the header: measured at 151,936 tokens (docs/LOG.md).
-VOCAB_BYTES_PER_TOKEN, VOCAB_BYTES_PER_MERGE = 400, 140
-
-MICRO_BATCH = 512  # large, since every micro-batch reads the experts it touches once
-
-
-def attention_defaults(n_ctx: int, n_head: int, expert_bytes: int) -> tuple[bool, int]:
-    """(flash_attn, n_ubatch) for a model when the user has not said.
-
-    Plain attention, llama-cpp-python's default, keeps scores and softmax of a whole micro-batch: 512 MiB for a context
-    of 4,096, 512 a batch and 32 heads. Above 64 MiB it is flash attention, llama.cpp's own default on a CPU, which
-    keeps none. Below, a small model gets a smaller micro-batch, so that its buffers do not outweigh its experts.
-    Flash against plain: mean KLD 9e-5 on the trained 8-layer tiny model (docs/LOG.md, 2026-11-22).
-    """
-    bytes_per_row = 2 * 4 * n_ctx * n_head
-    if bytes_per_row * MICRO_BATCH > 64 * MIB:
-        return True, MICRO_BATCH
-    fits = max(8 * MIB, expert_bytes // 8) // bytes_per_row
-    return False, max(32, min(MICRO_BATCH, fits // 32 * 32))
-
-
-EXACT = PolicyOptions()
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How to run a model.
-
-    ram_bytes None: `auto`. n_ctx 0: what the model was trained for, at most 4096. n_threads 0: one for each core this
-    process may use.
-
-    n_ubatch 0, flash_attn None: chosen from the model and the context by attention_defaults(), never from the budget,
-    because both change how sums are rounded.
-    disk_bytes_per_second: pace the expert reads as a disk of this speed would; None: as fast as it is.
-    charge_program: count what the process held before loading, above PROGRAM_ALLOWANCE_BYTES, against the budget. The
-    command line does; a program that embeds the engine knows better what else it holds. map_dense: map the skeleton
-    instead of reading it into anonymous memory; for the converter's proof, which decodes one token only.
-    warm_start: read the experts that earlier runs used most before the first token, and keep the usage of this one.
-    proof: what a child process must have shown before this one gives the model to llama.cpp, see runner/prove.py.
-    """
-
-    ram_bytes: int | None = None
-    n_ctx: int = 0
-    n_ubatch: int = 0
-    n_threads: int = 0
-    policy: PolicyOptions = EXACT
-    n_io_threads: int = 4
-    direct_io: bool = True
-    seed: int | None = None
-    logits_all: bool = False
-    flash_attn: bool | None = None
-    disk_bytes_per_second: int | None = None
-    charge_program: bool = False
-    map_dense: bool = False
-    warm_start: bool = False
-    proof: str = DECODES
-
-    def threads(self) -> int:
-        if self.n_threads > 0:
-            return self.n_threads
-        return len(usable_cores())
 
 
 class Engine:
@@ -129,19 +61,12 @@ class Engine:
         self._tell = tell
         self._warm: WarmStart | None = None
         self.started = time.monotonic()
-        self._program_bytes = current_rss_bytes()  # what the process holds that is not of the model
-        try:
-            self.model: ExpertModel = open_model(Path(path), verify=verify)
-        except UnknownArchitecture as e:
-            raise explained(e) from e
-        self._skeleton = read_gguf(self.model.skeleton)
-        self.n_ctx = self.options.n_ctx or min(4096, self.trained_context())
-        self.flash_attn, self.n_ubatch = self._attention()
-        self.name = str(named or (self.model.files[0] if self.model.in_place else self.model.skeleton))
-        prove_once(
-            self.model, self._skeleton, self.name, self.options.proof, flash_attn=self.flash_attn,
-            remember=named is None,
-        )  # fmt: skip
+        program_bytes = current_rss_bytes()  # what the process holds that is not of the model
+        self._loading = Loading(path, self.options, verify=verify, named=named)
+        self.model, self.name = self._loading.model, self._loading.name
+        self.n_ctx, self.n_ubatch = self._loading.n_ctx, self._loading.n_ubatch
+        self.flash_attn = self._loading.flash_attn
+        self._loading.prove()
         self._policy: Policy | None = None
         self.native = NativeModel(
             self.model, n_io_threads=self.options.n_io_threads, direct_io=self.options.direct_io
@@ -152,11 +77,13 @@ class Engine:
         self._last_counters = Counters()
         self._turns = Turns(lambda: self.native.set_stop(True), self._free)
         try:
-            self.layout = Layout(
-                tuple(layer.n_expert for layer in self.model.layers), len(self.model.levels), self.native.unit_bytes()
-            )
+            self.layout = layout_of(self.model, self.native)
             with signals.deferred():  # freeing what was asked calls back into Python, as close() says
-                self.plan = self._plan()
+                fixed = fixed_sizes(self._loading, self.native, program_bytes)
+            ram = self.options.ram_bytes
+            self.plan: MemoryPlan = plan_memory(
+                auto_budget_bytes() if ram is None else ram, fixed, self.layout, self.model.n_expert_used
+            )
         except BaseException:
             self.close()
             raise
@@ -169,95 +96,7 @@ class Engine:
     @property
     def metadata(self) -> Mapping[str, Any]:
         """The skeleton's key-values, every byte of them."""
-        return self._skeleton.kv
-
-    def trained_context(self) -> int:
-        """The context length the skeleton names; 4096 when it names none."""
-        value = self._metadata("context_length")
-        return int(value) if isinstance(value, int) and value > 0 else 4096
-
-    def _metadata(self, key: str) -> Any:
-        return self._skeleton.kv.get(f"{self.model.architecture}.{key}")
-
-    @property
-    def _n_head(self) -> int:
-        heads = self._metadata("attention.head_count") or 1
-        return max(heads) if isinstance(heads, list) else int(heads)
-
-    def _attention(self) -> tuple[bool, int]:
-        """(flash_attn, n_ubatch) as asked for, or the defaults for this model."""
-        flash, n_ubatch = attention_defaults(self.n_ctx, self._n_head, self.model.expert_bytes)
-        o = self.options
-        n_ubatch = min(o.n_ubatch or n_ubatch, self.n_ctx)
-        return flash if o.flash_attn is None else o.flash_attn, n_ubatch
-
-    def _llama_arguments(self) -> dict[str, Any]:
-        o = self.options
-        arguments: dict[str, Any] = {
-            "model_path": AnyPath(self.model.skeleton),
-            "n_ctx": self.n_ctx,
-            "n_batch": self.n_ubatch,
-            "n_ubatch": self.n_ubatch,
-            "n_threads": o.threads(),
-            "n_threads_batch": o.threads(),
-            "n_gpu_layers": 0,
-            "use_mmap": o.map_dense,
-            "logits_all": o.logits_all,
-            "flash_attn": self.flash_attn,
-            "verbose": False,
-        }
-        if o.seed is not None:
-            arguments["seed"] = o.seed
-        return arguments
-
-    def _new_llama(self, *, no_alloc: bool) -> tuple[Any, str]:
-        """A Llama on the skeleton, with the log of its loading. Raises EngineError with llama.cpp's own words."""
-        outputs = 0 if self.options.logits_all else 1
-        direct = no_alloc or not self.options.map_dense  # llama.cpp aborts on a mapped load that allocates nothing
-        with LOAD_LOCK, captured_log() as log, signals.deferred() as pressed:
-            self.native.arm()
-            try:
-                llama = load_llama(
-                    self._llama_arguments(), direct=direct, no_alloc=no_alloc, n_outputs_max=outputs,
-                    metadata=self.metadata, go_on=lambda: not pressed,
-                )  # fmt: skip
-            except (ValueError, RuntimeError) as e:
-                why = (reason(log) or str(e)).replace(str(self.model.skeleton), self.name)
-                raise CannotRun(refusal(self.name, why)) from e
-            finally:
-                self.native.disarm()
-            return llama, "".join(log)
-
-    def _fixed_sizes(self) -> FixedSizes:
-        """Ask llama.cpp what it would allocate, without allocating it."""
-        probe, log = self._new_llama(no_alloc=True)
-        n_vocab = int(probe.n_vocab())
-        o = self.options
-        # while the routers that this has shown are known: those that are announced need some
-        scratch = self.native.scratch_bytes(self.n_ubatch, self.model.n_expert_used, o.threads())
-        probe.close()
-        del probe
-        self.native.unbind()
-        n_merges = self._skeleton.kv.count("tokenizer.ggml.merges")
-        vocabulary = n_vocab * VOCAB_BYTES_PER_TOKEN + n_merges * VOCAB_BYTES_PER_MERGE
-        dense = self.model.dense_bytes + vocabulary
-        # The CPU backend's work buffer, which llama.cpp does not log: inputs of a product in the type of its kernel.
-        widest = max((t.shape[0] for t in self._skeleton.tensors.values() if len(t.shape) > 1), default=0)
-        work = self.n_ubatch * max(4 * widest, 0 if self.flash_attn else 2 * self.n_ctx * self._n_head)
-        return FixedSizes(
-            dense_bytes=dense,
-            kv_bytes=log_megabytes(log, "KV"),
-            compute_bytes=log_megabytes(log, "compute") + log_megabytes(log, "output") + n_vocab * 16 + work,
-            scratch_bytes=scratch,
-            program_excess_bytes=max(0, self._program_bytes - PROGRAM_ALLOWANCE_BYTES) if o.charge_program else 0,
-        )
-
-    def _plan(self) -> MemoryPlan:
-        fixed = self._fixed_sizes()
-        ram = self.options.ram_bytes
-        if ram is None:
-            ram = auto_budget_bytes()
-        return plan_memory(ram, fixed, self.layout, self.model.n_expert_used)
+        return self._loading.metadata
 
     def load(self) -> Any:
         """Load the skeleton into memory and make the arena, full after a warm start; returns the Llama."""
@@ -269,7 +108,7 @@ class Engine:
         self.set_policy(self.options.policy)
         self.native.set_arena(self.plan.arena_bytes)
         self.native.pace(self.options.disk_bytes_per_second or 0)
-        self.llama, _ = self._new_llama(no_alloc=False)
+        self.llama, _ = self._loading.llama(self.native, no_alloc=False)
         check_replaced(self.model)
         self.llama._moe_edge = self  # whoever keeps the Llama keeps the engine its experts come from
         if self.native.bound_tensors == 0:

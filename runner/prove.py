@@ -11,10 +11,8 @@ import contextlib
 import hashlib
 import json
 import os
-import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import moe_edge.models.errors as errors
 from moe_edge.models.errors import BudgetTooSmall, CannotRun, MoeEdgeError
@@ -29,13 +27,8 @@ from moe_edge.runner.reason import ending, reason, refusal
 # What a child can show. A model that decodes also loads.
 NOTHING, LOADS, DECODES = "nothing", "loads", "decodes"
 
-PROBE = "A  word,\n\n\t12345 w\u00f6rd \u4f60\u597d \U0001f600 ".encode() + bytes(range(256))
-N_CTX, N_TOKENS = 64, 4  # a small batch as in a prefill, then one token as in a reply
 START_SECONDS = 60
 BYTES_PER_SECOND = 10e6  # of a very slow disk: how long reading the dense weights may take
-# Of anonymous memory, beyond the header and the experts of one step. Llama.cpp allocates by numbers in the header.
-MEMORY_BYTES = 1 << 30
-MEMORY_PER_HEADER_BYTE = 40  # vocabularies: strings and maps of them
 
 
 def prove(skeleton: Path, named: str | os.PathLike[str] | None = None) -> None:
@@ -79,7 +72,7 @@ def _prove(
     dense_bytes = model.dense_bytes if what == DECODES else 0
     try:
         ended = child.run(
-            "moe_edge.runner.prove:in_child", START_SECONDS + dense_bytes / BYTES_PER_SECOND,
+            "moe_edge.runner.prove_child:in_child", START_SECONDS + dense_bytes / BYTES_PER_SECOND,
             skeleton=str(model.skeleton), named=named, what=what, flash_attn=flash_attn, all_finite=all_finite,
             header_bytes=len(skeleton.header),
         )  # fmt: skip
@@ -163,108 +156,3 @@ def _remember(marker: Path | None) -> None:
         marker.touch()
     except OSError:
         pass  # a cache that cannot be written costs the proof again
-
-
-# ---- the child's side --------------------------------------------------------------------------------------
-
-
-def in_child(
-    skeleton: str, named: str, what: str, flash_attn: bool, all_finite: bool, header_bytes: int
-) -> None:
-    """Load, and decode; the exit status is the verdict, and one line of JSON: the class and the message of an error."""
-    child.limit("RLIMIT_DATA", limit := MEMORY_BYTES + MEMORY_PER_HEADER_BYTE * header_bytes)
-    _tell_log()
-    sys.stderr = open(os.devnull, "w")  # llama-cpp-python prints the metadata there; llama.cpp itself uses number 2
-    try:
-        try_model(Path(skeleton), named, what, flash_attn, all_finite, limit)
-    except MoeEdgeError as e:
-        found = type(e).__name__, str(e)
-    except MemoryError:
-        found = CannotRun.__name__, refusal(named, "it asks for too much memory")
-    except RuntimeError as e:  # llama-cpp-python's, for a call that llama.cpp refuses
-        found = CannotRun.__name__, refusal(named, str(e))
-    except Exception as e:  # a fault of our own says nothing of the model
-        found = type(e).__name__, str(e)
-    else:
-        return
-    print(json.dumps(found))
-    sys.exit(1)
-
-
-def _tell_log() -> None:
-    """Let llama.cpp's warnings and errors reach standard error at once: a process that aborts keeps nothing."""
-    import llama_cpp
-
-    set_log = llama_cpp.llama_log_set
-    kept: list[Any] = []
-    warning, error, more = 3, 4, 5  # ggml_log_level
-
-    def set_both(callback: Any, user: Any) -> None:
-        telling = False
-
-        def both(level: int, text: bytes, user_data: Any) -> None:
-            nonlocal telling
-            telling = level in (warning, error) or (telling and level == more)
-            if telling:
-                os.write(2, text)
-            callback(level, text, user_data)
-
-        kept.append(llama_cpp.llama_log_callback(both))
-        set_log(kept[-1], user)
-
-    llama_cpp.llama_log_set = set_both
-
-
-def try_model(skeleton: Path, named: str, what: str, flash_attn: bool, all_finite: bool, limit: int) -> None:
-    """Load a model as far as `what` says, in as little memory as it runs in.
-
-    Raises CannotRun when no logit is finite: then some expert product was not the engine's, and a stub of NaN was used.
-    all_finite: when a single one is not, too.
-    """
-    import numpy as np
-    from moe_edge.runner.engine import Engine, EngineOptions
-    from moe_edge.schedulers.budget import plan_memory
-
-    class Telling(Engine):
-        """llama-cpp-python closes standard error while it loads, unless it is told to be verbose."""
-
-        def _llama_arguments(self) -> dict[str, Any]:
-            return {**super()._llama_arguments(), "verbose": True}
-
-    options = EngineOptions(
-        ram_bytes=1 << 62, n_ctx=N_CTX, n_ubatch=8, n_threads=1, logits_all=True, map_dense=True,
-        flash_attn=flash_attn, proof=NOTHING,
-    )  # fmt: skip
-    engine = Telling(skeleton, options, named=named)
-    try:
-        if what == LOADS:
-            return
-        engine.plan = plan_memory(
-            engine.plan.floor_bytes, engine.plan.fixed, engine.layout, engine.model.n_expert_used
-        )
-        child.limit("RLIMIT_DATA", limit + engine.plan.floor_bytes)
-        llama = engine.load()
-        _try_tokens(llama)
-        token = llama.token_bos() if 0 <= llama.token_bos() < llama.n_vocab() else 0
-        with engine.decoding():
-            for n in (N_TOKENS, 1):
-                llama.eval([token] * n)
-        finite = np.isfinite(llama.scores[: llama.n_tokens])
-        if not (finite.all() if all_finite else finite.any()):
-            n_bad = finite.size - int(finite.sum())
-            raise CannotRun(f"{named}: {n_bad} of {finite.size} logits are not finite; its weights are damaged")
-    finally:
-        engine.close()
-
-
-def _try_tokens(llama: Any) -> None:
-    """Every byte into tokens, and every token into bytes: llama.cpp aborts where a vocabulary has no answer."""
-    import llama_cpp
-
-    if llama_cpp.llama_vocab_type(llama._model.vocab) == llama_cpp.LLAMA_VOCAB_TYPE_NONE:
-        return
-    for special in (False, True):
-        llama.tokenize(PROBE, add_bos=True, special=special)
-        for token in range(llama.n_vocab()):
-            piece = llama_cpp.llama_token_to_piece
-            piece(llama._model.vocab, token, None, 0, 0, special)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from checkpoints import write_checkpoint, write_stock
-from moe_edge.runner.engine import Engine, EngineOptions
-from moe_edge.runner.measure.show import NO_LIMIT
+from moe_edge.runner.engine import Engine
+from moe_edge.runner.options import EngineOptions
+from moe_edge.runner.sizes import NO_LIMIT
 from random_models import write_random_model
 
 BUDGETS = ("floor", "middle", "resident")

@@ -22,8 +22,9 @@ from moe_edge.runner.calibrate import calibrate as module
 from moe_edge.runner.calibrate import measured_settings as settings_module
 from moe_edge.runner.calibrate.calibrate import CalibrateOptions, Calibrator, convert_calibrated
 from moe_edge.runner.calibrate.observe import LayerView, measure_sensitivity, spread_chunks
-from moe_edge.runner.engine import Engine, EngineOptions
+from moe_edge.runner.engine import Engine
 from moe_edge.runner.measure.evaluate import cut_chunks, eval_options, kld_of_rows, logits_pass, tokenize_text
+from moe_edge.runner.options import EngineOptions
 from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
 from moe_edge.schedulers.policies.damage import PRICE
 from random_models import Shape, write_random_model

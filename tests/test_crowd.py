@@ -135,8 +135,9 @@ def test_usable_cores_are_those_of_this_process() -> None:
 def test_the_text_is_the_same_whatever_the_neighbours_do() -> None:
     """Threads change between and within tokens, as if neighbours came and went at every look."""
     from moe_edge.models.embedded import tiny_model_path
-    from moe_edge.runner.engine import Engine, EngineOptions
+    from moe_edge.runner.engine import Engine
     from moe_edge.runner.generate import Sampling, generate
+    from moe_edge.runner.options import EngineOptions
 
     options = EngineOptions(n_threads=2, n_ctx=256)
     with Engine(tiny_model_path(), options) as engine:

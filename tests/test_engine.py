@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from conftest import open_engine
 from moe_edge.models.errors import BudgetTooSmall, EngineError, Stopped, UsageError, WrongLibrary
-from moe_edge.runner.engine import Engine, EngineOptions, attention_defaults, log_megabytes
+from moe_edge.runner.engine import Engine
 from moe_edge.runner.generate import Sampling, generate
+from moe_edge.runner.llama import log_megabytes
 from moe_edge.runner.native import check_abi
+from moe_edge.runner.options import EngineOptions, attention_defaults
 from moe_edge.schedulers.layout import Step, StepPlan
 from random_models import Shape, write_random_model
 from reference import logits_of_context, stock_logits

@@ -20,7 +20,7 @@ import pytest
 from conftest import budget_bytes
 from moe_edge.models.embedded import tiny_model_path
 from moe_edge.models.errors import DiskFull, EngineError, MissingFile, UsageError
-from moe_edge.runner.engine import Engine, EngineOptions
+from moe_edge.runner.engine import Engine
 from moe_edge.runner.measure import evaluate as module
 from moe_edge.runner.measure.evaluate import (
     Evaluation,
@@ -33,6 +33,7 @@ from moe_edge.runner.measure.evaluate import (
     nll_of_rows,
     scored_positions,
 )
+from moe_edge.runner.options import EngineOptions
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policies.exact import ExactLru
 from random_models import Shape, write_random_model

@@ -22,8 +22,9 @@ from moe_edge.models.errors import BadFile, EngineError, MissingFile, MoeEdgeErr
 from moe_edge.models.formats.gguf import read_gguf
 from moe_edge.models.store.skeleton import cache_folder, skeleton_for
 from moe_edge.models.store.store import open_model, store_path, verify_store
-from moe_edge.runner.engine import Engine, EngineOptions
+from moe_edge.runner.engine import Engine
 from moe_edge.runner.generate import Sampling, generate
+from moe_edge.runner.options import EngineOptions
 from random_models import write_random_model
 
 MOE_EDGE = [sys.executable, "-m", "moe_edge.runner.cli"]

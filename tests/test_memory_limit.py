@@ -138,7 +138,7 @@ def test_what_is_read_before_the_first_token_does_not_grow_with_the_experts(tmp_
     for name, n_ff in (("one", 256), ("four", 1024)):
         model = write_big_model(tmp_path / f"{name}.gguf", n_layer=4, n_expert=64, n_embd=1024, n_ff=n_ff, n_used=4)
         code = (
-            "import sys; from moe_edge.runner.engine import Engine, EngineOptions\n"
+            "import sys; from moe_edge.runner.engine import Engine; from moe_edge.runner.options import EngineOptions\n"
             "with Engine(sys.argv[1], EngineOptions(ram_bytes=1 << 33, n_ctx=256, n_ubatch=32)) as e:\n"
             "    print(open('/proc/self/io').read().split()[1], e.counters().bytes_read)"
         )

@@ -14,8 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import pareto
 from moe_edge.models.calibration import Calibration
 from moe_edge.models.errors import UnknownName, UsageError
-from moe_edge.runner.engine import Engine, EngineOptions
+from moe_edge.runner.engine import Engine
 from moe_edge.runner.measure.evaluate import logits_pass
+from moe_edge.runner.options import EngineOptions
 from moe_edge.schedulers.layout import Layout, Step
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policies.levels import HIGH

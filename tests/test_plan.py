@@ -14,12 +14,14 @@ from moe_edge.convert.convert import convert
 from moe_edge.models.calibration import Calibration
 from moe_edge.models.embedded import tiny_model_path
 from moe_edge.models.errors import CutFile, MissingFile, NotMoE, UsageError
-from moe_edge.runner.engine import Engine, EngineOptions
+from moe_edge.runner.engine import Engine
+from moe_edge.runner.loading import Loading
 from moe_edge.runner.measure import plan as plan_module
 from moe_edge.runner.measure.doctor import Facts
 from moe_edge.runner.measure.plan import dense_bytes_used, plan
 from moe_edge.runner.measure.show import describe
 from moe_edge.runner.memory import AutoBudget
+from moe_edge.runner.options import EngineOptions
 from moe_edge.schedulers.estimate import MachineSpeeds
 from moe_edge.schedulers.layout import Layout
 from moe_edge.schedulers.replay.trace import Trace
@@ -179,13 +181,13 @@ def test_counts_of_a_calibration_are_used(model: Path, monkeypatch: pytest.Monke
     made = Calibration(
         "", 1000, ("high",), counts, zeros, zeros, np.zeros(2), np.zeros((2, 16, 2)), np.zeros(101), np.zeros((2, 101))
     )
-    opened = Engine.__init__
+    opened = Loading.__init__
 
-    def with_calibration(self: Engine, *args: object, **kwargs: object) -> None:
+    def with_calibration(self: Loading, *args: object, **kwargs: object) -> None:
         opened(self, *args, **kwargs)  # type: ignore[arg-type]
         object.__setattr__(self.model, "calibration", made)
 
-    monkeypatch.setattr(Engine, "__init__", with_calibration)
+    monkeypatch.setattr(Loading, "__init__", with_calibration)
     whole = plan(model, GIB, speeds=SPEEDS)
     assert whole.memory is not None
     half = plan(model, whole.resident_bytes - whole.memory.arena_bytes // 2, speeds=SPEEDS).estimate

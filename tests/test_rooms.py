@@ -50,8 +50,8 @@ def test_chat_formats_know_no_llama_cpp() -> None:
 
 
 def test_the_log_of_llama_cpp_is_taken_in_one_place() -> None:
-    """prove.py wraps it in a child of its own, before anything is loaded there."""
+    """prove_child.py wraps it in a child of its own, before anything is loaded there."""
     users = {
         path.name for path in (ROOT / "runner").rglob("*.py") if "llama_log_set" in path.read_text()
     }
-    assert users == {"llama.py", "prove.py"}
+    assert users == {"llama.py", "prove_child.py"}

@@ -18,8 +18,9 @@ from moe_edge.models.errors import UsageError
 from moe_edge.models.formats.gguf import read_gguf
 from moe_edge.runner.chat import Chat
 from moe_edge.runner.cli import main
-from moe_edge.runner.engine import Engine, EngineOptions
+from moe_edge.runner.engine import Engine
 from moe_edge.runner.generate import Sampling, generate
+from moe_edge.runner.options import EngineOptions
 from moe_edge.runner.template import mark_names, tokenize_marked
 from moe_edge.runner.tokens import token_bytes, tokenize
 from random_models import CHAT_TEMPLATE, write_random_model

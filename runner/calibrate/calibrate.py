@@ -52,7 +52,7 @@ from moe_edge.models.store.source import Source
 from moe_edge.models.store.store import HIGH_NAME, LOW_NAME, store_path
 from moe_edge.runner.calibrate.measured_settings import measure_settings
 from moe_edge.runner.calibrate.observe import LayerView, Observed, observe
-from moe_edge.runner.engine import EngineOptions
+from moe_edge.runner.options import EngineOptions
 from moe_edge.runner.prove import prove
 
 DEFAULT_TYPES = ("IQ2_XXS", "Q2_K", "IQ3_XXS", "Q3_K", "Q4_K", "Q6_K")

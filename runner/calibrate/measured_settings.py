@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from moe_edge.models.calibration import Calibration, Setting
 from moe_edge.runner.calibrate.observe import spread_chunks
-from moe_edge.runner.engine import Engine, EngineOptions
+from moe_edge.runner.engine import Engine
 from moe_edge.runner.measure.evaluate import (
     ReferenceLogits,
     bos_token,
@@ -17,6 +17,7 @@ from moe_edge.runner.measure.evaluate import (
     read_text,
     tokenize_text,
 )
+from moe_edge.runner.options import EngineOptions
 from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
 from moe_edge.schedulers.options import LOW_LEVEL, PolicyOptions
 from moe_edge.schedulers.policies import POLICIES, find_policy

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from moe_edge.models.formats.floats import Float64Array
-from moe_edge.runner.engine import Engine, EngineOptions
+from moe_edge.runner.engine import Engine
 from moe_edge.runner.measure.evaluate import (
     IntArray,
     ReferenceLogits,
@@ -27,6 +27,7 @@ from moe_edge.runner.measure.evaluate import (
     read_text,
     tokenize_text,
 )
+from moe_edge.runner.options import EngineOptions
 from moe_edge.schedulers.layout import Routing
 
 CHUNK = 512  # tokens

@@ -179,8 +179,9 @@ def _measure_speeds(n_threads: int) -> Facts:
 
 def _tiny_model_facts(n_threads: int, products: Facts) -> Facts:
     """Decode with the embedded model, all resident. Its experts are tiny: what it shows is the overhead of a layer."""
-    from moe_edge.runner.engine import Engine, EngineOptions
-    from moe_edge.runner.measure.show import NO_LIMIT
+    from moe_edge.runner.engine import Engine
+    from moe_edge.runner.options import EngineOptions
+    from moe_edge.runner.sizes import NO_LIMIT
 
     try:
         options = EngineOptions(ram_bytes=NO_LIMIT, n_ctx=128, n_threads=n_threads, seed=0)

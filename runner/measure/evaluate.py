@@ -25,8 +25,9 @@ from moe_edge.models.errors import DiskFull, EngineError, MissingFile, UsageErro
 from moe_edge.models.formats.floats import FloatArray
 from moe_edge.models.formats.gguf import read_gguf
 from moe_edge.models.store.store import open_model
-from moe_edge.runner.engine import Engine, EngineOptions
-from moe_edge.runner.measure.show import NO_LIMIT
+from moe_edge.runner.engine import Engine
+from moe_edge.runner.options import EngineOptions
+from moe_edge.runner.sizes import sizes_of
 from moe_edge.runner.tokens import tokenize
 from moe_edge.schedulers.budget import MIB, format_bytes
 from moe_edge.schedulers.options import PolicyOptions
@@ -432,16 +433,12 @@ def eval_options(model: str | Path, options: EngineOptions, n_ctx: int, *, one_b
     """
     if n_ctx < MIN_CHUNK or n_ctx % 2:
         raise UsageError(f"chunks of {n_ctx} tokens: an even number of at least {MIN_CHUNK} is needed")
-    probe = Engine(model, replace(options, ram_bytes=NO_LIMIT, n_ctx=n_ctx, logits_all=False))
-    try:
-        if n_ctx > probe.trained_context():
-            raise UsageError(
-                f"chunks of {n_ctx} tokens do not fit: {model} was trained for {probe.trained_context()}; "
-                "use shorter ones"
-            )
-        n_ubatch, flash_attn = probe.n_ubatch, probe.flash_attn
-    finally:
-        probe.close()
+    sizes = sizes_of(model, replace(options, n_ctx=n_ctx, logits_all=False))
+    if n_ctx > sizes.trained_context:
+        raise UsageError(
+            f"chunks of {n_ctx} tokens do not fit: {model} was trained for {sizes.trained_context}; use shorter ones"
+        )
+    n_ubatch, flash_attn = sizes.n_ubatch, sizes.flash_attn
     if not one_by_one and not options.n_ubatch:
         fits = OUTPUT_BYTES // (4 * vocabulary_size(model))
         n_ubatch = min(n_ubatch, max(32, fits // 32 * 32))

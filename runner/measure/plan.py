@@ -198,47 +198,44 @@ def _simulated(trace: Trace, policy: PolicyOptions, m: _ModelFacts) -> Callable[
 
 
 def _read_model(path: Path, *, n_ctx: int, n_ubatch: int, n_threads: int) -> _ModelFacts:
-    from moe_edge.runner.engine import Engine, EngineOptions
-    from moe_edge.runner.measure.show import NO_LIMIT
+    from moe_edge.runner.options import EngineOptions
     from moe_edge.runner.prove import LOADS
+    from moe_edge.runner.sizes import sizes_of
 
     path = find_model(path)
-    options = EngineOptions(ram_bytes=NO_LIMIT, n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, proof=LOADS)
+    options = EngineOptions(n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, proof=LOADS)
     with headers_only(path) as (stand_in, files):
-        engine = Engine(stand_in, options, named=path)
-        try:
-            model, unlimited = engine.model, engine.plan
-            calibration = getattr(model, "calibration", None)
-            skeleton = read_gguf(model.skeleton)
-            per_token = unlimited.fixed.kv_bytes // max(1, engine.n_ctx)
-            work = ModelWork(
-                layout=engine.layout,
-                top_k=model.n_expert_used,
-                dense_bytes=dense_bytes_used(skeleton),
-                kv_bytes=per_token * min(N_PROMPT, engine.n_ctx),
-                counts=None if calibration is None else calibration.counts,
-            )
-            sizes: dict[int, int] = {}
-            for piece in model.pieces:
-                sizes[piece.type] = sizes.get(piece.type, 0) + piece.nbytes
-            whole = sum(f.stat().st_size for f in model.files)
-            largest = max(files, key=lambda f: f.stat().st_size)
-            return _ModelFacts(
-                name=str(path),
-                architecture=model.architecture,
-                work=work,
-                calibration=calibration,
-                unlimited=unlimited,
-                expert_type=max(sizes, key=lambda t: sizes[t]),
-                piece_bytes=sum(sizes.values()) // len(model.pieces),
-                n_ctx=engine.n_ctx,
-                n_ubatch=engine.n_ubatch,
-                probe_target=largest if largest.stat().st_size >= BLOCK_BYTES else largest.absolute().parent,
-                files_bytes=whole,
-                present_bytes=min(whole, sum(f.stat().st_size for f in files)),
-            )
-        finally:
-            engine.close()
+        sizes = sizes_of(stand_in, options, named=path)
+        model, unlimited = sizes.model, sizes.plan
+        calibration = getattr(model, "calibration", None)
+        skeleton = read_gguf(model.skeleton)
+        per_token = unlimited.fixed.kv_bytes // max(1, sizes.n_ctx)
+        work = ModelWork(
+            layout=sizes.layout,
+            top_k=model.n_expert_used,
+            dense_bytes=dense_bytes_used(skeleton),
+            kv_bytes=per_token * min(N_PROMPT, sizes.n_ctx),
+            counts=None if calibration is None else calibration.counts,
+        )
+        by_type: dict[int, int] = {}
+        for piece in model.pieces:
+            by_type[piece.type] = by_type.get(piece.type, 0) + piece.nbytes
+        whole = sum(f.stat().st_size for f in model.files)
+        largest = max(files, key=lambda f: f.stat().st_size)
+        return _ModelFacts(
+            name=str(path),
+            architecture=model.architecture,
+            work=work,
+            calibration=calibration,
+            unlimited=unlimited,
+            expert_type=max(by_type, key=lambda t: by_type[t]),
+            piece_bytes=sum(by_type.values()) // len(model.pieces),
+            n_ctx=sizes.n_ctx,
+            n_ubatch=sizes.n_ubatch,
+            probe_target=largest if largest.stat().st_size >= BLOCK_BYTES else largest.absolute().parent,
+            files_bytes=whole,
+            present_bytes=min(whole, sum(f.stat().st_size for f in files)),
+        )
 
 
 def dense_bytes_used(skeleton: GGUFFile) -> int:

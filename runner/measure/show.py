@@ -17,58 +17,55 @@ from moe_edge.models.errors import UsageError, printable
 from moe_edge.models.formats.floats import Float64Array
 from moe_edge.models.formats.ggml_types import type_name
 from moe_edge.models.store.store import ExpertModel, open_model
-from moe_edge.runner.engine import Engine, EngineOptions
+from moe_edge.runner.options import EngineOptions
 from moe_edge.runner.prove import LOADS
+from moe_edge.runner.sizes import sizes_of
 from moe_edge.schedulers.budget import format_bytes
 from moe_edge.schedulers.policies import find_policy
 from moe_edge.schedulers.policies.depth import calibrated, cosine
 from moe_edge.schedulers.policies.hobbit import fit_thresholds
 
-NO_LIMIT = 1 << 62
 SHOWN_RETENTION = 0.75
 SHOWN_FRAGILE = 10
 
 
 def describe(path: str | Path, *, n_ctx: int = 0, n_ubatch: int = 0, n_threads: int = 0) -> dict[str, Any]:
     """The facts of `show --json`. The ram_* figures are for this context and micro-batch, and are --ram values."""
-    options = EngineOptions(ram_bytes=NO_LIMIT, n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, proof=LOADS)
-    engine = Engine(path, options)
-    try:
-        m, plan = engine.model, engine.plan
-        types = level_types(m)
-        by_type = sum((Counter(of_level) for of_level in types.values()), Counter())
-        return {
-            "model": str(path),
-            "architecture": m.architecture,
-            "skeleton": str(m.skeleton),
-            "files": [str(f) for f in m.files],
-            "in_place": m.in_place,
-            "store_id": m.store_id,
-            "n_moe_layers": len(m.layers),
-            "moe_layers": [layer.layer for layer in m.layers],
-            "n_expert": max(layer.n_expert for layer in m.layers),
-            "n_expert_used": m.n_expert_used,
-            "n_embd": m.layers[0].n_embd,
-            "n_ff_expert": m.layers[0].n_ff,
-            "levels": list(m.levels),
-            "expert_types": dict(sorted(by_type.items())),
-            "level_types": types,
-            "bits_per_weight": bits_per_weight(m),
-            "is_calibrated": m.calibration is not None,
-            "n_ctx": engine.n_ctx,
-            "n_ubatch": engine.n_ubatch,
-            "flash_attn": engine.flash_attn,
-            "dense_bytes": m.dense_bytes,
-            "expert_bytes": m.expert_bytes,
-            "kv_bytes": plan.fixed.kv_bytes,
-            "compute_bytes": plan.fixed.compute_bytes + plan.fixed.scratch_bytes,
-            "largest_expert_bytes": max(engine.layout.unit_bytes),
-            "ram_floor_bytes": plan.floor_bytes,
-            "ram_comfortable_bytes": plan.comfortable_bytes,
-            "ram_resident_bytes": plan.resident_bytes,
-        }
-    finally:
-        engine.close()
+    options = EngineOptions(n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, proof=LOADS)
+    sizes = sizes_of(path, options)
+    m, plan = sizes.model, sizes.plan
+    types = level_types(m)
+    by_type = sum((Counter(of_level) for of_level in types.values()), Counter())
+    return {
+        "model": str(path),
+        "architecture": m.architecture,
+        "skeleton": str(m.skeleton),
+        "files": [str(f) for f in m.files],
+        "in_place": m.in_place,
+        "store_id": m.store_id,
+        "n_moe_layers": len(m.layers),
+        "moe_layers": [layer.layer for layer in m.layers],
+        "n_expert": max(layer.n_expert for layer in m.layers),
+        "n_expert_used": m.n_expert_used,
+        "n_embd": m.layers[0].n_embd,
+        "n_ff_expert": m.layers[0].n_ff,
+        "levels": list(m.levels),
+        "expert_types": dict(sorted(by_type.items())),
+        "level_types": types,
+        "bits_per_weight": bits_per_weight(m),
+        "is_calibrated": m.calibration is not None,
+        "n_ctx": sizes.n_ctx,
+        "n_ubatch": sizes.n_ubatch,
+        "flash_attn": sizes.flash_attn,
+        "dense_bytes": m.dense_bytes,
+        "expert_bytes": m.expert_bytes,
+        "kv_bytes": plan.fixed.kv_bytes,
+        "compute_bytes": plan.fixed.compute_bytes + plan.fixed.scratch_bytes,
+        "largest_expert_bytes": max(sizes.layout.unit_bytes),
+        "ram_floor_bytes": plan.floor_bytes,
+        "ram_comfortable_bytes": plan.comfortable_bytes,
+        "ram_resident_bytes": plan.resident_bytes,
+    }
 
 
 def level_types(model: ExpertModel) -> dict[str, dict[str, int]]:

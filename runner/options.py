@@ -1,0 +1,71 @@
+"""How to run a model: the options of an engine, and what is chosen where the user has not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_edge.runner.crowd import usable_cores
+from moe_edge.runner.prove import DECODES
+from moe_edge.schedulers.budget import MIB
+from moe_edge.schedulers.options import PolicyOptions
+
+MICRO_BATCH = 512  # large, since every micro-batch reads the experts it touches once
+
+
+def attention_defaults(n_ctx: int, n_head: int, expert_bytes: int) -> tuple[bool, int]:
+    """(flash_attn, n_ubatch) for a model when the user has not said.
+
+    Plain attention, llama-cpp-python's default, keeps scores and softmax of a whole micro-batch: 512 MiB for a context
+    of 4,096, 512 a batch and 32 heads. Above 64 MiB it is flash attention, llama.cpp's own default on a CPU, which
+    keeps none. Below, a small model gets a smaller micro-batch, so that its buffers do not outweigh its experts.
+    Flash against plain: mean KLD 9e-5 on the trained 8-layer tiny model (docs/LOG.md, 2026-11-22).
+    """
+    bytes_per_row = 2 * 4 * n_ctx * n_head
+    if bytes_per_row * MICRO_BATCH > 64 * MIB:
+        return True, MICRO_BATCH
+    fits = max(8 * MIB, expert_bytes // 8) // bytes_per_row
+    return False, max(32, min(MICRO_BATCH, fits // 32 * 32))
+
+
+EXACT = PolicyOptions()
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to run a model.
+
+    ram_bytes None: `auto`. n_ctx 0: what the model was trained for, at most 4096. n_threads 0: one for each core this
+    process may use.
+
+    n_ubatch 0, flash_attn None: chosen from the model and the context by attention_defaults(), never from the budget,
+    because both change how sums are rounded.
+    disk_bytes_per_second: pace the expert reads as a disk of this speed would; None: as fast as it is.
+    charge_program: count what the process held before loading, above PROGRAM_ALLOWANCE_BYTES, against the budget. The
+    command line does; a program that embeds the engine knows better what else it holds. map_dense: map the skeleton
+    instead of reading it into anonymous memory; for the converter's proof, which decodes one token only.
+    warm_start: read the experts that earlier runs used most before the first token, and keep the usage of this one.
+    verbose: let llama.cpp write to standard error while it loads.
+    proof: what a child process must have shown before this one gives the model to llama.cpp, see runner/prove.py.
+    """
+
+    ram_bytes: int | None = None
+    n_ctx: int = 0
+    n_ubatch: int = 0
+    n_threads: int = 0
+    policy: PolicyOptions = EXACT
+    n_io_threads: int = 4
+    direct_io: bool = True
+    seed: int | None = None
+    logits_all: bool = False
+    flash_attn: bool | None = None
+    disk_bytes_per_second: int | None = None
+    charge_program: bool = False
+    map_dense: bool = False
+    warm_start: bool = False
+    verbose: bool = False
+    proof: str = DECODES
+
+    def threads(self) -> int:
+        if self.n_threads > 0:
+            return self.n_threads
+        return len(usable_cores())

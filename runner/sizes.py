@@ -1,0 +1,84 @@
+"""What a model would take, without an engine: llama.cpp is asked what it would allocate, and allocates nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_edge.models.store.store import ExpertModel
+from moe_edge.runner import signals
+from moe_edge.runner.llama import log_megabytes
+from moe_edge.runner.loading import Loading
+from moe_edge.runner.native import NativeModel
+from moe_edge.runner.options import EngineOptions
+from moe_edge.schedulers.budget import PROGRAM_ALLOWANCE_BYTES, FixedSizes, MemoryPlan, plan_memory
+from moe_edge.schedulers.layout import Layout
+
+# llama.cpp's vocabulary with its maps and merges, and ours of the header: measured at 151,936 tokens (docs/LOG.md).
+VOCAB_BYTES_PER_TOKEN, VOCAB_BYTES_PER_MERGE = 400, 140
+NO_LIMIT = 1 << 62
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model as it would be loaded. n_ctx, n_ubatch: in tokens. plan: of a budget without limit."""
+
+    model: ExpertModel
+    layout: Layout
+    plan: MemoryPlan
+    n_ctx: int
+    n_ubatch: int
+    flash_attn: bool
+    trained_context: int
+
+
+def sizes_of(path: str | Path, options: EngineOptions, *, named: str | Path | None = None) -> Sizes:
+    """Open a model and ask what it would take with these options; their budget is not looked at.
+
+    named: what messages call the model, when `path` only stands for it. Raises what Loading and its proof raise.
+    """
+    loading = Loading(path, options, named=named)
+    loading.prove()
+    native = NativeModel(loading.model, n_io_threads=options.n_io_threads, direct_io=options.direct_io)
+    try:
+        with signals.deferred():  # llama.cpp calls back into Python while it frees
+            layout, fixed = layout_of(loading.model, native), fixed_sizes(loading, native)
+    finally:
+        with signals.deferred():
+            native.close()
+    plan = plan_memory(NO_LIMIT, fixed, layout, loading.model.n_expert_used)
+    return Sizes(
+        loading.model, layout, plan, loading.n_ctx, loading.n_ubatch, loading.flash_attn, loading.trained_context()
+    )
+
+
+def layout_of(model: ExpertModel, native: NativeModel) -> Layout:
+    """The units of a model: layers, experts, levels, and the bytes that each takes in memory."""
+    return Layout(tuple(layer.n_expert for layer in model.layers), len(model.levels), native.unit_bytes())
+
+
+def fixed_sizes(loading: Loading, native: NativeModel, program_bytes: int = 0) -> FixedSizes:
+    """Everything but experts, in bytes. program_bytes: what the process held before, of nothing that is the model's.
+
+    What it holds above the allowance for the program is counted where the options charge it.
+    """
+    model, o = loading.model, loading.options
+    probe, log = loading.llama(native, no_alloc=True)
+    n_vocab = int(probe.n_vocab())
+    # while the routers that this has shown are known: those that are announced need some
+    scratch = native.scratch_bytes(loading.n_ubatch, model.n_expert_used, o.threads())
+    probe.close()
+    del probe
+    native.unbind()
+    n_merges = loading.skeleton.kv.count("tokenizer.ggml.merges")
+    vocabulary = n_vocab * VOCAB_BYTES_PER_TOKEN + n_merges * VOCAB_BYTES_PER_MERGE
+    # The CPU backend's work buffer, which llama.cpp does not log: inputs of a product in the type of its kernel.
+    widest = max((t.shape[0] for t in loading.skeleton.tensors.values() if len(t.shape) > 1), default=0)
+    work = loading.n_ubatch * max(4 * widest, 0 if loading.flash_attn else 2 * loading.n_ctx * loading.n_head)
+    return FixedSizes(
+        dense_bytes=model.dense_bytes + vocabulary,
+        kv_bytes=log_megabytes(log, "KV"),
+        compute_bytes=log_megabytes(log, "compute") + log_megabytes(log, "output") + n_vocab * 16 + work,
+        scratch_bytes=scratch,
+        program_excess_bytes=max(0, program_bytes - PROGRAM_ALLOWANCE_BYTES) if o.charge_program else 0,
+    )
