@@ -5,7 +5,7 @@ The order of eviction is a rule's (rule.py); what is in use or protected goes la
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 
 from moe_edge.models.errors import BudgetTooSmall
@@ -14,6 +14,10 @@ from moe_edge.schedulers.eviction.rule import EvictionRule
 from moe_edge.schedulers.layout import Layout, Step
 from moe_edge.schedulers.usage import Usage
 
+# A step of several tokens that asks for more than twice as many experts streams: what was planned so many reads ago
+# may go again, though it is the present step's. Enough for the reads in flight and the experts being computed.
+STREAM_WINDOW = 8
+
 
 class ExpertCache:
     """The units in memory; `rule`, one of RULES or a value, says which is evicted first.
@@ -21,6 +25,11 @@ class ExpertCache:
     Contract of any rule: the units of the present step's experts go after everything else, oldest use first; before
     them, when nothing else is left, the protected ones. A policy notes a step, renews its hits, then adds its misses in
     plan order: a unit of the step is evicted only for one that comes later in the plan, so by then it was computed.
+    A prompt's micro-batch is the exception. It needs nearly every expert of every layer once, so what it has just
+    computed is needed again last of all. There, all but the latest STREAM_WINDOW units of the plan compete with the
+    other layers' by the rule: a part of each layer stays, and the rest of it streams through a small window. On the
+    trained model a prompt of 2,000 tokens then reads 1.02 instead of 1.11 times what Belady's rule would
+    (docs/LOG.md, 2026-11-26).
 
     usage: what earlier runs used, where the rule's scores start. count: where note() counts uses besides.
     """
@@ -54,6 +63,7 @@ class ExpertCache:
         self._by_recency = self._rule.by_recency  # and nothing protected
         self._step: Step | None = None
         self._kept: frozenset[int] | None = frozenset()  # protected and in use; None: to be worked out
+        self._window: deque[int] | None = None  # of a step that streams: its latest units, which may not go
         self._rule.reset(self._units)
         self.note = self._note_and_count if self._count else self._note
 
@@ -69,6 +79,7 @@ class ExpertCache:
         """A step begins: until the next one its experts are in use."""
         self._step = step
         self._kept = None
+        self._window = deque() if step.n_tokens > 1 and len(step.experts) > 2 * STREAM_WINDOW else None
         self._rule.note(step)
 
     def _note_and_count(self, step: Step) -> None:
@@ -78,7 +89,7 @@ class ExpertCache:
 
     def step_done(self) -> None:
         """The present step is over before the next one begins: nothing is in use. For what is fetched in between."""
-        self._step = None
+        self._step = self._window = None
         self._kept = None
         self._rule.release()
 
@@ -136,7 +147,17 @@ class ExpertCache:
         self.used_bytes += size
         self.added_bytes += size
         self._rule.added(unit, victims)
+        if self._window is not None:
+            self._stream(self._window, unit)
         return victims
+
+    def _stream(self, window: deque[int], unit: int) -> None:
+        """A unit of a step that streams was planned: those before the window may go."""
+        window.append(unit)
+        if len(window) > STREAM_WINDOW:
+            window.popleft()
+            self._kept = self._protected.union(window)
+            self._rule.release()
 
     def _next_victim(self) -> int:
         if self._by_recency:

@@ -69,52 +69,58 @@ class Usage:
 class DecayedUses:
     """Uses of every expert, in memory or not, each worth half as much after half_life tokens.
 
-    score[i] is the decayed sum times `gain`, so that it changes only when its expert is used: dividing all by the same
-    number orders nothing anew. A step of n tokens counts as n tokens that each use the expert alike.
+    score[i] is the decayed sum times the `gain` of its layer, so that it changes only when its expert is used: dividing
+    all of a layer by the same number orders nothing anew. Each layer has a clock of its own, since a prompt's
+    micro-batch brings hundreds of tokens at once: the layers it has not come to yet would look as if nobody had used
+    them for all that time, just before all of their experts are needed.
+    A step of n tokens counts as n tokens that each use the expert alike.
     """
 
     def __init__(self, layout: Layout, half_life: float, usage: Usage | None = None) -> None:
         self.half_life = half_life
         self.first_expert = [unit // layout.n_levels for unit in layout.first_unit]
-        self._n_experts = sum(layout.n_experts)
+        self._n_experts = layout.n_experts
+        self.layer_of = [layer for layer, n in enumerate(layout.n_experts) for _ in range(n)]
         self._decay: float = 0.5 ** (1 / half_life)
         self._usage = usage
-        self.rescaled: Callable[[], None] = lambda: None  # called when `score` has become another array
+        self.rescaled: Callable[[int], None] = lambda layer: None  # called when all scores of a layer have changed
         self.reset()
 
     def reset(self) -> None:
         """Forget the uses, but for what an earlier run is known to have used."""
-        self.score = array("d", bytes(8 * self._n_experts))  # an array, so that numpy can look at it as it is
+        self.score = array("d", bytes(8 * len(self.layer_of)))  # an array, so that numpy can look at it as it is
         if self._usage is not None:
             self.score = array("d", [SEED_TOKENS * rate for rate in self._usage.rates()])
-        self.gain = 1.0
-        self.layer = -1  # of the present step
+        self.gain = [1.0] * len(self._n_experts)
+        self.scale = [1 - self._decay] * len(self._n_experts)  # score * scale: the chance of a use by a token
 
-    @property
-    def rate_scale(self) -> float:
-        """score * rate_scale: the expert's estimated chance to be used by a token."""
-        return (1 - self._decay) / self.gain
+    def rate(self, expert: int) -> float:
+        """The estimated chance that a token uses this expert, numbered over all layers."""
+        return self.score[expert] * self.scale[self.layer_of[expert]]
 
     def note(self, step: Step) -> None:
-        if step.layer <= self.layer:
-            self._pass_tokens(step.n_tokens)
-        self.layer = step.layer
-        score, gain, first = self.score, self.gain, self.first_expert[step.layer]
-        if step.n_tokens == 1:
+        n, layer = step.n_tokens, step.layer
+        if n < 1:  # the last layer of a micro-batch whose logits nobody wants
+            return
+        self.gain[layer] = gain = self.gain[layer] * 2 ** min(n / self.half_life, 512.0)
+        if gain > LARGEST_GAIN:
+            self.gain[layer] = gain = gain * SMALLEST_SCALE
+            self._scale_down(layer)
+        self.scale[layer] = (1 - self._decay) / gain
+        score, first = self.score, self.first_expert[layer]
+        if n == 1:
             for expert in step.experts:
                 score[first + expert] += gain
-        elif step.n_tokens > 1:  # none: the last layer of a micro-batch whose logits nobody wants
-            n = step.n_tokens
+        else:
             gain *= (1 - self._decay**n) / (1 - self._decay) / n
             for expert, count in zip(step.experts, step.counts, strict=True):
                 score[first + expert] += gain * count
 
-    def _pass_tokens(self, n: int) -> None:
-        self.gain *= 2 ** min(n / self.half_life, 512.0)
-        if self.gain > LARGEST_GAIN:
-            self.gain *= SMALLEST_SCALE
-            self.score = array("d", [value * SMALLEST_SCALE for value in self.score])
-            self.rescaled()
+    def _scale_down(self, layer: int) -> None:
+        first = self.first_expert[layer]
+        for expert in range(first, first + self._n_experts[layer]):
+            self.score[expert] *= SMALLEST_SCALE
+        self.rescaled(layer)
 
 
 def preload_order(usage: Usage, layout: Layout, arena_bytes: int) -> list[int]:

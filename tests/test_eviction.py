@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 from moe_edge.models.errors import BudgetTooSmall, UnknownName
-from moe_edge.schedulers.cache import ExpertCache
+from moe_edge.schedulers.cache import STREAM_WINDOW, ExpertCache
 from moe_edge.schedulers.eviction import RULES, make_rule
 from moe_edge.schedulers.eviction.decayed import Decayed
 from moe_edge.schedulers.eviction.hobbit_score import HobbitScore
@@ -281,16 +281,22 @@ def test_a_step_of_n_tokens_counts_as_n_tokens() -> None:
     for _ in range(2):
         one_by_one.note(step(0, [3]))
     together.note(step(0, [3, 4], 2, [2, 1]))
-    assert one_by_one.score[3] / one_by_one.gain == pytest.approx(1.5)
-    assert [together.score[e] / together.gain for e in (3, 4)] == pytest.approx([1.5, 0.75])
-    assert together.score[3] * together.rate_scale == pytest.approx(0.75)
+    assert one_by_one.score[3] / one_by_one.gain[0] == pytest.approx(1.5)
+    assert [together.score[e] / together.gain[0] for e in (3, 4)] == pytest.approx([1.5, 0.75])
+    assert together.rate(3) == pytest.approx(0.75)
 
 
-def test_tokens_are_counted_when_the_layers_start_again() -> None:
+def test_each_layer_has_a_clock_of_its_own() -> None:
+    """A micro-batch of many tokens must not make the layers it has not come to look unused."""
     uses = DecayedUses(TWO, 1.0)
-    for asked in (step(0, [0]), step(1, [0]), step(0, [1]), step(1, [1])):
+    for asked in (step(0, [0]), step(1, [0]), step(0, [1])):
         uses.note(asked)
-    assert [s / uses.gain for s in uses.score] == [0.5, 1, 0, 0, 0.5, 1, 0, 0]
+    assert [uses.score[e] / uses.gain[uses.layer_of[e]] for e in range(8)] == [0.5, 1, 0, 0, 1, 0, 0, 0]
+    before = uses.rate(4)
+    uses.note(step(0, [0, 1], 500, [500, 1]))
+    assert uses.rate(4) == before and uses.rate(0) > 0.99
+    uses.note(step(1, [1], 500, [500]))
+    assert uses.rate(4) < 1e-100
 
 
 @pytest.mark.parametrize("half_life", [0.5, 3.0])
@@ -312,7 +318,8 @@ def test_victims_are_those_of_scores_worked_out_the_long_way(kind: type[Decayed]
         layer = i % 3
         if layer == 0:
             n_tokens = rng.choice([1, 1, 1, 5, 700])
-            scores = [s * decay**n_tokens for s in scores]
+        for e in range(6 * layer, 6 * layer + 6):
+            scores[e] *= decay**n_tokens
         asked = step(layer, sorted({min(5, int(rng.expovariate(0.7))) for _ in range(2)}), n_tokens)
         for e in asked.experts:
             scores[6 * layer + e] += (1 - decay**n_tokens) / (1 - decay)
@@ -490,3 +497,42 @@ def test_a_step_without_a_token_changes_nothing_and_breaks_nothing(rule: str) ->
     cache.note(Step(1, [], [], [], [], 0))
     cache.note(Step(0, [2, 3], [1, 1], [0.5, 0.5], [0.25, 0.25], 1))
     assert cache.add(2) == [] and cache.add(3) == [] and cache.used_bytes == 40
+
+
+@pytest.mark.parametrize("rule", ["learned", "next-use"])
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.8])
+def test_a_long_prompt_keeps_a_part_of_every_layer(rule: str, share: float) -> None:
+    """A cyclic scan: the best there is hits, in each round, what fits in memory but for the one that is being read."""
+    n_layers, n_experts, n_rounds = 6, 48, 6
+    layout = Layout((n_experts,) * n_layers, 1, (10,) * (n_layers * n_experts))
+    arena_bytes = int(share * layout.total_bytes)
+    cache = ExpertCache(layout, arena_bytes, rule)
+    loads = 0
+    for _ in range(n_rounds):
+        for layer in range(n_layers):
+            loads += sum(layout.first_unit[layer] + e not in cache for e in range(n_experts))
+            serve(cache, layout, step(layer, list(range(n_experts)), 512, [20] * n_experts))
+    n_units, fit = n_layers * n_experts, arena_bytes // 10
+    best = n_units + (n_rounds - 1) * (n_units - fit + 1)
+    assert best <= loads <= best + (n_rounds - 1) * 2 * STREAM_WINDOW
+
+
+def test_what_is_still_read_or_computed_is_not_evicted_for_a_prompt() -> None:
+    """The latest units of the plan stay, whatever the rule thinks of them."""
+    layout = Layout((64, 64), 1, (10,) * 128)
+    cache = ExpertCache(layout, 320, "learned")
+    for number in range(8):
+        planned: list[int] = []
+        for unit, victims in serve(cache, layout, step(number % 2, list(range(64)), 512, [8] * 64)):
+            assert not set(victims) & set(planned[-STREAM_WINDOW:])
+            planned.append(unit)
+
+
+def test_a_step_of_one_token_keeps_all_it_uses() -> None:
+    layout = Layout((64, 64), 1, (10,) * 128)
+    cache = ExpertCache(layout, 640, "learned")
+    for number in range(8):
+        asked = step(number % 2, list(range(number, number + 40)))
+        own = {64 * asked.layer + e for e in asked.experts}
+        for _, victims in serve(cache, layout, asked):
+            assert not set(victims) & own

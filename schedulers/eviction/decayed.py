@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from moe_edge.schedulers.eviction.ranked import Ranked
 from moe_edge.schedulers.eviction.rule import RuleEntry
 from moe_edge.schedulers.layout import Layout, Step
@@ -25,15 +23,14 @@ class Decayed(Ranked):
         self._uses.reset()
         self.score = self._uses.score
 
-    def _take_scaled(self) -> None:
-        self.score = self._uses.score
-        self._rebuild()
+    def _take_scaled(self, layer: int) -> None:
+        self._rebuild([layer])
 
     def _note(self, step: Step) -> None:
         self._uses.note(step)
 
-    def _readiness(self, scores: Sequence[float]) -> list[float]:
-        return [-score for score in scores]
+    def _readiness(self, layer: int, score: float) -> float:
+        return -score * self._uses.scale[layer]
 
 
 RULE = RuleEntry(

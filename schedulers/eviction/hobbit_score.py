@@ -28,7 +28,7 @@ class HobbitScore(Ranked):
 
     def new_conversation(self) -> None:
         self._restart()
-        self._rebuild()
+        self._rebuild(range(self._n_layers))
 
     def _restart(self) -> None:
         self.score = array("d", bytes(8 * self._n_experts))  # w1 R + w2 F + w3 H
@@ -50,9 +50,8 @@ class HobbitScore(Ranked):
             score[expert] += w1 * (token - last[expert]) + self._w2 * count
             last[expert] = token
 
-    def _readiness(self, scores: Sequence[float]) -> list[float]:
-        token = max(1, self._token)
-        return [-score / token for score in scores]
+    def _readiness(self, layer: int, score: float) -> float:
+        return -score / max(1, self._token)
 
 
 RULE = RuleEntry(

@@ -56,7 +56,6 @@ class Learned:
         self._layer_of = [layer for layer in range(layout.n_layers) for _ in layout.layer_units(layer)]
         self._offset = distances(layout.n_layers)
         self._uses = DecayedUses(layout, learned_half_life(arena_bytes / layout.total_bytes), usage)
-        self._uses.rescaled = self._look_at_scores
         self.first_layer_weight = 1.0
         self.reset(())
 
@@ -169,7 +168,7 @@ class Learned:
         self._scores = [scores[at : at + n] for at, n in zip(first, self._n_experts, strict=True)]
 
     def _frequency(self, layer: int) -> Floats:
-        return self._scores[layer] * self._uses.rate_scale
+        return self._scores[layer] * self._uses.scale[layer]
 
     def _of_units(self, of_experts: Floats) -> Floats:
         return of_experts if self._n_levels == 1 else of_experts.repeat(self._n_levels)

@@ -37,8 +37,8 @@ class LruAdmit(Lru):
                     self._refused.pop(unit, None)
 
     def added(self, unit: int, victims: Sequence[int]) -> None:
-        score, n_levels = self._uses.score, self._n_levels
-        if any(score[unit // n_levels] < score[victim // n_levels] for victim in victims):
+        rate, n_levels = self._uses.rate, self._n_levels
+        if any(rate(unit // n_levels) < rate(victim // n_levels) for victim in victims):
             self._refused[unit] = None
 
     def removed(self, unit: int) -> None:

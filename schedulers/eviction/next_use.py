@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from moe_edge.schedulers.eviction.decayed import Decayed
 from moe_edge.schedulers.eviction.ranked import distances
 from moe_edge.schedulers.eviction.rule import RuleEntry
@@ -35,9 +33,8 @@ class NextUse(Decayed):
         super().__init__(layout, fitting_half_life(arena_bytes / layout.total_bytes), usage)
         self._offset = distances(layout.n_layers)
 
-    def _readiness(self, scores: Sequence[float]) -> list[float]:
-        wait, least, scale = self.WAIT, self.LEAST_CHANCE, self._uses.rate_scale
-        return [wait / (score * scale + least) for score in scores]
+    def _readiness(self, layer: int, score: float) -> float:
+        return self.WAIT / (score * self._uses.scale[layer] + self.LEAST_CHANCE)
 
 
 RULE = RuleEntry("next-use", 20, "the one whose next use is expected last", NextUse)

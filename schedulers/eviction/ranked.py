@@ -17,8 +17,8 @@ class Ranked:
 
     A unit's score is that of its expert, and grows only when the expert is used. So a use costs an addition, and a unit
     moves in its heap when it comes to the head with an old score. What may not go is set aside until the next step.
-    How readily a unit goes is _readiness(its score) + offset[present layer][its layer]; the first changes with the
-    token and falls with the score. A rule gives both, _restart and _note.
+    How readily a unit goes is _readiness(its layer, its score) + offset[present layer][its layer]; the first changes
+    with the token and falls with the score. A rule gives both, _restart and _note.
     """
 
     by_recency, learns, first_layer_weight = False, False, 1.0
@@ -48,6 +48,8 @@ class Ranked:
         self._note(step)
         if step.layer <= self.layer:
             self._ready = None
+        elif self._ready is not None:
+            self._set_least(step.layer, self._least[step.layer])
         self.layer = step.layer
         self._worst = None
         if self._aside:
@@ -81,7 +83,7 @@ class Ranked:
         worst = self._worst
         if worst is None:
             if self._ready is None:
-                self._ready = self._readiness(self._least)
+                self._ready = [self._readiness(layer, least) for layer, least in enumerate(self._least)]
             worst = self._worst = list(map(add, self._offset[self._at], self._ready))
         while True:
             highest = max(worst)
@@ -109,7 +111,7 @@ class Ranked:
     def _set_least(self, layer: int, score: float) -> None:
         self._least[layer] = score
         if self._ready is not None:
-            ready = self._ready[layer] = -inf if score == inf else self._readiness((score,))[0]
+            ready = self._ready[layer] = -inf if score == inf else self._readiness(layer, score)
             if self._worst is not None:
                 self._worst[layer] = ready + self._offset[self._at][layer]
 
@@ -130,17 +132,18 @@ class Ranked:
 
     def order(self, units: Units) -> list[int]:
         offset, of = self._offset[self._at], self._layer_of
-        ready = self._readiness([self.score[unit // self._n_levels] for unit in units])
+        ready = [self._readiness(of[unit], self.score[unit // self._n_levels]) for unit in units]
         by = [(-value - offset[of[u]], self._entry[u], u) for value, u in zip(ready, units, strict=True)]
         return [unit for _, _, unit in sorted(by)]
 
     def new_conversation(self) -> None:
         pass
 
-    def _rebuild(self) -> None:
-        """Scores were replaced: sort again."""
+    def _rebuild(self, layers: Iterable[int]) -> None:
+        """The scores of these layers were replaced: sort them again."""
         self.release()
-        for layer, heap in enumerate(self._heaps):
+        for layer in layers:
+            heap = self._heaps[layer]
             units = [(serial, unit) for _, serial, unit in heap if self._entry[unit] == serial]
             heap[:] = [(self.score[unit // self._n_levels], serial, unit) for serial, unit in units]
             heapify(heap)
@@ -153,7 +156,7 @@ class Ranked:
     def _note(self, step: Step) -> None:
         raise NotImplementedError
 
-    def _readiness(self, scores: Sequence[float]) -> list[float]:
+    def _readiness(self, layer: int, score: float) -> float:
         raise NotImplementedError
 
 
