@@ -34,11 +34,20 @@ void me_threadpool_free(void * pool) {
 
 static void say(char * error, const char * text) { snprintf(error, ME_ERROR_BYTES, "%s", text); }
 
+#define NAME(name) #name " "
+static const char COUNTER_NAMES[] = ME_COUNTERS(NAME) ME_SOURCE_COUNTERS(NAME);
+#undef NAME
+static const int32_t STRUCT_SIZES[] = {sizeof(me_piece_desc), sizeof(me_layer_desc), sizeof(me_mailbox), sizeof(me_model_desc),
+                                       sizeof(me_step_view), sizeof(me_counters), sizeof(me_abi_info)};
+
 void me_abi(me_abi_info * out) {
     out->backend_api = ME_BACKEND_API_VERSION;
     // struct ggml_object: two sizes, a pointer, an enum and padding (ggml.c)
     out->tensor_overhead = static_cast<int32_t>(sizeof(ggml_tensor) + 4 * sizeof(void *));
     out->ggml_version_built = GGML_VERSION_BUILT;
+    out->counters = COUNTER_NAMES;
+    out->struct_names = "me_piece_desc me_layer_desc me_mailbox me_model_desc me_step_view me_counters me_abi_info";
+    out->struct_sizes = STRUCT_SIZES;
 }
 
 int32_t me_loaded_tensor_overhead(void) { return static_cast<int32_t>(ggml_tensor_overhead()); }
@@ -102,40 +111,19 @@ int32_t me_model_bound_tensors(me_model * m) { return bound_tensors(&m->model); 
 
 void me_model_counters(me_model * handle, me_counters * out) {
     const Model & m = handle->model;
-    const Counters & c = m.counters;
-    *out = me_counters{};
-    out->steps = c.steps;
-    out->tokens = c.tokens;
-    out->uses = c.uses;
-    out->hits = c.hits;
-    out->low_uses = c.low_uses;
-    out->skipped_uses = c.skipped_uses;
-    out->loads = c.loads;
-    out->evictions = c.evictions;
-    out->graphs = c.graphs;
-    out->reads = m.reader->reads();
-    out->bytes_read = m.reader->bytes_read();
-    out->stall_ns = c.stall_ns;
-    out->compute_ns = c.compute_ns;
-    out->schedule_ns = c.schedule_ns;
-    out->step_ns = c.step_ns;
-    out->read_busy_ns = static_cast<int64_t>(m.reader->busy_seconds() * 1e9);
+    const SourceTotals read = m.source->totals();
+#define COPY(name) out->name = m.counters.name;
+    ME_COUNTERS(COPY)
+#undef COPY
+    out->reads = read.reads;
+    out->bytes_read = read.bytes;
+    out->read_busy_ns = read.read_busy_ns;
+    out->disk_busy_ns = read.busy_ns;
+    out->prefetch_bytes = read.soon_bytes;
+    out->prefetch_busy_ns = read.soon_busy_ns;
+    out->direct_files = read.direct_files;
     out->committed_bytes = m.arena ? static_cast<int64_t>(m.arena->committed_bytes()) : 0;
     out->peak_committed_bytes = m.arena ? static_cast<int64_t>(m.arena->peak_committed_bytes()) : 0;
-    out->prefetched = c.prefetched;
-    out->prefetch_useful = c.prefetch_useful;
-    out->prefetch_late = c.prefetch_late;
-    out->prefetch_wasted = c.prefetch_wasted;
-    out->prefetch_cancelled = c.prefetch_cancelled;
-    out->prefetch_failed = c.prefetch_failed;
-    out->prefetch_bytes = m.reader->soon_bytes();
-    out->wasted_bytes = c.wasted_bytes;
-    out->disk_busy_ns = m.reader->disk_busy_ns();
-    out->prefetch_busy_ns = m.reader->soon_busy_ns();
-    out->look_ahead_ns = c.look_ahead_ns;
-    out->meanwhile_ns = c.meanwhile_ns;
-    out->preloaded = c.preloaded;
-    for (int f = 0; f < m.reader->n_files(); f++) out->direct_files += m.reader->direct(f);
 }
 
 int32_t me_model_take_error(me_model * m, char * error) {
@@ -208,7 +196,7 @@ double me_model_set_noise(me_model * m, int32_t layer_pos, float relative, uint6
     return added;
 }
 
-void me_model_pace(me_model * m, int64_t bytes_per_second) { m->model.reader->pace(bytes_per_second); }
+void me_model_pace(me_model * m, int64_t bytes_per_second) { m->model.source->pace(bytes_per_second); }
 
 void me_model_set_stop(me_model * m, int32_t stop) { m->model.stop = stop != 0; }
 

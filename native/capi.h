@@ -19,8 +19,8 @@ enum me_schedule_status {
 };
 
 struct me_piece_desc {  // one projection of one expert at one level
-    int32_t file, type, projection, reserved;
-    int64_t offset, nbytes, cols, rows;
+    int32_t file, type, projection, codec;  // codec: see native/codec.h
+    int64_t offset, stored_bytes, nbytes, cols, rows;  // stored_bytes from offset in the file; nbytes of the matrix
 };
 
 struct me_layer_desc {
@@ -85,26 +85,35 @@ struct me_step_view {
     int32_t n_tokens, n_used, n_embd, weights_known;
 };
 
-struct me_counters {  // since the model was opened
-    int64_t steps;             // MoE layers run, one for each layer and micro-batch
-    int64_t tokens;            // token-layers
-    int64_t uses, hits;        // distinct experts computed in a step, and those of them that were in memory
-    int64_t low_uses, skipped_uses;  // those computed below level 0; those not computed (not counted in uses)
-    int64_t loads, evictions, reads, bytes_read, graphs;
-    int64_t stall_ns, compute_ns, schedule_ns, step_ns, read_busy_ns;
-    int64_t committed_bytes, peak_committed_bytes, direct_files;
-    // Units read ahead. Each is once useful (a step used it), wasted or cancelled (evicted unused: wholly read or not).
-    // late: useful ones that were not whole when their step began. failed: reads that failed while no step needed them.
-    int64_t prefetched, prefetch_useful, prefetch_late, prefetch_wasted, prefetch_cancelled, prefetch_failed;
-    int64_t prefetch_bytes, wasted_bytes;             // read ahead (part of bytes_read); of those, evicted unused
-    int64_t disk_busy_ns, prefetch_busy_ns, look_ahead_ns;  // any read under way; a speculative one; asking the routers
-    int64_t meanwhile_ns;                             // scheduling while the step waited for reads; not in schedule_ns
-    int64_t preloaded;         // units read by me_model_preload
-};
+// Counts since the model was opened; int64_t each.
+//   steps: MoE layers run, one for each layer and micro-batch. tokens: token-layers.
+//   uses, hits: distinct experts computed in a step, and those of them that were in memory. low_uses, skipped_uses: those
+//     computed below level 0; those not computed (not counted in uses).
+//   bytes_read: as stored. read_busy_ns: summed over reads; disk_busy_ns: any read under way; prefetch_busy_ns: a
+//     speculative one.
+//   prefetched units are read ahead. Each is once useful (a step used it), wasted or cancelled (evicted unused: wholly
+//     read or not). late: useful ones that were not whole when their step began. failed: reads that failed while no step
+//     needed them. prefetch_bytes: read ahead (part of bytes_read); wasted_bytes: of those, evicted unused.
+//   look_ahead_ns: asking the routers. meanwhile_ns: scheduling while the step waited for reads; not in schedule_ns.
+//   preloaded: units read by me_model_preload.
+#define ME_COUNTERS(X) \
+    X(steps) X(tokens) X(uses) X(hits) X(low_uses) X(skipped_uses) X(loads) X(evictions) X(graphs) X(prefetched) \
+    X(prefetch_useful) X(prefetch_late) X(prefetch_wasted) X(prefetch_cancelled) X(prefetch_failed) X(wasted_bytes) \
+    X(preloaded) X(stall_ns) X(compute_ns) X(schedule_ns) X(step_ns) X(look_ahead_ns) X(meanwhile_ns)
+#define ME_SOURCE_COUNTERS(X) \
+    X(reads) X(bytes_read) X(read_busy_ns) X(disk_busy_ns) X(prefetch_bytes) X(prefetch_busy_ns) X(direct_files) \
+    X(committed_bytes) X(peak_committed_bytes)
+
+#define ME_FIELD(name) int64_t name;
+struct me_counters { ME_COUNTERS(ME_FIELD) ME_SOURCE_COUNTERS(ME_FIELD) };
+#undef ME_FIELD
 
 struct me_abi_info {
     int32_t backend_api, tensor_overhead;  // as built: see me_loaded_tensor_overhead
     const char * ggml_version_built;
+    const char * counters;     // their names in the order of me_counters, separated by blanks
+    const char * struct_names; // of the structs that cross, separated by blanks, and their sizes in bytes
+    const int32_t * struct_sizes;
 };
 
 typedef struct me_model me_model;

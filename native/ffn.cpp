@@ -398,66 +398,89 @@ bool Ffn::run_node(ggml_tensor * node, Lane & lane, std::string & error) {
 }
 
 bool Ffn::small(Lane & lane, Step & s, const std::vector<Group *> & ready, const std::vector<Group *> & hidden, std::string & error) {
-    Model & m = *s.model;
-    const Layer & l = m.layers[static_cast<size_t>(s.layer_pos)];
-    ggml_context * ctx = lane.fresh_context();
-    ggml_cgraph * graph = ggml_new_graph_custom(ctx, GRAPH_NODES, false);
+    ggml_cgraph * graph = ggml_new_graph_custom(lane.fresh_context(), GRAPH_NODES, false);
     Task quantize_x, up_dots, quantize_h, down_dots;
+    if (!ready.empty() && !add_hidden(lane, graph, s, ready, quantize_x, up_dots, error)) return false;
+    std::vector<Group *> down;
+    place_hidden(lane, s, ready, down);
+    down.insert(down.end(), hidden.begin(), hidden.end());
+    if (!add_down(lane, graph, s, down, quantize_h, down_dots, error)) return false;
+    if (!compute(lane, graph, error)) return false;
+    for (Group * g : down) g->state = Group::DONE;
+    return true;
+}
 
+// Up and gate products and the activation of `ready`; the hidden rows go behind those that the lane has.
+bool Ffn::add_hidden(Lane & lane, ggml_cgraph * graph, Step & s, const std::vector<Group *> & ready, Task & quantize, Task & dots,
+                     std::string & error) {
+    const Layer & l = s.model->layers[static_cast<size_t>(s.layer_pos)];
     int64_t n_rows = 0;
     for (const Group * g : ready) n_rows += g->n_rows;
-    if (n_rows > 0) {
-        ActivationInputs in;
-        if (!product_tensors(lane, l, n_rows, in)) {
-            error = "the work area is too small for one batch of experts";
-            return false;
-        }
-        in.ids = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 1, n_rows);
-        auto * ids = reinterpret_cast<int32_t *>(lane.work(static_cast<size_t>(n_rows) * sizeof(int32_t)));
-        in.ids->data = ids;
-        int64_t at = 0;
-        for (const Group * g : ready) {
-            Unit & u = m.unit(g->unit);
-            for (int p = 0; p < u.n_pieces; p++) {
-                const Piece & piece = u.pieces[p];
-                if (piece.projection == DOWN) continue;
-                const ggml_type xt = vec_dot_type(piece.type);
-                const char * x = x_rows(xt, s, quantize_x.quantize);
-                ggml_tensor * out = piece.projection == UP ? in.up : piece.projection == GATE ? in.gate : in.gate_up;
-                for (int64_t r = 0; r < g->n_rows; r++) {
-                    const Row & row = s.rows[static_cast<size_t>(g->first_row + r)];
-                    up_dots.operands.push_back({x + static_cast<size_t>(row.token) * ggml_row_size(xt, l.n_embd),
-                                                static_cast<float *>(out->data) + (at + r) * out->ne[0]});
-                }
-                up_dots.dots.push_back({m.data(u, piece), piece.type, piece.cols, piece.rows, nullptr, g->n_rows});
-            }
-            for (int64_t r = 0; r < g->n_rows; r++) ids[at + r] = g->expert;
-            at += g->n_rows;
-        }
-        up_dots.finish_dots();
-        if (!quantize_x.quantize.empty()) add_custom(lane, graph, FfnTasks::quantize, &quantize_x);
-        add_custom(lane, graph, FfnTasks::dots, &up_dots);
-        ggml_tensor * h = activation(lane, s, in, error);
-        if (!h) return false;
-        h->data = lane.hidden.data() + static_cast<size_t>(lane.next_hidden * l.n_ff) * sizeof(float);
-        ggml_build_forward_expand(graph, h);
+    ActivationInputs in;
+    if (!product_tensors(lane, l, n_rows, in)) {
+        error = "the work area is too small for one batch of experts";
+        return false;
     }
+    in.ids = ggml_new_tensor_2d(lane.ctx, GGML_TYPE_I32, 1, n_rows);
+    auto * ids = reinterpret_cast<int32_t *>(lane.work(static_cast<size_t>(n_rows) * sizeof(int32_t)));
+    in.ids->data = ids;
+    int64_t at = 0;
+    for (const Group * g : ready) {
+        up_dots(s, *g, in, at, quantize, dots);
+        for (int64_t r = 0; r < g->n_rows; r++) ids[at + r] = g->expert;
+        at += g->n_rows;
+    }
+    dots.finish_dots();
+    if (!quantize.quantize.empty()) add_custom(lane, graph, FfnTasks::quantize, &quantize);
+    add_custom(lane, graph, FfnTasks::dots, &dots);
+    ggml_tensor * h = activation(lane, s, in, error);
+    if (!h) return false;
+    h->data = lane.hidden.data() + static_cast<size_t>(lane.next_hidden * l.n_ff) * sizeof(float);
+    ggml_build_forward_expand(graph, h);
+    return true;
+}
 
-    // Where each group's hidden rows are: those computed in this graph come right after the earlier ones.
-    std::vector<Group *> down;
+// The products of one group's up, gate or fused pieces, into rows `at` and on.
+void Ffn::up_dots(const Step & s, const Group & g, const ActivationInputs & in, int64_t at, Task & quantize, Task & dots) {
+    Model & m = *s.model;
+    const Layer & l = m.layers[static_cast<size_t>(s.layer_pos)];
+    Unit & u = m.unit(g.unit);
+    for (int p = 0; p < u.n_pieces; p++) {
+        const Piece & piece = u.pieces[p];
+        if (piece.projection == DOWN) continue;
+        const ggml_type xt = vec_dot_type(piece.type);
+        const char * x = x_rows(xt, s, quantize.quantize);
+        ggml_tensor * out = piece.projection == UP ? in.up : piece.projection == GATE ? in.gate : in.gate_up;
+        for (int64_t r = 0; r < g.n_rows; r++) {
+            const Row & row = s.rows[static_cast<size_t>(g.first_row + r)];
+            dots.operands.push_back({x + static_cast<size_t>(row.token) * ggml_row_size(xt, l.n_embd),
+                                     static_cast<float *>(out->data) + (at + r) * out->ne[0]});
+        }
+        dots.dots.push_back({m.data(u, piece), piece.type, piece.cols, piece.rows, nullptr, g.n_rows});
+    }
+}
+
+// Where each group's hidden rows are, one behind the other; `down`: those whose down piece is there.
+void Ffn::place_hidden(Lane & lane, Step & s, const std::vector<Group *> & ready, std::vector<Group *> & down) {
     for (Group * g : ready) {
         g->hidden_row = lane.next_hidden;
         lane.next_hidden += g->n_rows;
         g->state = Group::HIDDEN;
-        if (m.unit(g->unit).ready & m.unit(g->unit).bit(DOWN)) down.push_back(g);
+        const Unit & u = s.model->unit(g->unit);
+        if (u.ready & u.bit(DOWN)) down.push_back(g);
     }
-    down.insert(down.end(), hidden.begin(), hidden.end());
+}
+
+bool Ffn::add_down(Lane & lane, ggml_cgraph * graph, Step & s, const std::vector<Group *> & down, Task & quantize, Task & dots,
+                   std::string & error) {
+    Model & m = *s.model;
+    const int64_t n_ff = m.layers[static_cast<size_t>(s.layer_pos)].n_ff;
     for (const Group * g : down) {
         Unit & u = m.unit(g->unit);
         const Piece & piece = u.piece(DOWN);
         const ggml_type ht = vec_dot_type(piece.type);
-        const size_t row_bytes = ggml_row_size(ht, l.n_ff);
-        const char * h = lane.hidden.data() + static_cast<size_t>(g->hidden_row * l.n_ff) * sizeof(float);
+        const size_t row_bytes = ggml_row_size(ht, n_ff);
+        const char * h = lane.hidden.data() + static_cast<size_t>(g->hidden_row * n_ff) * sizeof(float);
         const char * hq = h;
         if (ht != GGML_TYPE_F32) {
             char * dst = lane.work(row_bytes * static_cast<size_t>(g->n_rows));
@@ -465,22 +488,18 @@ bool Ffn::small(Lane & lane, Step & s, const std::vector<Group *> & ready, const
                 error = "the work area is too small for the hidden rows of one batch of experts";
                 return false;
             }
-            quantize_h.quantize.push_back({h, static_cast<size_t>(l.n_ff) * sizeof(float), dst, ht, l.n_ff, g->n_rows});
+            quantize.quantize.push_back({h, static_cast<size_t>(n_ff) * sizeof(float), dst, ht, n_ff, g->n_rows});
             hq = dst;
         }
         for (int64_t r = 0; r < g->n_rows; r++) {
             const Row & row = s.rows[static_cast<size_t>(g->first_row + r)];
-            down_dots.operands.push_back({hq + static_cast<size_t>(r) * row_bytes,
-                                          reinterpret_cast<float *>(s.out + static_cast<size_t>(row.slot) * s.out_nb1 +
-                                                                    static_cast<size_t>(row.token) * s.out_nb2)});
+            dots.operands.push_back({hq + static_cast<size_t>(r) * row_bytes, reinterpret_cast<float *>(s.output(row))});
         }
-        down_dots.dots.push_back({m.data(u, piece), piece.type, piece.cols, piece.rows, nullptr, g->n_rows});
+        dots.dots.push_back({m.data(u, piece), piece.type, piece.cols, piece.rows, nullptr, g->n_rows});
     }
-    down_dots.finish_dots();
-    if (!quantize_h.quantize.empty()) add_custom(lane, graph, FfnTasks::quantize, &quantize_h);
-    if (!down.empty()) add_custom(lane, graph, FfnTasks::dots, &down_dots);
-    if (!compute(lane, graph, error)) return false;
-    for (Group * g : down) g->state = Group::DONE;
+    dots.finish_dots();
+    if (!quantize.quantize.empty()) add_custom(lane, graph, FfnTasks::quantize, &quantize);
+    if (!down.empty()) add_custom(lane, graph, FfnTasks::dots, &dots);
     return true;
 }
 
@@ -496,55 +515,47 @@ bool Ffn::large(Lane & lane, Step & s, Group & g, std::string & error) {
     return true;
 }
 
+static ggml_tensor * weight_tensor(Lane & lane, const Model & m, const Unit & u, const Piece & p) {
+    ggml_tensor * w = ggml_new_tensor_3d(lane.ctx, p.type, p.cols, p.rows, 1);
+    w->data = m.data(u, p);
+    return w;
+}
+
+static ggml_tensor * same_ids(Lane & lane, int64_t n, int32_t id) {
+    ggml_tensor * ids = ggml_new_tensor_2d(lane.ctx, GGML_TYPE_I32, 1, n);
+    ids->data = lane.work(static_cast<size_t>(n) * sizeof(int32_t));
+    std::fill_n(static_cast<int32_t *>(ids->data), n, id);
+    return ids;
+}
+
+// A product of one expert's matrix with its rows; null, with an error, when the work area is used up.
+static ggml_tensor * product_of(Lane & lane, ggml_tensor * weights, ggml_tensor * rows, ggml_tensor * zero_ids, const char * what,
+                                std::string & error) {
+    ggml_tensor * product = ggml_mul_mat_id(lane.ctx, weights, rows, zero_ids);
+    product->data = lane.work(ggml_nbytes(product));
+    if (product->data) return product;
+    error = std::string("the work area is too small for the ") + what + " of one expert";
+    return nullptr;
+}
+
 bool Ffn::large_rows(Lane & lane, Step & s, Group & g, int64_t from, int64_t n, std::string & error) {
     Model & m = *s.model;
-    const Layer & l = m.layers[static_cast<size_t>(s.layer_pos)];
     Unit & u = m.unit(g.unit);
-    ggml_context * ctx = lane.fresh_context();
-    ggml_cgraph * graph = ggml_new_graph_custom(ctx, GRAPH_NODES, false);
+    ggml_cgraph * graph = ggml_new_graph_custom(lane.fresh_context(), GRAPH_NODES, false);
     Task quantize_x, gather, scatter;
-
-    ggml_tensor * zero_ids = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 1, n);
-    zero_ids->data = lane.work(static_cast<size_t>(n) * sizeof(int32_t));
+    ggml_tensor * zero_ids = same_ids(lane, n, 0);
     ActivationInputs in;
-    in.ids = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 1, n);
-    in.ids->data = lane.work(static_cast<size_t>(n) * sizeof(int32_t));
-    std::fill_n(static_cast<int32_t *>(zero_ids->data), n, 0);
-    std::fill_n(static_cast<int32_t *>(in.ids->data), n, g.expert);
+    in.ids = same_ids(lane, n, g.expert);
 
-    auto weights = [&](const Piece & p) {
-        ggml_tensor * w = ggml_new_tensor_3d(ctx, p.type, p.cols, p.rows, 1);
-        w->data = m.data(u, p);
-        return w;
-    };
     std::vector<ggml_tensor *> products;
     ggml_tensor * xg_by_type[GGML_TYPE_COUNT] = {};
     for (int p = 0; p < u.n_pieces; p++) {
         const Piece & piece = u.pieces[p];
         if (piece.projection == DOWN) continue;
-        const ggml_type xt = vec_dot_type(piece.type);
-        if (!xg_by_type[xt]) {
-            const char * x = x_rows(xt, s, quantize_x.quantize);
-            const size_t row_bytes = ggml_row_size(xt, l.n_embd);
-            ggml_tensor * xg = ggml_new_tensor_3d(ctx, xt, l.n_embd, 1, n);
-            xg->data = lane.work(row_bytes * static_cast<size_t>(n));
-            if (!xg->data) {
-                error = "the work area is too small for the rows of one expert";
-                return false;
-            }
-            for (int64_t r = 0; r < n; r++) {
-                const Row & row = s.rows[static_cast<size_t>(g.first_row + from + r)];
-                gather.copies.push_back({x + static_cast<size_t>(row.token) * row_bytes,
-                                         static_cast<char *>(xg->data) + static_cast<size_t>(r) * row_bytes, row_bytes});
-            }
-            xg_by_type[xt] = xg;
-        }
-        ggml_tensor * product = ggml_mul_mat_id(ctx, weights(piece), xg_by_type[xt], zero_ids);
-        product->data = lane.work(ggml_nbytes(product));
-        if (!product->data) {
-            error = "the work area is too small for the products of one expert";
-            return false;
-        }
+        ggml_tensor *& xg = xg_by_type[vec_dot_type(piece.type)];
+        if (!xg && !(xg = gathered(lane, s, g, from, n, vec_dot_type(piece.type), quantize_x, gather, error))) return false;
+        ggml_tensor * product = product_of(lane, weight_tensor(lane, m, u, piece), xg, zero_ids, "products", error);
+        if (!product) return false;
         (piece.projection == UP ? in.up : piece.projection == GATE ? in.gate : in.gate_up) = product;
         products.push_back(product);
     }
@@ -553,21 +564,40 @@ bool Ffn::large_rows(Lane & lane, Step & s, Group & g, int64_t from, int64_t n, 
     for (ggml_tensor * p : products) ggml_build_forward_expand(graph, p);
     ggml_tensor * h = activation(lane, s, in, error);
     if (!h) return false;
-    ggml_tensor * y = ggml_mul_mat_id(ctx, weights(u.piece(DOWN)), h, zero_ids);
-    y->data = lane.work(ggml_nbytes(y));
-    if (!y->data) {
-        error = "the work area is too small for the output of one expert";
-        return false;
-    }
+    ggml_tensor * y = product_of(lane, weight_tensor(lane, m, u, u.piece(DOWN)), h, zero_ids, "output", error);
+    if (!y) return false;
     ggml_build_forward_expand(graph, y);
-    const size_t out_bytes = static_cast<size_t>(l.n_embd) * sizeof(float);
-    for (int64_t r = 0; r < n; r++) {
-        const Row & row = s.rows[static_cast<size_t>(g.first_row + from + r)];
-        scatter.copies.push_back({static_cast<const char *>(y->data) + static_cast<size_t>(r) * out_bytes,
-                                  s.out + static_cast<size_t>(row.slot) * s.out_nb1 + static_cast<size_t>(row.token) * s.out_nb2, out_bytes});
-    }
+    scatter_rows(s, g, from, n, y, scatter);
     add_custom(lane, graph, FfnTasks::copy, &scatter);
     return compute(lane, graph, error);
+}
+
+// The step's input rows of a group, in `type`, side by side; `gather` copies them there.
+ggml_tensor * Ffn::gathered(Lane & lane, const Step & s, const Group & g, int64_t from, int64_t n, ggml_type type, Task & quantize,
+                            Task & gather, std::string & error) {
+    const int64_t n_embd = s.model->layers[static_cast<size_t>(s.layer_pos)].n_embd;
+    const char * x = x_rows(type, s, quantize.quantize);
+    const size_t row_bytes = ggml_row_size(type, n_embd);
+    ggml_tensor * xg = ggml_new_tensor_3d(lane.ctx, type, n_embd, 1, n);
+    xg->data = lane.work(row_bytes * static_cast<size_t>(n));
+    if (!xg->data) {
+        error = "the work area is too small for the rows of one expert";
+        return nullptr;
+    }
+    for (int64_t r = 0; r < n; r++) {
+        const Row & row = s.rows[static_cast<size_t>(g.first_row + from + r)];
+        gather.copies.push_back({x + static_cast<size_t>(row.token) * row_bytes,
+                                 static_cast<char *>(xg->data) + static_cast<size_t>(r) * row_bytes, row_bytes});
+    }
+    return xg;
+}
+
+void Ffn::scatter_rows(const Step & s, const Group & g, int64_t from, int64_t n, const ggml_tensor * y, Task & scatter) {
+    const size_t out_bytes = static_cast<size_t>(s.model->layers[static_cast<size_t>(s.layer_pos)].n_embd) * sizeof(float);
+    for (int64_t r = 0; r < n; r++) {
+        const Row & row = s.rows[static_cast<size_t>(g.first_row + from + r)];
+        scatter.copies.push_back({static_cast<const char *>(y->data) + static_cast<size_t>(r) * out_bytes, s.output(row), out_bytes});
+    }
 }
 
 }  // namespace moe_edge

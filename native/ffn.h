@@ -49,6 +49,10 @@ struct Step {                                   // one MoE layer of one micro-ba
     const float * down_scale = nullptr;         // [n_expert], multiplies an expert's output before its weight does; or null
     char * sum = nullptr;                       // F32 [n_embd, n_tokens], or null
     const ggml_tensor * hidden = nullptr;       // the graph's input of the down product: tells the activation
+
+    char * output(const Row & row) const {
+        return out + static_cast<size_t>(row.slot) * out_nb1 + static_cast<size_t>(row.token) * out_nb2;
+    }
 };
 
 struct QuantizeTask;
@@ -109,7 +113,16 @@ private:
     // The step's input in `type`; adds the task that quantizes it when this step has not done so yet.
     const char * x_rows(ggml_type type, const Step & s, std::vector<QuantizeTask> & tasks);
     bool small(Lane & lane, Step & s, const std::vector<Group *> & ready, const std::vector<Group *> & hidden, std::string & error);
+    bool add_hidden(Lane & lane, ggml_cgraph * graph, Step & s, const std::vector<Group *> & ready, Task & quantize, Task & dots,
+                    std::string & error);
+    void up_dots(const Step & s, const Group & g, const ActivationInputs & in, int64_t at, Task & quantize, Task & dots);
+    static void place_hidden(Lane & lane, Step & s, const std::vector<Group *> & ready, std::vector<Group *> & down);
+    bool add_down(Lane & lane, ggml_cgraph * graph, Step & s, const std::vector<Group *> & down, Task & quantize, Task & dots,
+                  std::string & error);
     bool large(Lane & lane, Step & s, Group & g, std::string & error);
+    ggml_tensor * gathered(Lane & lane, const Step & s, const Group & g, int64_t from, int64_t n, ggml_type type, Task & quantize,
+                           Task & gather, std::string & error);
+    static void scatter_rows(const Step & s, const Group & g, int64_t from, int64_t n, const ggml_tensor * y, Task & scatter);
     bool large_rows(Lane & lane, Step & s, Group & g, int64_t from, int64_t n, std::string & error);
     void reserve(Lane & lane, const Step & s, int64_t hidden_rows);
 

@@ -4,6 +4,8 @@
 #include <chrono>
 #include <stdexcept>
 
+#include "disk_source.h"
+
 namespace moe_edge {
 
 static int64_t floor_to(int64_t n, int64_t to) { return n / to * to; }
@@ -23,7 +25,22 @@ uint32_t Unit::bit(Projection p) const {
     return 0;
 }
 
+static const char * const PROJECTION_NAMES[] = {"up", "gate", "down", "gate_up"};
+
+static std::string tensor_name(const Layer & layer, Projection projection, int expert) {
+    return "tensor 'blk." + std::to_string(layer.number) + ".ffn_" + PROJECTION_NAMES[projection] +
+           "_exps.weight' of expert " + std::to_string(expert);
+}
+
 Model::Model(const me_model_desc & desc) : n_levels(desc.n_levels) {
+    units_ = std::vector<Unit>(static_cast<size_t>(add_layers(desc)));
+    add_units(desc);
+    std::vector<std::string> paths(desc.paths, desc.paths + desc.n_paths);
+    source = std::make_unique<DiskSource>(paths, desc.n_io_threads, desc.direct_io != 0,
+                                          [this](const ReadJob & j, const std::string & e) { on_read(j, e); });
+}
+
+int Model::add_layers(const me_model_desc & desc) {
     int n_units = 0;
     for (int i = 0; i < desc.n_layers; i++) {
         const me_layer_desc & d = desc.layers[i];
@@ -41,7 +58,10 @@ Model::Model(const me_model_desc & desc) : n_levels(desc.n_levels) {
         n_units += d.n_expert * n_levels;
         layers.push_back(std::move(l));
     }
-    units_ = std::vector<Unit>(static_cast<size_t>(n_units));
+    return n_units;
+}
+
+void Model::add_units(const me_model_desc & desc) {
     int64_t next = 0;
     for (const Layer & l : layers) {
         for (int e = 0; e < l.n_expert * n_levels; e++) {
@@ -49,24 +69,34 @@ Model::Model(const me_model_desc & desc) : n_levels(desc.n_levels) {
             u.n_pieces = l.fused || !l.gated ? 2 : 3;
             for (int p = 0; p < u.n_pieces; p++) {
                 if (next >= desc.n_pieces) throw std::runtime_error("the piece table is shorter than its layers need");
-                const me_piece_desc & d = desc.pieces[next++];
-                Piece & piece = u.pieces[p];
-                piece.file = d.file;
-                piece.type = static_cast<ggml_type>(d.type);
-                piece.projection = static_cast<Projection>(d.projection);
-                piece.cols = d.cols;
-                piece.rows = d.rows;
-                piece.offset = d.offset;
-                piece.nbytes = d.nbytes;
+                add_piece(u.pieces[p], desc.pieces[next++], l, e / n_levels);
             }
             lay_out(u);
             largest_unit_ = std::max(largest_unit_, u.bytes);
             smallest_unit_ = std::min(smallest_unit_, u.bytes);
         }
     }
-    std::vector<std::string> paths(desc.paths, desc.paths + desc.n_paths);
-    reader = std::make_unique<Reader>(paths, desc.n_io_threads, desc.direct_io != 0,
-                                      [this](const ReadJob & j, const std::string & e) { on_read(j, e); });
+}
+
+void Model::add_piece(Piece & piece, const me_piece_desc & d, const Layer & layer, int expert) const {
+    piece.file = d.file;
+    piece.type = static_cast<ggml_type>(d.type);
+    piece.projection = static_cast<Projection>(d.projection);
+    piece.cols = d.cols;
+    piece.rows = d.rows;
+    piece.offset = d.offset;
+    piece.stored_bytes = d.stored_bytes;
+    piece.nbytes = d.nbytes;
+    piece.codec = d.codec;
+    const std::string name = tensor_name(layer, piece.projection, expert);
+    if (!knows_codec(piece.codec)) {
+        throw std::runtime_error(name + " is stored with codec " + std::to_string(piece.codec) +
+                                 ", which this moe-edge does not have; it has codec 0 (raw): install a newer one");
+    }
+    if (piece.stored_bytes != piece.nbytes) {
+        throw std::runtime_error(name + " is stored raw in " + std::to_string(piece.stored_bytes) + " bytes but has " +
+                                 std::to_string(piece.nbytes) + "; its table of pieces is damaged");
+    }
 }
 
 void Model::set_arena(int64_t arena_bytes) {
@@ -77,8 +107,8 @@ void Model::set_arena(int64_t arena_bytes) {
 }
 
 Model::~Model() {
-    if (reader) drain();
-    reader.reset();
+    if (source) drain();
+    source.reset();
 }
 
 void Model::lay_out(Unit & u) {
@@ -87,7 +117,7 @@ void Model::lay_out(Unit & u) {
     for (int p = 0; p < u.n_pieces; p++) {
         Piece & piece = u.pieces[p];
         piece.read_offset = floor_to(piece.offset, READ_ALIGN);
-        piece.read_bytes = ceil_to(piece.offset + piece.nbytes, READ_ALIGN) - piece.read_offset;
+        piece.read_bytes = ceil_to(piece.offset + piece.stored_bytes, READ_ALIGN) - piece.read_offset;
         piece.slot_offset = at;
         at += piece.read_bytes;
     }
@@ -111,13 +141,13 @@ void Model::submit(int unit_id, int p, bool soon) {
     job.file = piece.file;
     job.offset = piece.read_offset;
     job.length = piece.read_bytes;
-    job.needed = piece.offset + piece.nbytes - piece.read_offset;
+    job.needed = piece.offset + piece.stored_bytes - piece.read_offset;
     job.dst = arena->data(u.slot) + piece.slot_offset;
     job.tag = static_cast<int64_t>(unit_id) * MAX_PIECES + p;
     job.soon = soon;
     u.pending |= 1u << p;
     in_flight_++;
-    reader->submit(job);
+    source->submit(job);
 }
 
 bool Model::start(int unit_id) {
@@ -187,14 +217,14 @@ void Model::need(int unit_id) {
     }
     u.needed = true;
     if (whole) return;
-    reader->promote(static_cast<int64_t>(unit_id) * MAX_PIECES, static_cast<int64_t>(unit_id + 1) * MAX_PIECES);
+    source->promote(static_cast<int64_t>(unit_id) * MAX_PIECES, static_cast<int64_t>(unit_id + 1) * MAX_PIECES);
     for (int p = 0; p < u.n_pieces; p++) {
         if (!((u.ready | u.pending) & (1u << p))) submit(unit_id, p, false);
     }
 }
 
 void Model::cancel_queued(int first_unit, int end_unit) {
-    for (int64_t tag : reader->cancel(static_cast<int64_t>(first_unit) * MAX_PIECES, static_cast<int64_t>(end_unit) * MAX_PIECES)) {
+    for (int64_t tag : source->cancel(static_cast<int64_t>(first_unit) * MAX_PIECES, static_cast<int64_t>(end_unit) * MAX_PIECES)) {
         Unit & u = unit(static_cast<int>(tag / MAX_PIECES));
         u.pending &= ~(1u << (tag % MAX_PIECES));
         u.cancelled = true;
@@ -238,13 +268,11 @@ void Model::evict(int unit_id) {
 }
 
 std::string Model::piece_name(int unit_id, int piece) const {
-    static const char * const NAMES[] = {"up", "gate", "down", "gate_up"};
     const Unit & u = units_[static_cast<size_t>(unit_id)];
     size_t l = layers.size() - 1;
     while (l > 0 && layers[l].first_unit > unit_id) l--;
     const int expert = (unit_id - layers[l].first_unit) / n_levels;
-    return reader->path(u.pieces[piece].file) + ": tensor 'blk." + std::to_string(layers[l].number) + ".ffn_" +
-           NAMES[u.pieces[piece].projection] + "_exps.weight' of expert " + std::to_string(expert);
+    return source->name(u.pieces[piece].file) + ": " + tensor_name(layers[l], u.pieces[piece].projection, expert);
 }
 
 void Model::on_read(const ReadJob & job, const std::string & error) {
@@ -254,10 +282,10 @@ void Model::on_read(const ReadJob & job, const std::string & error) {
     u.pending &= ~bit;
     if (error.empty()) {
         u.ready |= bit;
-    } else if (error == Reader::CANCELLED && u.needed) {
+    } else if (error == ExpertSource::CANCELLED && u.needed) {
         // Given up, and needed before this was told: need() still took it for one on its way.
         submit(static_cast<int>(job.tag / MAX_PIECES), static_cast<int>(job.tag % MAX_PIECES), false);
-    } else if (error == Reader::CANCELLED) {
+    } else if (error == ExpertSource::CANCELLED) {
         u.cancelled = true;
     } else if (!u.needed) {
         counters.prefetch_failed++;  // read again, and told, by the step that needs it

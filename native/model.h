@@ -14,9 +14,10 @@
 
 #include "arena.h"
 #include "capi.h"
+#include "codec.h"
 #include "ggml.h"
-#include "reader.h"
 #include "router.h"
+#include "source.h"
 
 namespace moe_edge {
 
@@ -28,7 +29,9 @@ struct Piece {
     ggml_type type = GGML_TYPE_F32;
     Projection projection = UP;
     int64_t cols = 0, rows = 0;
-    int64_t offset = 0, nbytes = 0;        // in the file
+    int64_t offset = 0, stored_bytes = 0;  // in the file
+    int64_t nbytes = 0;                    // what the products read: the whole matrix
+    int32_t codec = CODEC_RAW;             // what turns the one into the other
     int64_t read_offset = 0, read_bytes = 0;  // the aligned range that covers it
     int64_t slot_offset = 0;               // where read_offset lands in the slot
     int64_t data_offset() const { return slot_offset + (offset - read_offset); }
@@ -62,13 +65,10 @@ struct Layer {
     Router router;
 };
 
-struct Counters {
-    std::atomic<int64_t> steps{0}, tokens{0}, uses{0}, hits{0}, low_uses{0}, skipped_uses{0}, loads{0}, evictions{0}, graphs{0};
-    std::atomic<int64_t> stall_ns{0}, compute_ns{0}, schedule_ns{0}, step_ns{0};
-    // prefetched units: read ahead; then each is once useful (a step used it; late: not whole when that step began), wasted
-    // or cancelled (evicted unused, whole or not). failed: reads of units that no step needed.
-    std::atomic<int64_t> prefetched{0}, prefetch_useful{0}, prefetch_late{0}, prefetch_wasted{0}, prefetch_cancelled{0}, prefetch_failed{0};
-    std::atomic<int64_t> wasted_bytes{0}, look_ahead_ns{0}, meanwhile_ns{0}, preloaded{0};
+struct Counters {  // see capi.h
+#define ME_FIELD(name) std::atomic<int64_t> name{0};
+    ME_COUNTERS(ME_FIELD)
+#undef ME_FIELD
 };
 
 struct Noise {  // see me_model_set_noise
@@ -131,11 +131,14 @@ public:
     LookAhead look;
     bool watches_attention = false;
     std::unique_ptr<Arena> arena;
-    std::unique_ptr<Reader> reader;
+    std::unique_ptr<ExpertSource> source;
     Counters counters;
     std::mutex step_mutex;
 
 private:
+    int add_layers(const me_model_desc & desc);  // returns the number of units
+    void add_units(const me_model_desc & desc);
+    void add_piece(Piece & piece, const me_piece_desc & desc, const Layer & layer, int expert) const;
     void lay_out(Unit & u);
     std::string piece_name(int unit_id, int piece) const;  // "FILE: tensor '...' of expert E"
     void on_read(const ReadJob & job, const std::string & error);

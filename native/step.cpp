@@ -136,25 +136,39 @@ bool StepRunner::ask_scheduler() {
     m.mail.order[0] = -1;  // an answer that was never written must not pass for one
     const Layer & layer = m.layers[static_cast<size_t>(step_.layer_pos)];
     view_ = {step_.ids.data(), step_.weights.data(), attention_.take(step_.n_tokens), ffn.input(), static_cast<int32_t>(step_.n_tokens),
-                            static_cast<int32_t>(step_.n_used), static_cast<int32_t>(layer.n_embd), weights_node_ != nullptr};
+             static_cast<int32_t>(step_.n_used), static_cast<int32_t>(layer.n_embd), weights_node_ != nullptr};
     bool resident_step = false;
     m.mail.later[0] = 0;
     if (!call_scheduler(n, m.counters.schedule_ns, resident_step)) return false;
     later_ = m.mail.later[0] != 0;
-    waits_ = false;
-    if (resident_step) {
-        for (int i = 0; i < n; i++) {
-            m.mail.order[i] = i;
-            m.mail.level[i] = 0;
-            m.mail.victim_count[i] = 0;
-        }
-    }
+    if (resident_step) answer_resident(n);
+    if (!take_plan(n)) return false;
+    m.counters.steps++;
+    m.counters.tokens += step_.n_tokens;
+    // What was fetched ahead for this layer and is not asked for now is not worth the disk's time.
+    if (m.counters.prefetched > 0) m.cancel(layer.first_unit, layer.first_unit + layer.n_expert * m.n_levels);
+    return true;
+}
 
+// The answer that the scheduler did not write: all at level 0, in the order asked.
+void StepRunner::answer_resident(int n) {
+    me_mailbox & mail = step_.model->mail;
+    for (int i = 0; i < n; i++) {
+        mail.order[i] = i;
+        mail.level[i] = 0;
+        mail.victim_count[i] = 0;
+    }
+}
+
+// The plan in the mailbox, checked: groups to compute, reads to start, and what is skipped.
+bool StepRunner::take_plan(int n) {
+    Model & m = *step_.model;
     step_.groups.clear();
     skipped_.clear();
     loads_.clear();
     prefetches_.clear();
     next_load_ = 0;
+    waits_ = false;
     busy_.assign(static_cast<size_t>(m.n_units()), 0);
     std::vector<uint8_t> seen(static_cast<size_t>(n), 0);
     int victim = 0;
@@ -165,40 +179,37 @@ bool StepRunner::ask_scheduler() {
             return fail("the scheduler's plan is not a permutation of the experts it was asked for");
         }
         seen[static_cast<size_t>(at)] = 1;
-        Group g = by_expert_[static_cast<size_t>(at)];
-        if (level == ME_LEVEL_SKIP) {
-            if (n_victims > 0) return fail("the scheduler's plan evicts experts for one that it skips");
-            skipped_.push_back(g);
-            m.counters.skipped_uses++;
-            continue;
-        }
-        m.counters.low_uses += level > 0;
-        g.unit = m.layers[static_cast<size_t>(step_.layer_pos)].first_unit + g.expert * m.n_levels + level;
-        busy_[static_cast<size_t>(g.unit)] = 1;
-        step_.groups.push_back(g);
-        Unit & unit = m.unit(g.unit);
-        const bool resident = unit.slot >= 0;
-        if (resident) {
-            waits_ |= unit.ready != unit.all_bits();
-            if (unit.prefetched || unit.ready != unit.all_bits()) m.need(g.unit);
-        } else {
-            Load load{static_cast<int>(step_.groups.size()) - 1, {}};
-            for (int v = 0; v < n_victims; v++) load.victims.push_back(m.mail.victims[victim + v]);
-            loads_.push_back(std::move(load));
-            waits_ = true;
-        }
-        if (resident && n_victims > 0) {
-            return fail("the scheduler's plan evicts experts for one that is already in memory");
-        }
+        if (!take_planned(by_expert_[static_cast<size_t>(at)], level, m.mail.victims + victim, n_victims)) return false;
         victim += n_victims;
-        m.counters.uses++;
-        m.counters.hits += resident;
     }
-    m.counters.steps++;
-    m.counters.tokens += step_.n_tokens;
-    // What was fetched ahead for this layer and is not asked for now is not worth the disk's time.
-    const Layer & layer_now = m.layers[static_cast<size_t>(step_.layer_pos)];
-    if (m.counters.prefetched > 0) m.cancel(layer_now.first_unit, layer_now.first_unit + layer_now.n_expert * m.n_levels);
+    return true;
+}
+
+// One expert of the plan.
+bool StepRunner::take_planned(Group g, int level, const int32_t * victims, int n_victims) {
+    Model & m = *step_.model;
+    if (level == ME_LEVEL_SKIP) {
+        if (n_victims > 0) return fail("the scheduler's plan evicts experts for one that it skips");
+        skipped_.push_back(g);
+        m.counters.skipped_uses++;
+        return true;
+    }
+    m.counters.low_uses += level > 0;
+    g.unit = m.layers[static_cast<size_t>(step_.layer_pos)].first_unit + g.expert * m.n_levels + level;
+    busy_[static_cast<size_t>(g.unit)] = 1;
+    step_.groups.push_back(g);
+    const Unit & unit = m.unit(g.unit);
+    const bool resident = unit.slot >= 0;
+    m.counters.uses++;
+    m.counters.hits += resident;
+    if (!resident) {
+        loads_.push_back({static_cast<int>(step_.groups.size()) - 1, {victims, victims + n_victims}});
+        waits_ = true;
+        return true;
+    }
+    if (n_victims > 0) return fail("the scheduler's plan evicts experts for one that is already in memory");
+    waits_ |= unit.ready != unit.all_bits();
+    if (unit.prefetched || unit.ready != unit.all_bits()) m.need(g.unit);
     return true;
 }
 
@@ -353,16 +364,26 @@ bool StepRunner::compute_together() {
     }
 }
 
-// The largest group that has arrived and nobody has taken; null when none has.
+// Of the groups that have arrived and nobody has taken: one whose place the next read waits for, else the largest; null
+// when there is none.
 Group * StepRunner::take_group(bool & all_taken) {
     Model & m = *step_.model;
     Group * best = nullptr;
     all_taken = true;
+    auto awaited = [&](const Group & g) {
+        if (next_load_ >= loads_.size()) return false;
+        const std::vector<int> & victims = loads_[next_load_].victims;
+        return std::find(victims.begin(), victims.end(), g.unit) != victims.end();
+    };
     for (Group & g : step_.groups) {
         if (g.taken) continue;
         all_taken = false;
         const Unit & u = m.unit(g.unit);
         if (u.slot < 0 || u.ready.load(std::memory_order_acquire) != u.all_bits()) continue;
+        if (awaited(g)) {
+            best = &g;
+            break;
+        }
         if (!best || g.n_rows > best->n_rows) best = &g;
     }
     if (best) best->taken = true;
@@ -475,8 +496,7 @@ bool StepRunner::drop_skipped() {
     for (const Group & g : skipped_) {
         for (int64_t r = g.first_row; r < g.first_row + g.n_rows; r++) {
             const Row & row = step_.rows[static_cast<size_t>(r)];
-            memset(step_.out + static_cast<size_t>(row.slot) * step_.out_nb1 + static_cast<size_t>(row.token) * step_.out_nb2, 0,
-                   static_cast<size_t>(layer.n_embd) * sizeof(float));
+            memset(step_.output(row), 0, static_cast<size_t>(layer.n_embd) * sizeof(float));
             float & w = step_.weights[static_cast<size_t>(row.token * step_.n_used + row.slot)];
             if (!lost.empty()) lost[static_cast<size_t>(row.token)] += w;
             w = 0;

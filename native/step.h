@@ -43,6 +43,9 @@ private:
     void disturb();
     int write_experts();
     bool ask_scheduler();
+    void answer_resident(int n);
+    bool take_plan(int n);
+    bool take_planned(Group g, int level, const int32_t * victims, int n_victims);
     bool call_scheduler(int n, std::atomic<int64_t> & ns, bool & resident);
     bool meanwhile();
     bool take_prefetches(std::string & error);

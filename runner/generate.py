@@ -13,9 +13,9 @@ from typing import Any
 
 from moe_edge.models.errors import Stopped, UsageError
 from moe_edge.models.store.watch import check_unchanged
+from moe_edge.runner.capi import Counters
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.memory import peak_rss_bytes
-from moe_edge.runner.native import Counters
 from moe_edge.runner.tokens import is_end, token_bytes, tokenize
 from moe_edge.schedulers.budget import format_bytes
 from moe_edge.schedulers.lookahead.around import LookAheadPolicy

@@ -1,287 +1,44 @@
-"""The native library by ctypes: the structs of native/capi.h and one class that owns a native model.
-
-Loads the library only after llama_cpp, so that it binds to the ggml libraries that are already in the process, and
-refuses a llama-cpp-python whose backend API or ggml_tensor is not the one it was built for.
-"""
+"""One native model: its unit table, its arena, and the answers of the policy, through the C interface of capi.py."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import sys
 import threading
 from collections.abc import Callable, Sequence
-from ctypes import (
-    POINTER,
-    Structure,
-    c_char_p,
-    c_double,
-    c_float,
-    c_int32,
-    c_int64,
-    c_uint8,
-    c_uint64,
-    c_void_p,
-)
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint8, c_void_p
 from typing import Any, ClassVar
 
 import numpy as np
-from moe_edge.models.errors import EngineError, MissingFile, WrongLibrary
+from moe_edge.models.errors import BadFile, EngineError, MissingFile
 from moe_edge.models.formats.floats import FloatArray
 from moe_edge.models.formats.gguf import TensorEntry
 from moe_edge.models.formats.source_files import SourceFiles
+from moe_edge.models.store.experts import RAW, Piece
 from moe_edge.models.store.store import ExpertModel
+from moe_edge.runner.capi import (
+    ERROR_BYTES,
+    MAX_AHEAD,
+    MEANWHILE,
+    PROJECTION_CODES,
+    SCHEDULE_ERROR,
+    SCHEDULE_FN,
+    SCHEDULE_OK,
+    SCHEDULE_RESIDENT,
+    SCHEDULE_STOP,
+    Counters,
+    CountersArray,
+    LayerDesc,
+    Mailbox,
+    ModelDesc,
+    PieceDesc,
+    StepView,
+    counter_index,
+    counters_of,
+    library,
+)
 from moe_edge.runner.turns import CLOSED
 from moe_edge.schedulers.layout import Ahead, Prefetch, Routing, Step, StepPlan
-
-WORKING_VERSION = "llama-cpp-python 0.3.36"
-ERROR_BYTES = 1024
-PROJECTION_CODES = {"up": 0, "gate": 1, "down": 2, "gate_up": 3}
-MAX_AHEAD = 8
-MEANWHILE = -1  # in place of a number of experts: see native/capi.h
-SCHEDULE_OK, SCHEDULE_STOP, SCHEDULE_ERROR, SCHEDULE_RESIDENT = 0, 1, 2, 3
-
-
-class PieceDesc(Structure):
-    _fields_ = [
-        ("file", c_int32),
-        ("type", c_int32),
-        ("projection", c_int32),
-        ("reserved", c_int32),
-        ("offset", c_int64),
-        ("nbytes", c_int64),
-        ("cols", c_int64),
-        ("rows", c_int64),
-    ]
-
-
-class LayerDesc(Structure):
-    _fields_ = [
-        ("layer", c_int32),
-        ("n_expert", c_int32),
-        ("n_embd", c_int32),
-        ("n_ff", c_int32),
-        ("fused", c_int32),
-        ("gated", c_int32),
-        ("bias_up", POINTER(c_float)),
-        ("bias_gate", POINTER(c_float)),
-    ]
-
-
-class Mailbox(Structure):
-    _fields_ = [
-        (name, POINTER(kind)) for name, kind in (
-            ("experts", c_int32), ("counts", c_int32), ("weights", c_float), ("squares", c_float), ("order", c_int32),
-            ("level", c_int32), ("victim_count", c_int32), ("victims", c_int32), ("later", c_int32),
-            ("prefetch_count", c_int32), ("prefetch_units", c_int32), ("prefetch_victim_count", c_int32),
-            ("prefetch_victims", c_int32), ("ahead_counts", c_int32), ("ahead_experts", c_int32),
-            ("ahead_scores", c_float),
-        )
-    ]  # fmt: skip
-
-
-class StepView(Structure):
-    _fields_ = [
-        ("experts", POINTER(c_int32)),
-        ("weights", POINTER(c_float)),
-        ("attention", POINTER(c_float)),
-        ("input", POINTER(c_float)),
-        ("n_tokens", c_int32),
-        ("n_used", c_int32),
-        ("n_embd", c_int32),
-        ("weights_known", c_int32),
-    ]
-
-
-SCHEDULE_FN = ctypes.CFUNCTYPE(c_int32, c_void_p, c_int32, c_int32, c_int32)
-
-
-class ModelDesc(Structure):
-    _fields_ = [
-        ("paths", POINTER(c_char_p)),
-        ("layers", POINTER(LayerDesc)),
-        ("pieces", POINTER(PieceDesc)),
-        ("n_pieces", c_int64),
-        ("n_paths", c_int32),
-        ("n_layers", c_int32),
-        ("n_levels", c_int32),
-        ("n_io_threads", c_int32),
-        ("direct_io", c_int32),
-        ("reserved", c_int32),
-        ("schedule", SCHEDULE_FN),
-        ("announce", SCHEDULE_FN),
-        ("schedule_user", c_void_p),
-        ("mail", Mailbox),
-    ]
-
-
-_COUNTERS = (
-    "steps tokens uses hits low_uses skipped_uses loads evictions reads bytes_read graphs stall_ns compute_ns "
-    "schedule_ns step_ns read_busy_ns committed_bytes peak_committed_bytes direct_files prefetched prefetch_useful "
-    "prefetch_late prefetch_wasted prefetch_cancelled prefetch_failed prefetch_bytes wasted_bytes disk_busy_ns "
-    "prefetch_busy_ns look_ahead_ns meanwhile_ns preloaded"
-).split()
-
-
-class CountersStruct(Structure):
-    _fields_ = [(name, c_int64) for name in _COUNTERS]
-
-
-class AbiInfo(Structure):
-    _fields_ = [("backend_api", c_int32), ("tensor_overhead", c_int32), ("ggml_version", c_char_p)]
-
-
-@dataclass(frozen=True)
-class Counters:
-    """Counts since the model was opened; times in seconds. See native/capi.h for what a step, use and hit are.
-
-    loads: read by the step that needed them, so hits + loads = uses; prefetched: read ahead, hits when they are used.
-    preloaded: read before the first step.
-    """
-
-    steps: int = 0
-    tokens: int = 0
-    uses: int = 0
-    hits: int = 0
-    low_uses: int = 0
-    skipped_uses: int = 0
-    loads: int = 0
-    evictions: int = 0
-    reads: int = 0
-    bytes_read: int = 0
-    graphs: int = 0
-    stall_seconds: float = 0.0
-    compute_seconds: float = 0.0
-    schedule_seconds: float = 0.0
-    step_seconds: float = 0.0
-    read_busy_seconds: float = 0.0
-    committed_bytes: int = 0
-    peak_committed_bytes: int = 0
-    direct_files: int = 0
-    prefetched: int = 0
-    prefetch_useful: int = 0
-    prefetch_late: int = 0
-    prefetch_wasted: int = 0
-    prefetch_cancelled: int = 0
-    prefetch_failed: int = 0
-    prefetch_bytes: int = 0
-    wasted_bytes: int = 0
-    disk_busy_seconds: float = 0.0
-    prefetch_busy_seconds: float = 0.0
-    look_ahead_seconds: float = 0.0
-    meanwhile_seconds: float = 0.0
-    preloaded: int = 0
-
-    def since(self, earlier: Counters) -> Counters:
-        """The difference; the committed bytes and the number of direct files stay absolute."""
-        values = {k: getattr(self, k) - getattr(earlier, k) for k in self.__dataclass_fields__}
-        for k in ("committed_bytes", "peak_committed_bytes", "direct_files"):
-            values[k] = getattr(self, k)
-        return Counters(**values)
-
-
-def _loaded_ggml_version() -> str:
-    import llama_cpp  # noqa: F401  (loads the libraries that the next line finds by name)
-
-    name = "libggml-base.so.0" if sys.platform != "darwin" else "libggml-base.0.dylib"
-    lib = ctypes.CDLL(name if sys.platform != "darwin" else str(_llama_lib_dir() / name))
-    lib.ggml_version.restype = c_char_p
-    return bytes(lib.ggml_version()).decode()
-
-
-def _llama_lib_dir() -> Path:
-    import llama_cpp
-
-    return Path(llama_cpp.__file__).parent / "lib"
-
-
-def check_abi(backend_api: int, built_overhead: int, loaded_overhead: int, built: str, loaded: str) -> None:
-    """Refuse a ggml other than the one the library was built for. Raises WrongLibrary."""
-    same_series = built.rsplit(".", 1)[0] == loaded.rsplit(".", 1)[0]
-    if same_series and built_overhead == loaded_overhead:
-        return
-    raise WrongLibrary(
-        f"moe-edge was built for ggml {built} (backend API {backend_api}, {built_overhead} bytes a tensor) but ggml "
-        f"{loaded} is installed ({loaded_overhead} bytes a tensor); pip install '{WORKING_VERSION.replace(' ', '==')}'"
-    )
-
-
-@lru_cache(maxsize=1)
-def library() -> Any:
-    """The loaded, checked and registered native library. Raises WrongLibrary or MissingFile."""
-    loaded = _loaded_ggml_version()
-    suffix = ".dylib" if sys.platform == "darwin" else ".so"
-    path = _library_path(f"libmoe_edge{suffix}")
-    try:
-        lib = ctypes.CDLL(str(path))
-    except OSError as e:
-        raise WrongLibrary(
-            f"{path}: cannot be loaded beside the installed llama-cpp-python ({e}); it works with {WORKING_VERSION}"
-        ) from e
-    _declare(lib)
-    abi = AbiInfo()
-    lib.me_abi(ctypes.byref(abi))
-    check_abi(
-        abi.backend_api, abi.tensor_overhead, lib.me_loaded_tensor_overhead(), abi.ggml_version.decode(), loaded
-    )
-    error = ctypes.create_string_buffer(ERROR_BYTES)
-    if lib.me_register(error) != 0:
-        raise WrongLibrary(error.value.decode(errors="surrogateescape"))
-    return lib
-
-
-LIBRARY = "MOE_EDGE_NATIVE_LIBRARY"  # in the environment: another build of the library, as with sanitizers
-
-
-def _library_path(name: str) -> Path:
-    import moe_edge.runner
-
-    if other := os.environ.get(LIBRARY):
-        return Path(other)
-    for folder in moe_edge.runner.__path__:
-        if (Path(folder) / name).exists():
-            return Path(folder) / name
-    raise MissingFile(f"{name} is not installed with moe_edge; install the package: pip install .")
-
-
-def _declare(lib: Any) -> None:
-    model, text = c_void_p, c_char_p
-    signatures: dict[str, tuple[Any, list[Any]]] = {
-        "me_abi": (None, [POINTER(AbiInfo)]),
-        "me_loaded_tensor_overhead": (c_int32, []),
-        "me_register": (c_int32, [text]),
-        "me_threadpool_new": (c_void_p, [c_int32]),
-        "me_threadpool_free": (None, [c_void_p]),
-        "me_model_open": (model, [POINTER(ModelDesc), text]),
-        "me_model_set_arena": (c_int32, [model, c_int64, text]),
-        "me_model_preload": (c_int32, [model, POINTER(c_int32), c_int32, text]),
-        "me_model_close": (None, [model]),
-        "me_model_arm": (c_int32, [model, text]),
-        "me_model_disarm": (None, [model]),
-        "me_model_unbind": (None, [model]),
-        "me_model_bound_tensors": (c_int32, [model]),
-        "me_model_counters": (None, [model, POINTER(CountersStruct)]),
-        "me_model_take_error": (c_int32, [model, text]),
-        "me_model_resident": (None, [model, POINTER(c_uint8)]),
-        "me_model_unit_bytes": (None, [model, POINTER(c_int64)]),
-        "me_model_pace": (None, [model, c_int64]),
-        "me_model_set_stop": (None, [model, c_int32]),
-        "me_model_step": (c_int32, [model, POINTER(StepView)]),
-        "me_model_set_lookahead": (c_int32, [model, c_int32, c_int32, c_int32, text]),
-        "me_model_ahead": (c_int32, [model, c_int32]),
-        "me_model_known_routers": (c_int32, [model]),
-        "me_model_early_routers": (c_int32, [model]),
-        "me_model_watch_attention": (None, [model]),
-        "me_model_set_renormalise": (None, [model, c_int32]),
-        "me_model_set_noise": (c_double, [model, c_int32, c_float, c_uint64]),
-        "me_model_scratch_bytes": (c_int64, [model, c_int64, c_int32, c_int32]),
-    }
-    for name, (restype, argtypes) in signatures.items():
-        f = getattr(lib, name)
-        f.restype, f.argtypes = restype, argtypes
 
 
 class ThreadPool:
@@ -374,7 +131,7 @@ class NativeModel:
         self.meanwhile: FetchAhead | None = None
         self.announce: FetchAhead | None = None
         self._present = Step(0, (), ())
-        self._few = CountersStruct()
+        self._few, self._counter = CountersArray(), counter_index()
         self.wants_routing = False
         self._ahead_width = 0
         self.observe: Callable[[int, Routing, FloatArray], None] | None = None
@@ -547,17 +304,15 @@ class NativeModel:
         return int(self._lib.me_model_bound_tensors(self._open_handle()))
 
     def counters(self) -> Counters:
-        c = CountersStruct()
+        values = CountersArray()
         with self._use:
-            self._lib.me_model_counters(self._open_handle(), ctypes.byref(c))
-        values = {n: getattr(c, n) for n in _COUNTERS}
-        seconds = {n[:-3] + "_seconds": values.pop(n) * 1e-9 for n in list(values) if n.endswith("_ns")}
-        return Counters(**values, **seconds)
+            self._lib.me_model_counters(self._open_handle(), values)
+        return counters_of(values)
 
     def some_counters(self, *names: str) -> list[int]:
         """Some counters as the library has them, nanoseconds or bytes: for those who ask once a token."""
-        self._lib.me_model_counters(self._open_handle(), ctypes.byref(self._few))
-        return [getattr(self._few, name) for name in names]
+        self._lib.me_model_counters(self._open_handle(), self._few)
+        return [self._few[self._counter[name]] for name in names]
 
     def take_error(self) -> str | None:
         """The sentence of the last failure, once; None when there was none."""
@@ -611,11 +366,23 @@ def _describe(model: ExpertModel) -> tuple[ModelDesc, list[Any]]:
         for _ in range(layer.n_expert * len(model.levels)):
             for code in codes:
                 p = model.pieces[at]
-                pieces[at] = PieceDesc(p.file, p.type, code, 0, p.offset, p.nbytes, p.cols, p.rows)
+                _check_codec(model, p)
+                pieces[at] = PieceDesc(
+                    p.file, p.type, code, p.codec, p.offset, p.stored_bytes, p.nbytes, p.cols, p.rows
+                )
                 at += 1
     desc = ModelDesc(paths, layers, pieces, len(pieces), len(model.files), len(model.layers), len(model.levels))
     keep += [paths, layers, pieces]
     return desc, keep
+
+
+def _check_codec(model: ExpertModel, piece: Piece) -> None:
+    """Refuse what the native library would, with the name of the file."""
+    where = f"{model.files[piece.file]}: tensor '{piece.name}' is stored"
+    if piece.codec != RAW:
+        raise BadFile(f"{where} with codec {piece.codec}, which this moe-edge does not have; install a newer one")
+    if piece.stored_bytes != piece.nbytes:
+        raise BadFile(f"{where} raw in {piece.stored_bytes} bytes, but its matrix takes {piece.nbytes}; convert again")
 
 
 def _bias(model: ExpertModel, layer: int, projection: str, keep: list[Any]) -> Any:

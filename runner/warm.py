@@ -23,7 +23,7 @@ from moe_edge.models.formats.files import is_present
 from moe_edge.models.formats.npz import Damaged, open_npz, read_arrays
 from moe_edge.models.formats.work import new_file
 from moe_edge.models.store.skeleton import cache_folder
-from moe_edge.runner.native import Counters
+from moe_edge.runner.capi import Counters
 from moe_edge.schedulers.budget import MIB, format_bytes
 from moe_edge.schedulers.layout import Layout
 from moe_edge.schedulers.usage import Usage, preload_order

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import open_engine
 from moe_edge.models.embedded import tiny_model_path
+from moe_edge.runner.capi import Counters
 from moe_edge.runner.engine import Engine
-from moe_edge.runner.native import Counters
 from moe_edge.runner.options import EngineOptions
 from moe_edge.runner.sizes import NO_LIMIT
 from moe_edge.schedulers.layout import Step, StepPlan

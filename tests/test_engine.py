@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from conftest import open_engine
 from moe_edge.models.errors import BudgetTooSmall, EngineError, Stopped, UsageError, WrongLibrary
+from moe_edge.runner.capi import check_abi
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.generate import Sampling, generate
 from moe_edge.runner.llama import log_megabytes
-from moe_edge.runner.native import check_abi
 from moe_edge.runner.options import EngineOptions, attention_defaults
 from moe_edge.schedulers.layout import Step, StepPlan
 from random_models import Shape, write_random_model

@@ -17,11 +17,11 @@ import pytest
 from conftest import budget_bytes
 from moe_edge.models.embedded import tiny_model_path
 from moe_edge.models.errors import EngineError, UnknownName
+from moe_edge.runner.capi import Counters
 from moe_edge.runner.chat import Chat
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.generate import Generation, LookAheadState, Sampling, generate
 from moe_edge.runner.measure.record import record_trace
-from moe_edge.runner.native import Counters
 from moe_edge.runner.options import EngineOptions
 from moe_edge.schedulers.layout import Ahead, ExpertKey, Layout, Prefetch, Step, StepPlan
 from moe_edge.schedulers.lookahead.around import LookAheadPolicy, with_lookahead

@@ -16,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from test_reader import ROOT, SANITIZERS, ggml_headers
+from test_disk_source import ROOT, SANITIZERS, ggml_headers
 
 COMPILER = next((c for c in (os.environ.get("CXX", ""), "g++", "c++") if shutil.which(c)), None)
 FLAGS = ["-std=c++17", "-O0", "-g1", "-fPIC", "-pthread", "-fno-omit-frame-pointer", "-ffp-contract=off"]
-SOURCES = "arena reader model graph activation ffn attention router step backend capi".split()
+SOURCES = "arena disk_source model graph activation ffn attention router step backend capi".split()
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a library is preloaded as on Linux"),
@@ -39,7 +39,7 @@ from moe_edge.models.errors import BudgetTooSmall
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.options import EngineOptions
 from moe_edge.schedulers.options import PolicyOptions
-from moe_edge.runner.native import library
+from moe_edge.runner.capi import library
 folder, arch = Path(sys.argv[2]), sys.argv[3]
 tokens = [(7 * i * i + 3) % 250 for i in range(50)]
 path = write_random_model(folder / "m.gguf", arch)

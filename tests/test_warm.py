@@ -17,9 +17,9 @@ import pytest
 from conftest import budget_bytes
 from moe_edge.models.embedded import tiny_model_path
 from moe_edge.models.errors import EngineError
+from moe_edge.runner.capi import Counters
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.generate import Sampling, generate
-from moe_edge.runner.native import Counters
 from moe_edge.runner.options import EngineOptions
 from moe_edge.runner.warm import BATCH_BYTES, WarmStart, load_usage, save_usage, usage_path
 from moe_edge.schedulers.eviction import RULES

@@ -21,14 +21,17 @@ _OLD_SPLIT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
 SHAPES_OF_PROJECTIONS = (("gate_up", "down"), ("up", "gate", "down"), ("up", "down"))
 
 
+RAW = 0  # a codec
 MatrixKey = tuple[int, int, str]  # layer number, expert, projection
 
 
 class Piece(NamedTuple):
     """One projection of one expert at one level: a range of bytes in one of the model's files.
 
-    file: index into the model's files. cols: row length (ne0). rows: ne1. name: the tensor, with `[e]` behind it
-    when the expert is a slice of a stacked tensor.
+    file: index into the model's files. nbytes: of the matrix in memory. cols: row length (ne0). rows: ne1. name: the
+    tensor, with `[e]` behind it when the expert is a slice of a stacked tensor.
+    codec: how it is stored (native/codec.h), RAW: as it is in memory. packed_bytes: what it takes in the file, where
+    that is another number; 0: nbytes.
     """
 
     file: int
@@ -38,6 +41,13 @@ class Piece(NamedTuple):
     cols: int
     rows: int
     name: str
+    codec: int = RAW
+    packed_bytes: int = 0
+
+    @property
+    def stored_bytes(self) -> int:
+        """What it takes in the file, from `offset`."""
+        return self.packed_bytes or self.nbytes
 
 
 @dataclass(frozen=True)

@@ -283,9 +283,9 @@ def version_facts() -> Facts:
     }
     try:
         from llama_cpp import llama_cpp as bindings
-        from moe_edge.runner.native import _loaded_ggml_version, library
+        from moe_edge.runner.capi import library, loaded_ggml_version
 
-        facts["ggml"] = _loaded_ggml_version()
+        facts["ggml"] = loaded_ggml_version()
         info = bindings.llama_print_system_info().decode()
         facts["openmp"] = "OPENMP = 1" in info
         features = info.split(":", 1)[-1].split("|")

@@ -22,9 +22,9 @@ from moe_edge.models.formats.floats import FloatArray
 from moe_edge.models.formats.npz import Damaged, open_npz, read_arrays
 from moe_edge.models.formats.work import new_file
 from moe_edge.models.store.store import ExpertModel
+from moe_edge.runner.capi import Counters
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.measure.evaluate import bos_token, tokenize_text
-from moe_edge.runner.native import Counters
 from moe_edge.schedulers.budget import FixedSizes
 from moe_edge.schedulers.layout import Routing
 from moe_edge.schedulers.options import PolicyOptions
@@ -237,7 +237,7 @@ def unit_read_bytes(model: ExpertModel) -> npt.NDArray[np.int64]:
             total = 0
             for piece in model.pieces[at : at + n]:
                 start = piece.offset // READ_ALIGN * READ_ALIGN
-                end = -(-(piece.offset + piece.nbytes) // READ_ALIGN) * READ_ALIGN
+                end = -(-(piece.offset + piece.stored_bytes) // READ_ALIGN) * READ_ALIGN
                 total += min(end, ends[piece.file]) - start
             sizes.append(total)
             at += n

@@ -1,4 +1,4 @@
-// native/model's loading and native/reader, without ggml's library: what native/step.cpp does with them, by chance.
+// native/model's loading and native/disk_source, without ggml's library: what native/step.cpp does with them, by chance.
 // model_stress FOLDER SEED SECONDS
 #include <unistd.h>
 
@@ -7,6 +7,7 @@
 #include <functional>
 #include <mutex>
 
+#include "disk_source.h"
 #include "model.h"
 #include "stress.h"
 
@@ -33,7 +34,7 @@ static void make_pieces() {
     int64_t at = 100;
     for (int i = 0; i < 3 * N_UNITS; i++) {
         const int64_t n = i % 4 == 0 ? SOON_BYTES * 2 + pick(random, 1, SOON_BYTES) : pick(random, 1000, 60000);
-        pieces.push_back({0, GGML_TYPE_F32, i % 3, 0, at, n, 1, 1});
+        pieces.push_back({0, GGML_TYPE_F32, i % 3, 0, at, n, n, 1, 1});
         at += n + pick(random, 0, 5000);
     }
     file_bytes = write_file(file_path, pieces.back().offset + pieces.back().nbytes - 10);
@@ -43,7 +44,7 @@ struct Opened : Model {
     // before: called on the reader's thread in place of on_read, which it calls by tell().
     Opened(int n_threads, bool direct, int64_t arena_bytes, std::function<void(const ReadJob &, const std::string &)> before)
         : Model(desc(n_threads, direct)) {
-        reader = std::make_unique<Reader>(std::vector<std::string>{file_path}, n_threads, direct, std::move(before));
+        source = std::make_unique<DiskSource>(std::vector<std::string>{file_path}, n_threads, direct, std::move(before));
         set_arena(arena_bytes);
     }
     void tell(const ReadJob & job, const std::string & error) { (this->*private_on_read())(job, error); }
@@ -98,22 +99,22 @@ static void a_piece_needed_just_after_its_reading_was_given_up_is_read_again() {
     std::atomic<bool> go{false};
     Opened * model = nullptr;
     Opened m(2, true, 64 << 20, [&](const ReadJob & job, const std::string & error) {
-        if (error == Reader::CANCELLED) {
+        if (error == ExpertSource::CANCELLED) {
             cancelled++;
             wait_for([&] { return go.load(); }, "the step");
         }
         model->tell(job, error);
     });
     model = &m;
-    m.reader->pace(SOON_BYTES * 50);
+    m.source->pace(SOON_BYTES * 50);
     CHECK(m.prefetch({0}), "unit 0");
     while (cancelled == 0) {  // its first piece has three parts
-        wait_for([&] { return m.reader->reads() > 0; }, "a part");
+        wait_for([&] { return m.source->totals().reads > 0; }, "a part");
         m.cancel(0, N_EXPERTS);
         if (m.unit(0).pending == 0) return;
         sleep_us(1000);
     }
-    m.reader->pace(0);
+    m.source->pace(0);
     m.need(0);
     go = true;
     CHECK(wait_whole(m, {0}, 1, [] {}), "%s", m.take_error().c_str());
@@ -134,7 +135,7 @@ struct Chance {
     explicit Chance(uint32_t seed)
         : random(seed), m(n_threads, pick(random, 0, 1) == 1, budget, [this](const ReadJob & j, const std::string & e) {
               const int64_t n = told++;
-              if (delay_us && (n % 3 == 0 || e == Reader::CANCELLED)) sleep_us((n * 7919) % delay_us);  // widens the gap behind a read
+              if (delay_us && (n % 3 == 0 || e == ExpertSource::CANCELLED)) sleep_us((n * 7919) % delay_us);  // widens the gap behind a read
               m.tell(j, e);
           }) {}
     bool absent(int unit) { return m.unit(unit).slot < 0; }
@@ -237,10 +238,10 @@ struct Chance {
             else if (what < 16) m.cancel(static_cast<int>(layer) * N_EXPERTS, static_cast<int>(layer + 1) * N_EXPERTS);
             else if (what < 17) m.evict(static_cast<int>(pick(random, 0, N_UNITS - 1)));
             else if (what < 18) m.drain();
-            else if (what < 19) m.reader->pace(paces[pick(random, 0, 3)]);
+            else if (what < 19) m.source->pace(paces[pick(random, 0, 3)]);
             else sleep_us(pick(random, 0, 2000));
         }
-        m.reader->pace(0);
+        m.source->pace(0);
         if (pick(random, 0, 1)) return;  // the destructor drains
         m.drain();
         for (int i = 0; i < N_UNITS; i++) {

@@ -26,8 +26,8 @@ SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
 SOURCES = {
-    "reader": ["tests/native/reader_stress.cpp", "native/reader.cpp"],
-    "model": ["tests/native/model_stress.cpp", "native/model.cpp", "native/reader.cpp", "native/arena.cpp"],
+    "reader": ["tests/native/disk_source_stress.cpp", "native/disk_source.cpp"],
+    "model": ["tests/native/model_stress.cpp", "native/model.cpp", "native/disk_source.cpp", "native/arena.cpp"],
 }
 PROGRAMS = [("reader", "plain"), ("reader", "thread"), ("reader", "address"), ("model", "thread"), ("model", "address")]
 SECONDS = 0.7  # by chance, after the small cases

@@ -1,4 +1,4 @@
-#include "reader.h"
+#include "disk_source.h"
 
 #include <fcntl.h>
 #include <unistd.h>
@@ -11,9 +11,9 @@
 
 namespace moe_edge {
 
-const std::string Reader::CANCELLED = "cancelled";
+const std::string ExpertSource::CANCELLED = "cancelled";
 
-Reader::Reader(const std::vector<std::string> & paths, int n_threads, bool direct, Done on_done)
+DiskSource::DiskSource(const std::vector<std::string> & paths, int n_threads, bool direct, Done on_done)
     : on_done_(std::move(on_done)) {
     files_.reserve(paths.size());
     try {
@@ -25,7 +25,7 @@ Reader::Reader(const std::vector<std::string> & paths, int n_threads, bool direc
     for (int i = 0; i < n_threads; i++) threads_.emplace_back([this] { work(); });
 }
 
-void Reader::open(const std::string & path, bool direct) {
+void DiskSource::open(const std::string & path, bool direct) {
     File f;
     f.path = path;
 #ifdef O_DIRECT
@@ -42,7 +42,7 @@ void Reader::open(const std::string & path, bool direct) {
     files_.push_back(std::move(f));
 }
 
-Reader::~Reader() {
+DiskSource::~DiskSource() {
     {
         std::lock_guard<std::mutex> lock(mutex_);
         stop_ = true;
@@ -54,7 +54,7 @@ Reader::~Reader() {
     }
 }
 
-void Reader::submit(const ReadJob & job) {
+void DiskSource::submit(const ReadJob & job) {
     {
         std::lock_guard<std::mutex> lock(mutex_);
         (job.soon ? soon_ : queue_).push_back(job);
@@ -62,7 +62,7 @@ void Reader::submit(const ReadJob & job) {
     wake_.notify_one();
 }
 
-void Reader::promote(int64_t first_tag, int64_t end_tag) {
+void DiskSource::promote(int64_t first_tag, int64_t end_tag) {
     std::lock_guard<std::mutex> lock(mutex_);
     std::deque<ReadJob> rest, first;
     for (ReadJob & j : soon_) {
@@ -79,7 +79,7 @@ void Reader::promote(int64_t first_tag, int64_t end_tag) {
     wake_.notify_all();
 }
 
-std::vector<int64_t> Reader::cancel(int64_t first_tag, int64_t end_tag) {
+std::vector<int64_t> DiskSource::cancel(int64_t first_tag, int64_t end_tag) {
     std::lock_guard<std::mutex> lock(mutex_);
     std::vector<int64_t> tags;
     std::deque<ReadJob> rest;
@@ -95,20 +95,28 @@ std::vector<int64_t> Reader::cancel(int64_t first_tag, int64_t end_tag) {
     return tags;
 }
 
-void Reader::pace(int64_t bytes_per_second) {
+void DiskSource::pace(int64_t bytes_per_second) {
     std::lock_guard<std::mutex> lock(mutex_);
     pace_ = bytes_per_second;
     if (pace_ <= 0) paced_until_ = {};  // reads that start now do not wait for the slow disk that was
 }
 
-int64_t Reader::disk_busy_ns() {
+SourceTotals DiskSource::totals() {
     using namespace std::chrono;
+    SourceTotals t;
+    t.bytes = bytes_;
+    t.reads = reads_;
+    t.read_busy_ns = busy_ns_;
+    t.soon_bytes = soon_bytes_;
+    t.soon_busy_ns = soon_busy_ns_;
+    for (const File & f : files_) t.direct_files += f.direct;
     std::lock_guard<std::mutex> lock(mutex_);
-    return disk_busy_ns_ + (running_ ? duration_cast<nanoseconds>(steady_clock::now() - running_since_).count() : 0);
+    t.busy_ns = disk_busy_ns_ + (running_ ? duration_cast<nanoseconds>(steady_clock::now() - running_since_).count() : 0);
+    return t;
 }
 
 // When a read of this length that starts now may end; see pace().
-std::chrono::steady_clock::time_point Reader::reserve(int64_t length) {
+std::chrono::steady_clock::time_point DiskSource::reserve(int64_t length) {
     using namespace std::chrono;
     if (pace_ > 0) {
         const auto ns = static_cast<int64_t>(1e9 * static_cast<double>(length) / static_cast<double>(pace_));
@@ -117,7 +125,7 @@ std::chrono::steady_clock::time_point Reader::reserve(int64_t length) {
     return paced_until_;
 }
 
-std::string Reader::read_paced(const ReadJob & job, std::chrono::steady_clock::time_point until, int64_t & got) {
+std::string DiskSource::read_paced(const ReadJob & job, std::chrono::steady_clock::time_point until, int64_t & got) {
     const auto t0 = std::chrono::steady_clock::now();
     std::string error = read(job, got);
     std::this_thread::sleep_until(until);  // long past when nothing paces
@@ -126,7 +134,7 @@ std::string Reader::read_paced(const ReadJob & job, std::chrono::steady_clock::t
 }
 
 // Part by part, as long as nothing is needed. False: the rest is back in a queue. `lock` is held on entry and exit.
-bool Reader::read_soon(ReadJob & job, std::unique_lock<std::mutex> & lock, std::string & error) {
+bool DiskSource::read_soon(ReadJob & job, std::unique_lock<std::mutex> & lock, std::string & error) {
     soon_tag_ = job.tag;
     soon_promoted_ = soon_cancelled_ = false;
     bool ended = true;
@@ -161,7 +169,7 @@ bool Reader::read_soon(ReadJob & job, std::unique_lock<std::mutex> & lock, std::
     return ended;
 }
 
-void Reader::work() {
+void DiskSource::work() {
     using namespace std::chrono;
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
@@ -188,7 +196,7 @@ void Reader::work() {
     }
 }
 
-std::string Reader::read(const ReadJob & job, int64_t & got) {
+std::string DiskSource::read(const ReadJob & job, int64_t & got) {
     File & f = files_[static_cast<size_t>(job.file)];
     while (got < job.length) {
         const bool was_direct = f.direct;  // another thread may give direct reads up meanwhile

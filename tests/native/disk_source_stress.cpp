@@ -1,5 +1,5 @@
-// native/reader alone: small cases with one answer, then threads that submit, promote, cancel and pace by chance.
-// reader_stress FOLDER SEED SECONDS
+// native/disk_source alone: small cases with one answer, then threads that submit, promote, cancel and pace by chance.
+// disk_source_stress FOLDER SEED SECONDS
 #include <unistd.h>
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 #include <memory>
 #include <mutex>
 
-#include "reader.h"
+#include "disk_source.h"
 #include "stress.h"
 
 using namespace moe_edge;
@@ -48,7 +48,7 @@ struct Job {
         if (why.empty()) {
             CHECK(!past_end() && memcmp(job.dst, file_bytes.data() + job.offset, static_cast<size_t>(job.needed)) == 0,
                   "job %lld: wrong bytes", static_cast<long long>(job.tag));
-        } else if (why == Reader::CANCELLED) {
+        } else if (why == ExpertSource::CANCELLED) {
             CHECK(job.soon && cancel_asked, "job %lld was never cancelled", static_cast<long long>(job.tag));
         } else {
             CHECK(past_end() && why.find("it looks cut short") != std::string::npos, "%s", why.c_str());
@@ -65,7 +65,7 @@ struct Few {
     std::vector<std::unique_ptr<Job>> jobs;
     std::mutex mutex;
     std::vector<int64_t> ended;  // tags, in the order told
-    Reader reader;
+    DiskSource reader;
 
     explicit Few(int n_threads = 1)
         : reader({file_path}, n_threads, true, [this](const ReadJob & j, const std::string & e) {
@@ -98,7 +98,7 @@ struct Few {
         reader.pace(PART * 20);
         began = Clock::now();
         Job & j = submit(0, parts * PART, parts * PART, true);
-        wait_for([&] { return reader.reads() > 0; }, "the first part");
+        wait_for([&] { return reader.totals().reads > 0; }, "the first part");
         return j;
     }
 };
@@ -109,8 +109,8 @@ static bool a_cancelled_job_stops_behind_its_part() {
     CHECK(few.cancel(j).empty(), "it is being read");
     if (!few.within_parts(1)) return false;
     few.wait(j);
-    CHECK(j.error == Reader::CANCELLED && few.reader.reads() == 1, "%s, %d reads", j.error.c_str(), static_cast<int>(few.reader.reads()));
-    CHECK(few.reader.soon_bytes() == PART && few.reader.bytes_read() == PART, "the bytes of one part");
+    CHECK(j.error == ExpertSource::CANCELLED && few.reader.totals().reads == 1, "%s, %d reads", j.error.c_str(), static_cast<int>(few.reader.totals().reads));
+    CHECK(few.reader.totals().soon_bytes == PART && few.reader.totals().bytes == PART, "the bytes of one part");
     return true;
 }
 
@@ -124,7 +124,7 @@ static bool a_promoted_job_is_read_to_its_end_whatever_is_cancelled_before_or_af
         if (!few.within_parts(1)) return false;
         few.reader.pace(0);
         few.wait(j);
-        CHECK(j.error.empty() && few.reader.reads() == 2, "'%s', %d reads: one part, then the rest at once", j.error.c_str(), static_cast<int>(few.reader.reads()));
+        CHECK(j.error.empty() && few.reader.totals().reads == 2, "'%s', %d reads: one part, then the rest at once", j.error.c_str(), static_cast<int>(few.reader.totals().reads));
     }
     return true;
 }
@@ -145,14 +145,14 @@ static bool a_paused_job_is_cancelled_with_its_rest() {
     Few few;
     Job & soon = few.slow(4), & now = few.submit(PART, PART, PART, false);
     if (!few.within_parts(1)) return false;
-    wait_for([&] { return few.reader.reads() > 1; }, "the needed job to begin");
+    wait_for([&] { return few.reader.totals().reads > 1; }, "the needed job to begin");
     const std::vector<int64_t> cancelled = few.cancel(soon);
     if (!few.within_parts(2)) return false;
     CHECK((cancelled == std::vector<int64_t>{soon.job.tag}), "it waits in the queue");
     soon.free();
     few.wait(now);
     sleep_us(1000);
-    CHECK(soon.told == 0 && few.reader.reads() == 2, "the rest was read");
+    CHECK(soon.told == 0 && few.reader.totals().reads == 2, "the rest was read");
     return true;
 }
 
@@ -175,7 +175,7 @@ static void no_pace_ends_the_wait_for_a_slow_disk() {
     Few few(2);
     few.reader.pace(2 * PART);  // 0.5 s
     few.submit(0, PART, PART, false);
-    wait_for([&] { return few.reader.reads() == 1; }, "the first read");
+    wait_for([&] { return few.reader.totals().reads == 1; }, "the first read");
     few.reader.pace(0);
     const auto t0 = Clock::now();
     few.wait(few.submit(0, PART, PART, false));
@@ -190,10 +190,10 @@ static void the_disk_is_busy_while_something_is_read_and_only_then() {
     few.wait(*few.jobs.back());
     const double wall = seconds_since(t0);
     sleep_us(2000);
-    const int64_t busy = few.reader.disk_busy_ns();
+    const int64_t busy = few.reader.totals().busy_ns;
     CHECK(busy > 100e6 && busy < (wall + 0.01) * 1e9, "%lld ns in %.3f s", static_cast<long long>(busy), wall);
     sleep_us(10000);
-    CHECK(few.reader.disk_busy_ns() == busy, "busy while idle");
+    CHECK(few.reader.totals().busy_ns == busy, "busy while idle");
 }
 
 // ---- by chance
@@ -203,7 +203,7 @@ struct Chance {
     std::vector<Job> jobs{MOST};
     std::atomic<int64_t> next{0}, open{0};
     std::mutex control;  // promote and cancel one at a time: what a job must become is known then
-    Reader reader;
+    DiskSource reader;
 
     Chance(int n_threads, bool direct)
         : reader({file_path}, n_threads, direct, [this](const ReadJob & j, const std::string & e) {
@@ -294,10 +294,10 @@ static int64_t by_chance(uint32_t seed) {
     for (int64_t t = 0; t < n; t++) {
         const Job & j = c.jobs[static_cast<size_t>(t)];
         CHECK(j.told + j.returned == 1, "job %lld: told %d times", static_cast<long long>(t), j.told.load());
-        cancelled += j.error == Reader::CANCELLED;
+        cancelled += j.error == ExpertSource::CANCELLED;
     }
-    CHECK(c.reader.soon_bytes() <= c.reader.bytes_read(), "more read ahead than read");
-    CHECK(c.reader.disk_busy_ns() <= seconds_since(t0) * 1e9, "busier than time passed");
+    CHECK(c.reader.totals().soon_bytes <= c.reader.totals().bytes, "more read ahead than read");
+    CHECK(c.reader.totals().busy_ns <= seconds_since(t0) * 1e9, "busier than time passed");
     // A reader that goes with work in its queues tells of some and forgets the others.
     c.reader.pace(pick(random, 0, 1) ? int64_t(1) << 30 : 0);
     for (int i = 0; i < 12; i++) c.submit(random);
@@ -306,7 +306,7 @@ static int64_t by_chance(uint32_t seed) {
 }
 
 int main(int argc, char ** argv) {
-    CHECK(argc == 4, "usage: reader_stress FOLDER SEED SECONDS");
+    CHECK(argc == 4, "usage: disk_source_stress FOLDER SEED SECONDS");
     alarm(100);
     file_path = std::string(argv[1]) + "/reader.bin";
     file_bytes = write_file(file_path, FILE_BYTES);
