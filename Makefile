@@ -10,7 +10,7 @@ export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 SOURCES := $(shell find convert models schedulers runner native pyproject.toml -type f -not -name '*.pyc' -not -name '*.so')
 DEMO := build/demo
 
-.PHONY: setup demo test check fuzz bench clean
+.PHONY: setup reference demo test check fuzz bench clean
 setup: $(VENV)/.installed
 
 $(VENV)/.dependencies: pyproject.toml
@@ -31,7 +31,26 @@ demo: setup
 	$(BIN)/moe-edge convert models/tiny/tiny-moe-small.Q8_0.gguf -o $(DEMO)/tiny.gguf
 	$(BIN)/moe-edge generate $(DEMO)/tiny.gguf -p "The king said" -n 48 --temp 0 --ram 38MiB
 
-test: setup
+# What tests compare with: transformers in an environment of its own, and llama.cpp's converter and chat templates, from
+# the source package of llama-cpp-python. torch 2.13.0 is the release the comparison was made with; any later one will do.
+LLAMA_SOURCE := build/llama.cpp
+reference: $(LLAMA_SOURCE)/.unpacked build/reference/.installed
+
+build/reference/.installed:
+	test -x build/reference/bin/python || $(PYTHON) -m venv build/reference
+	build/reference/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 || \
+	    build/reference/bin/pip install --quiet --disable-pip-version-check torch
+	build/reference/bin/pip install --quiet --disable-pip-version-check "transformers>=5" safetensors gguf pyyaml
+	touch $@
+
+$(LLAMA_SOURCE)/.unpacked: $(VENV)/.dependencies
+	mkdir -p build/sdist $(LLAMA_SOURCE)
+	test -n "$$(ls build/sdist/*.tar.gz 2>/dev/null)" || $(BIN)/pip download --quiet --disable-pip-version-check \
+	    --no-deps --no-build-isolation --no-binary :all: --dest build/sdist llama-cpp-python==0.3.36
+	$(BIN)/python tests/llama_source.py build/sdist/llama_cpp_python-0.3.36.tar.gz $(LLAMA_SOURCE)
+	touch $@
+
+test: setup reference
 	$(BIN)/python -m pytest
 
 check: setup

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint as a source: OlmoeForCausalLM and Qwen3MoeForCausalLM.
+"""A Hugging Face checkpoint as a source. What differs between models is in models/families, one file a family.
 
 The key-values are those llama.cpp's converter writes. Settings that llama.cpp's graph of the architecture does not
 follow are refused by name, since the converted model would run and be wrong.
@@ -8,73 +8,47 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gguf
 from moe_edge.convert.tokenizer import read_tokenizer
-from moe_edge.models.architectures import Architecture, find_hf_class
+from moe_edge.models.architectures import find_hf_class
 from moe_edge.models.errors import BadFile, NotMoE, UnknownName
+from moe_edge.models.families import ARCHITECTURES
+from moe_edge.models.families.config import Config, common_keys
+from moe_edge.models.families.family import Architecture, Checkpoint, Keys, Named, Value
+from moe_edge.models.families.fp8 import with_scales
 from moe_edge.models.formats.files import read_file, shown
 from moe_edge.models.formats.ggml_types import BF16, F16, F32
 from moe_edge.models.formats.gguf import DEFAULT_ALIGNMENT, TensorEntry
-from moe_edge.models.formats.keyvalues import parse_records
+from moe_edge.models.formats.keyvalues import ARRAY, STRING, parse_records
 from moe_edge.models.formats.safetensors import (
-    DTYPES,
     MAX_JSON,
     SafeTensor,
-    SafeTensors,
     as_object,
     open_safetensors,
     read_json_file,
 )
-from moe_edge.models.formats.write import encode_kv, kv_string, kv_u32
+from moe_edge.models.formats.write import BOOL, U32, encode_kv, kv_string, kv_u32
 from moe_edge.models.store.experts import MoELayer, make_layer
 from moe_edge.models.store.source import MAX_EXPERTS, Source, sha256_of
 
-_ONE = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
+_ONE = re.compile(
+    r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe|feed_forward)\.experts\.(\d+)\."
+    r"(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight"
+)
+_PROJECTIONS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w2": "down", "w3": "up"}
 _FUSED = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj(?:\.weight)?")
+_SELECTION_BIAS = ("e_score_correction_bias", "e_score_correction.bias")  # gguf's table has it with a suffix
 _USELESS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
-_GGUF_F32 = 6
-F32_MAX = 3.4e38
-FILE_TYPES = {F32: 0, F16: 1, BF16: 32}  # llama.cpp's LLAMA_FTYPE
+_I32, _F32 = 5, 6  # of GGUF
+_MXFP4 = 39
+FILE_TYPES = {F32: 0, F16: 1, BF16: 32, _MXFP4: 38}  # llama.cpp's LLAMA_FTYPE
 QUANTIZATION_VERSION = 2
 
 Experts = dict[tuple[int, int, str], TensorEntry]
-
-
-@dataclass(frozen=True)
-class _Family:
-    """What llama.cpp's graph of an architecture takes for granted: setting -> value; the first is also the default."""
-
-    arch: Any
-    fixed: Mapping[str, Any]
-    defaults: Mapping[str, Any]
-    needs_output: bool  # the graph has no tied embedding: output.weight must be there
-
-
-_COMMON: Mapping[str, Any] = {"hidden_act": "silu", "attention_bias": False, "rope_scaling": None}
-_FAMILIES = {
-    "olmoe": _Family(
-        gguf.MODEL_ARCH.OLMOE,
-        {**_COMMON, "norm_topk_prob": False, "clip_qkv": None},
-        {"norm_topk_prob": False, "rms_norm_eps": 1e-5, "rope_theta": 10000.0},
-        needs_output=True,
-    ),
-    "qwen3moe": _Family(
-        gguf.MODEL_ARCH.QWEN3MOE,
-        {
-            **_COMMON,
-            "norm_topk_prob": True,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "use_sliding_window": False,
-        },
-        {"norm_topk_prob": False, "rms_norm_eps": 1e-6, "rope_theta": 10000.0},
-        needs_output=False,
-    ),
-}
 
 
 def hf_source(folder: Path) -> Source:
@@ -83,30 +57,30 @@ def hf_source(folder: Path) -> Source:
     Raises MissingFile, BadFile and its kind, NotMoE, UnknownName for a class, setting or tokenizer we cannot convert.
     """
     config_path = folder / "config.json"
-    config = read_json_file(config_path)
-    classes = config.get("architectures")
+    values = read_json_file(config_path)
+    classes = values.get("architectures")
     if not isinstance(classes, list) or len(classes) != 1:
         raise BadFile(f"{config_path}: names the classes {shown(classes)} in 'architectures', expected one")
-    architecture = find_hf_class(str(classes[0])[:100], str(config_path))
-    family = _FAMILIES[architecture.name]
-    _check_settings(config_path, config, family)
+    kind = find_hf_class(str(classes[0])[:100], str(config_path))
+    config = Config(config_path, _of_text(config_path, values, kind))
+    _check_settings(config, kind)
     checkpoint = open_safetensors(folder)
-    names = {name for name in checkpoint.tensors if name.endswith(_USELESS)}
-    experts = _find_experts(checkpoint, folder)
-    layers = _layers(experts, folder)
-    n_layer = _count(config_path, config, "num_hidden_layers")
-    if n_layer != len(layers):  # before anything is made for each of them
-        raise BadFile(f"{config_path}: num_hidden_layers is {n_layer}, but {len(layers)} layers have experts")
-    expert_names = {name for name in checkpoint.tensors if _ONE.fullmatch(name) or _FUSED.fullmatch(name)}
-    dense = _dense(checkpoint, names | expert_names, family, n_layer, config)
-    _check_layers(config_path, config, layers, dense, n_layer)
-    tokenizer = read_tokenizer(folder, config)
+    read = _Reading(config, kind, checkpoint.tensors)
+    read.all()
+    if not read.experts:
+        raise NotMoE(f"{folder}: has no expert tensors (model.layers.N.mlp.experts.*)")
+    layers = _layers(read.experts, folder)
+    _check_layers(config, layers)
+    dense = read.named(checkpoint.files[0])
+    _check_routers(config, layers, dense)
+    tokenizer = read_tokenizer(folder, config.values)
     vocab_rows = next(entry.shape[1] for entry in dense if entry.name == "token_embd.weight")
     if vocab_rows != len(tokenizer.tokens):
         raise BadFile(f"{folder}: the embedding has {vocab_rows} rows for {len(tokenizer.tokens)} tokens")
-    file_type = FILE_TYPES[next(iter(experts.values())).type]
+    file_type = FILE_TYPES[next(iter(read.experts.values())).type]
     name = folder.absolute().name
-    records = _metadata(config_path, config, architecture, family, layers, name, file_type) | tokenizer.records()
+    architecture = ARCHITECTURES[kind.architecture]
+    records = _records(architecture, _keys(config, kind, architecture, layers), name, file_type) | tokenizer.records()
     return Source(
         name=name,
         architecture=architecture,
@@ -116,41 +90,95 @@ def hf_source(folder: Path) -> Source:
         alignment=DEFAULT_ALIGNMENT,
         dense=dense,
         layers=layers,
-        experts=experts,
-        biases={},
+        experts=read.experts,
+        biases=dict(kind.biases(config, read.tensors)),
         is_checkpoint=True,
-        skipped=tuple(sorted(names)),
+        skipped=tuple(sorted(read.skipped)),
         notes=tokenizer.notes,
     )
 
 
-def _check_settings(path: Path, config: Mapping[str, Any], family: _Family) -> None:
+def _of_text(path: Path, values: Mapping[str, Any], kind: Checkpoint) -> dict[str, Any]:
+    """The settings of the text model: a model that also sees has them one level down."""
+    text = as_object(values.get("text_config"), path, "text_config")
+    return {**kind.defaults, **values, **text}
+
+
+def _check_settings(config: Config, kind: Checkpoint) -> None:
     """Refuse, by name, a setting that llama.cpp's graph of the architecture does not follow."""
-    for key, needed in family.fixed.items():
-        found = config.get(key, family.defaults.get(key, needed))
-        if found != needed and not (found is None and not needed):
-            raise UnknownName(f"{path}: {key} = {found!r} is not supported: llama.cpp computes with {needed!r}")
-    if config.get("quantization_config"):
-        method = as_object(config["quantization_config"], path, "quantization_config").get("quant_method")
-        raise UnknownName(f"{path}: a checkpoint quantized with '{method}' is not supported; use the original one")
-    rope = as_object(config.get("rope_parameters"), path, "rope_parameters")
-    if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1) != 1:
-        raise UnknownName(f"{path}: rope_parameters = {rope!r} is not supported; known: rope_type 'default'")
+    for key, needed in kind.fixed.items():
+        can = needed if isinstance(needed, tuple) else (needed,)
+        found = config.values.get(key, can[0])
+        if found not in can and not (found is None and not can[0]):
+            raise UnknownName(f"{config.path}: {key} = {found!r} is not supported: llama.cpp computes with {can[0]!r}")
+    quantized = as_object(config.get("quantization_config"), config.path, "quantization_config")
+    method = quantized.get("quant_method")
+    by_floats = method == "compressed-tensors" and quantized.get("format") in ("float-quantized", "naive-quantized")
+    if quantized and method not in ("fp8", "mxfp4") and not by_floats:
+        raise UnknownName(
+            f"{config.path}: a checkpoint quantized with '{method}' is not supported; use the original one"
+        )
 
 
-def _find_experts(checkpoint: SafeTensors, folder: Path) -> Experts:
-    experts: Experts = {}
-    for name, tensor in checkpoint.tensors.items():
-        if match := _ONE.fullmatch(name):
-            layer, expert, projection = int(match[1]), int(match[2]), match[3]
-            if len(tensor.shape) != 2:
-                raise BadFile(f"{tensor.path}: tensor '{name}' has shape {list(tensor.shape)}, expected 2 dimensions")
-            experts[layer, expert, projection] = tensor.entry(name)
-        elif match := _FUSED.fullmatch(name):
-            experts |= _fused_experts(int(match[1]), match[2], tensor)
-    if not experts:
-        raise NotMoE(f"{folder}: has no expert tensors (model.layers.N.mlp.experts.*)")
-    return experts
+class _Reading:
+    """The tensors of a checkpoint, sorted into experts, dense tensors and what is left out."""
+
+    def __init__(self, config: Config, kind: Checkpoint, tensors: Mapping[str, SafeTensor]) -> None:
+        self.tensors, scales = with_scales(tensors)
+        self.experts: Experts = {}
+        self.skipped: list[str] = scales
+        self._dense: list[tuple[str, Named]] = []  # with the tensor's name, for messages
+        self._config, self._kind = config, kind
+
+    def all(self) -> None:
+        """Look at every tensor. Raises BadFile for one with a shape that cannot be."""
+        for name, tensor in self.tensors.items():
+            known = self._kind.rename(self._config, name.replace(*_SELECTION_BIAS))
+            if known is None or name.endswith(_USELESS):
+                self.skipped.append(name)
+                continue
+            found = self._kind.experts(self._config, known, tensor, self.tensors)
+            if found is None:
+                found = _known_experts(known, tensor)
+            if found is not None:
+                self.experts |= found
+                continue
+            made = self._kind.dense(self._config, known, tensor, self.tensors)
+            whole = [Named(known, tensor.entry(known))] if made is None else made
+            self._dense += [(name, each) for each in whole]
+        self._dense += [(each.name, each) for each in self._kind.extra(self._config, self.tensors)]
+
+    def named(self, where: Path) -> tuple[TensorEntry, ...]:
+        """Dense tensors under their GGUF names, with a copy of a tied embedding where the graph needs one."""
+        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self._kind.architecture)
+        names = gguf.get_tensor_name_map(arch, self._config.n_layer)
+        found: dict[str, TensorEntry] = {}
+        for name, each in self._dense:
+            mapped = each.name if each.is_gguf else names.get_name(each.name, try_suffixes=(".weight", ".bias"))
+            if mapped is None or (mapped in found and each.name == name) or not each.entry.shape:
+                raise BadFile(f"{each.entry.path}: tensor '{name}' has no place in architecture {arch.name.lower()}")
+            found.setdefault(mapped, replace(each.entry, name=mapped))
+        embedding = found.get("token_embd.weight")
+        if embedding is None or len(embedding.shape) != 2:
+            raise BadFile(f"{where}: tensor 'model.embed_tokens.weight' is missing or not 2-dimensional")
+        if self._config.get("tie_word_embeddings"):
+            found.pop("output.weight", None)
+        elif "output.weight" not in found:
+            raise BadFile(f"{where}: tensor 'lm_head.weight' is missing and tie_word_embeddings is not set")
+        if self._kind.needs_output and "output.weight" not in found:
+            found["output.weight"] = replace(embedding, name="output.weight")
+        return tuple(found.values())
+
+
+def _known_experts(name: str, tensor: SafeTensor) -> Experts | None:
+    """Experts one by one, or stacked with gate above up, as most checkpoints have them."""
+    if match := _ONE.fullmatch(name):
+        if len(tensor.shape) != 2:
+            raise BadFile(f"{tensor.path}: tensor '{name}' has shape {list(tensor.shape)}, expected 2 dimensions")
+        return {(int(match[1]), int(match[2]), _PROJECTIONS[match[3]]): tensor.entry(name)}
+    if match := _FUSED.fullmatch(name):
+        return _fused_experts(int(match[1]), match[2], tensor)
+    return None
 
 
 def _fused_experts(layer: int, projection: str, tensor: SafeTensor) -> Experts:
@@ -158,16 +186,16 @@ def _fused_experts(layer: int, projection: str, tensor: SafeTensor) -> Experts:
     parts = ("gate", "up") if projection == "gate_up" else ("down",)
     if len(tensor.shape) != 3 or tensor.shape[1] % len(parts):
         raise BadFile(f"{tensor.path}: tensor '{tensor.name}' has shape {list(tensor.shape)}, expected 3 dimensions")
-    n_expert, rows, cols = tensor.shape
+    n_expert, n_rows, n_cols = tensor.shape
     if n_expert > MAX_EXPERTS:
         raise BadFile(f"{tensor.path}: tensor '{tensor.name}' has {n_expert} experts, at most {MAX_EXPERTS} are read")
-    rows //= len(parts)
-    nbytes = rows * cols * DTYPES[tensor.dtype]
+    n_rows //= len(parts)
+    nbytes = tensor.nbytes // n_expert // len(parts)
     experts = {}
     for expert in range(n_expert):
         for number, part in enumerate(parts):
             start = (expert * len(parts) + number) * nbytes
-            experts[layer, expert, part] = tensor.entry(f"{tensor.name}[{expert}].{part}", start, (cols, rows))
+            experts[layer, expert, part] = tensor.entry(f"{tensor.name}[{expert}].{part}", start, (n_cols, n_rows))
     return experts
 
 
@@ -193,90 +221,42 @@ def _layers(experts: Experts, folder: Path) -> tuple[MoELayer, ...]:
     return tuple(layers)
 
 
-def _dense(
-    checkpoint: SafeTensors, without: set[str], family: _Family, n_layer: int, config: Mapping[str, Any]
-) -> tuple[TensorEntry, ...]:
-    """The other tensors under their GGUF names, with a copy of a tied embedding where the graph needs one."""
-    names = gguf.get_tensor_name_map(family.arch, n_layer)
-    found: dict[str, TensorEntry] = {}
-    for name, tensor in checkpoint.tensors.items():
-        if name in without:
-            continue
-        mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if mapped is None or mapped in found or not tensor.shape:
-            raise BadFile(f"{tensor.path}: tensor '{name}' has no place in architecture {family.arch.name.lower()}")
-        found[mapped] = tensor.entry(mapped)
-    embedding = found.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
-        raise BadFile(f"{checkpoint.files[0]}: tensor 'model.embed_tokens.weight' is missing or not 2-dimensional")
-    if config.get("tie_word_embeddings"):
-        found.pop("output.weight", None)
-    elif "output.weight" not in found:
-        raise BadFile(f"{checkpoint.files[0]}: tensor 'lm_head.weight' is missing and tie_word_embeddings is not set")
-    if family.needs_output and "output.weight" not in found:
-        found["output.weight"] = TensorEntry("output.weight", *_all_but_name(embedding))
-    return tuple(found.values())
-
-
-def _all_but_name(entry: TensorEntry) -> tuple[tuple[int, ...], int, Path, int, int]:
-    return entry.shape, entry.type, entry.path, entry.offset, entry.nbytes
-
-
-def _check_layers(
-    path: Path, config: Mapping[str, Any], layers: Sequence[MoELayer], dense: Sequence[TensorEntry], n_layer: int
-) -> None:
-    """Compare the tensors with the counts of config.json, which the metadata repeats."""
-    if [layer.layer for layer in layers] != list(range(n_layer)):
-        raise BadFile(f"{path}: num_hidden_layers is {n_layer}, but {len(layers)} layers have experts")
-    needed = (_expert_count(path, config), _count(path, config, "hidden_size"))
+def _check_layers(config: Config, layers: Sequence[MoELayer]) -> None:
+    """Compare the experts with the counts of config.json, which the metadata repeats."""
+    n_layer, numbers = config.n_layer, [layer.layer for layer in layers]
+    if numbers != list(range(numbers[0], n_layer)):  # before anything is made for each of them
+        raise BadFile(f"{config.path}: num_hidden_layers is {n_layer}, but {len(layers)} layers have experts")
+    needed = (config.n_expert, config.n_embd)
     for layer in layers:
         if (layer.n_expert, layer.n_embd) != needed:
             raise BadFile(
-                f"{path}: num_experts and hidden_size are {needed}, but layer {layer.layer} has "
+                f"{config.path}: num_experts and hidden_size are {needed}, but layer {layer.layer} has "
                 f"{layer.n_expert} experts of input width {layer.n_embd}"
             )
-    shapes = {entry.name: entry.shape for entry in dense}
-    for number in range(n_layer):
-        for name in ("attn_norm", "ffn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp"):
-            if f"blk.{number}.{name}.weight" not in shapes:
-                raise BadFile(f"{path}: the checkpoint lacks the tensor for 'blk.{number}.{name}.weight'")
 
 
-def _metadata(
-    path: Path,
-    config: Mapping[str, Any],
-    architecture: Architecture,
-    family: _Family,
-    layers: Sequence[MoELayer],
-    name: str,
-    file_type: int,
-) -> dict[str, bytes]:
-    heads = _count(path, config, "num_attention_heads")
-    rope = as_object(config.get("rope_parameters"), path, "rope_parameters")
-    theta = config.get("rope_theta", rope.get("rope_theta", family.defaults["rope_theta"]))
-    numbers = {
-        "block_count": len(layers),
-        "context_length": _count(path, config, "max_position_embeddings"),
-        "embedding_length": layers[0].n_embd,
-        "feed_forward_length": _count(path, config, "intermediate_size"),
-        "attention.head_count": heads,
-        "attention.head_count_kv": _count(path, config, "num_key_value_heads", heads),
-        "expert_count": layers[0].n_expert,
-        "expert_used_count": _count(path, config, "num_experts_per_tok"),
-    }
-    if numbers["expert_used_count"] > numbers["expert_count"]:
-        raise BadFile(f"{path}: num_experts_per_tok is {numbers['expert_used_count']}, above num_experts")
-    if config.get("head_dim") is not None:
-        head_dim = _count(path, config, "head_dim")
-        numbers |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
-    if architecture.width_key == "expert_feed_forward_length":
-        numbers["expert_feed_forward_length"] = layers[0].n_ff
-    floats = {
-        "rope.freq_base": _number(path, "rope_theta", theta),
-        "attention.layer_norm_rms_epsilon": _number(
-            path, "rms_norm_eps", config.get("rms_norm_eps", family.defaults["rms_norm_eps"])
-        ),
-    }
+def _check_routers(config: Config, layers: Sequence[MoELayer], dense: Sequence[TensorEntry]) -> None:
+    names = {entry.name for entry in dense}
+    for number in range(config.n_layer):
+        if f"blk.{number}.attn_norm.weight" not in names:
+            raise BadFile(f"{config.path}: the checkpoint lacks the tensor for 'blk.{number}.attn_norm.weight'")
+    for layer in layers:
+        if f"blk.{layer.layer}.ffn_gate_inp.weight" not in names:
+            raise BadFile(f"{config.path}: the checkpoint lacks the tensor for 'blk.{layer.layer}.ffn_gate_inp.weight'")
+
+
+def _keys(config: Config, kind: Checkpoint, architecture: Architecture, layers: Sequence[MoELayer]) -> Keys:
+    """The key-values of the architecture. Raises BadFile when they contradict the experts' width."""
+    keys: dict[str, Value | None] = {**common_keys(config), **kind.keys(config)}
+    width = keys.get(architecture.width_key)
+    if width is not None and width != layers[0].n_ff:
+        raise BadFile(f"{config.path}: says that experts are {width} wide, but those of layer {layers[0].layer} are "
+                      f"{layers[0].n_ff}")
+    keys[architecture.width_key] = layers[0].n_ff
+    return {key: value for key, value in keys.items() if value is not None}
+
+
+def _records(architecture: Architecture, keys: Keys, name: str, file_type: int) -> dict[str, bytes]:
     records = {
         "general.architecture": kv_string("general.architecture", architecture.name),
         "general.type": kv_string("general.type", "model"),
@@ -284,38 +264,16 @@ def _metadata(
         "general.file_type": kv_u32("general.file_type", file_type),
         "general.quantization_version": kv_u32("general.quantization_version", QUANTIZATION_VERSION),
     }
-    for suffix, value in numbers.items():
-        records[architecture.key(suffix)] = kv_u32(architecture.key(suffix), value)
-    for suffix, number in floats.items():
-        records[architecture.key(suffix)] = encode_kv(architecture.key(suffix), number, _GGUF_F32)
+    for suffix, value in keys.items():
+        records[architecture.key(suffix)] = _record(architecture.key(suffix), value)
     return records
 
 
-# What releases of transformers and the models' own code call the number of experts of a layer.
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-
-
-def _expert_count(path: Path, config: Mapping[str, Any]) -> int:
-    """Experts of a layer, under whichever name; where there are several they must agree. Raises BadFile."""
-    named = {key: _count(path, config, key) for key in _EXPERT_COUNTS if config.get(key) is not None}
-    if not named:
-        names = ", ".join(_EXPERT_COUNTS)
-        raise BadFile(f"{path}: does not say how many experts a layer has; it has none of {names}")
-    if len(set(named.values())) > 1:
-        said = ", ".join(f"{key} is {count}" for key, count in named.items())
-        raise BadFile(f"{path}: contradicts itself about the number of experts: {said}")
-    return next(iter(named.values()))
-
-
-def _count(path: Path, config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if type(value) is not int or not 0 < value < 1 << 31:
-        raise BadFile(f"{path}: {key} is {shown(value)}, expected a positive number")
-    return value
-
-
-def _number(path: Path, key: str, value: Any) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= F32_MAX:
-        raise BadFile(f"{path}: {key} is {shown(value)}, expected a positive number")
-    return float(value)
+def _record(key: str, value: Value) -> bytes:
+    if isinstance(value, list):
+        return encode_kv(key, value, ARRAY, BOOL if isinstance(value[0], bool) else _I32)
+    if isinstance(value, bool):
+        return encode_kv(key, value, BOOL)
+    if isinstance(value, str):
+        return encode_kv(key, value, STRING)
+    return encode_kv(key, value, _F32 if isinstance(value, float) else U32)

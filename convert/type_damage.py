@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from moe_edge.models.architectures import did_you_mean
 from moe_edge.models.errors import UnknownName
 from moe_edge.models.formats.floats import FloatArray
+from moe_edge.models.suggest import did_you_mean
 
 Activation = Callable[[FloatArray], FloatArray]
 Weights = Mapping[str, FloatArray]  # projection -> (n_rows, n_cols), as quantize takes them

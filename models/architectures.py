@@ -1,89 +1,26 @@
-"""What differs between architectures when their experts are cut down to width-1 stubs.
+"""Finding an architecture or a Hugging Face class, and what changes when experts are cut down to width-1 stubs.
 
-Knows which metadata key sizes the expert tensors of each llama.cpp architecture, and which other keys must
-change with it so that the dense tensors keep their shape. Pure: no files, no GGUF. Every entry was tried on
-tiny random models (widths measured by changing one key at a time); what was not tried is refused by name.
+The families (models/families) know which metadata key sizes the expert tensors of each llama.cpp architecture, and
+which other keys must change with it so that the dense tensors keep their shape. Every entry was tried on tiny random
+models (widths measured by changing one key at a time); what was not tried is refused by name.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from moe_edge.models.errors import BadFile, UnknownArchitecture, UnknownName, printable
+from moe_edge.models.families import ARCHITECTURES, CHECKPOINTS, REFUSED, REFUSED_CLASSES
+from moe_edge.models.families.family import Architecture, Checkpoint
+from moe_edge.models.suggest import did_you_mean
 
 KeyValue = int | list[int]
 
-EXPERT_WIDTH = "expert_feed_forward_length"
-DENSE_WIDTH = "feed_forward_length"
 SHARED_WIDTH = "expert_shared_feed_forward_length"
 SHARED_COUNT = "expert_shared_count"
 U32_MAX = 2**32 - 1
 LONGEST_NAME = 40  # characters of a name from a file that a message repeats
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One llama.cpp architecture.
-
-    name: value of `general.architecture`, also the prefix of its keys.
-    width_key: the key, without prefix, that sizes the expert tensors.
-    count_times_width: the shared expert is width * `expert_shared_count` wide, unless `shared_width_wins`
-        and the model states its shared width: the count must grow as the width shrinks.
-    shared_width_wins: `expert_shared_feed_forward_length`, when present, sizes the shared expert instead.
-    state_shared_width: without `expert_shared_feed_forward_length` the shared expert follows the width key:
-        the key must be added, with the width the tensors have.
-    """
-
-    name: str
-    width_key: str = EXPERT_WIDTH
-    count_times_width: bool = False
-    shared_width_wins: bool = False
-    state_shared_width: bool = False
-
-    def key(self, suffix: str) -> str:
-        """`qwen3moe.expert_count` for `expert_count`."""
-        return f"{self.name}.{suffix}"
-
-
-def _table() -> dict[str, Architecture]:
-    by_expert_width = (
-        "qwen2moe qwen3moe qwen3next qwen35moe qwen4exp ernie4_5-moe lfm2moe gemma4 gpt-oss grok grovemoe "
-        "maple mellum mimo2 nemotron_h_moe qwen3vlmoe smallthinker step35"
-    )
-    by_dense_width = (
-        "olmoe phimoe llama granitemoe granite_swa minimax-01 minimax-m2 arctic dbrx granite granitehybrid mistral3"
-    )
-    by_count = (
-        "deepseek2 glm4moe dots1 afmoe bailingmoe deepseek deepseek2-ocr deepseek32 glm-dsa kimi-linear "
-        "mistral4 minimax-m3 deepseek4 kimi-k3 glm5-next hy_v4 dots3note"
-    )
-    entries = [Architecture(name) for name in by_expert_width.split()]
-    entries += [Architecture(name, DENSE_WIDTH) for name in by_dense_width.split()]
-    entries += [Architecture(name, count_times_width=True) for name in by_count.split()]
-    entries += [Architecture(name, state_shared_width=True) for name in "cohere2moe laguna exaone-moe hy_v3".split()]
-    entries += [
-        Architecture("hunyuan-moe", DENSE_WIDTH, state_shared_width=True),
-        Architecture("bailingmoe2", count_times_width=True, shared_width_wins=True),
-        Architecture("bailingmoe3", count_times_width=True, shared_width_wins=True),
-    ]
-    return {entry.name: entry for entry in entries}
-
-
-ARCHITECTURES: Mapping[str, Architecture] = _table()
-
-# Tried, and known not to work: stubs of width 1 would change the shape of dense tensors.
-DIFFUSION = "it writes by diffusion, all tokens at once and without a KV cache; llama.cpp's llama-diffusion-cli runs it"
-REFUSED: Mapping[str, str] = {
-    "llada-moe": DIFFUSION,
-    "rnd1": DIFFUSION,
-    "llama4": "its shared expert has the width of the experts and no key of its own",
-    "jamba": "its dense layers have the width of the experts",
-}
-
-# Hugging Face classes that convert.hf reads, and the llama.cpp architecture of each.
-HF_CLASSES: Mapping[str, str] = {"OlmoeForCausalLM": "olmoe", "Qwen3MoeForCausalLM": "qwen3moe"}
 
 
 def find_architecture(name: str, where: str) -> Architecture:
@@ -101,22 +38,20 @@ def find_architecture(name: str, where: str) -> Architecture:
     raise UnknownArchitecture(f"{where}: unknown architecture '{called}'{guess}", name)
 
 
-def find_hf_class(name: str, where: str) -> Architecture:
-    """The architecture of a Hugging Face model class. Raises UnknownName for a class convert.hf cannot read."""
-    if name in HF_CLASSES:
-        return ARCHITECTURES[HF_CLASSES[name]]
-    hint = did_you_mean(name, HF_CLASSES)
+def find_hf_class(name: str, where: str) -> Checkpoint:
+    """How a Hugging Face model class is converted. Raises UnknownName for a class that convert/hf.py cannot read."""
+    if name in CHECKPOINTS:
+        return CHECKPOINTS[name]
+    if name in REFUSED_CLASSES:
+        raise UnknownName(
+            f"{where}: a checkpoint of class '{name}' is not converted: {REFUSED_CLASSES[name]}; a GGUF of it runs, "
+            "with llama.cpp's answers"
+        )
+    hint = did_you_mean(name, CHECKPOINTS)
     raise UnknownName(
         f"{where}: cannot convert a checkpoint of class '{name}'{hint}; "
         "convert it with llama.cpp's convert_hf_to_gguf.py and give moe-edge the GGUF"
     )
-
-
-def did_you_mean(name: str, known: Mapping[str, object]) -> str:
-    """`; did you mean 'lfu'? known: lfu, lru`, to append to a message about an unknown name."""
-    near = difflib.get_close_matches(name, known, n=1)
-    guess = f"; did you mean '{near[0]}'?" if near else ";"
-    return f"{guess} known: {', '.join(sorted(known))}"
 
 
 def stub_overrides(

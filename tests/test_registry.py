@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from moe_edge.models.registry import collect
 from moe_edge.runner.cli import main
 from moe_edge.runner.commands.parameters import SECTIONS
 from moe_edge.schedulers import eviction, policies
@@ -15,7 +16,6 @@ from moe_edge.schedulers.layout import Layout
 from moe_edge.schedulers.lookahead import rules
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policy import make_policy
-from moe_edge.schedulers.registry import collect
 from test_policies import calibration
 
 

@@ -10,8 +10,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from moe_edge.models.architectures import did_you_mean
 from moe_edge.models.errors import BadFile, UnknownName
+from moe_edge.models.suggest import did_you_mean
 
 
 class GGMLType(NamedTuple):

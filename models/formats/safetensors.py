@@ -14,15 +14,15 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeGuard
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
-import numpy as np
-import numpy.typing as npt
 from moe_edge.models.errors import BadFile, BadMagic, CutFile, MissingFile, UnknownName
 from moe_edge.models.formats.files import is_present, open_file, read_file, shown, unreadable
-from moe_edge.models.formats.floats import bf16_to_f32
 from moe_edge.models.formats.gguf import MOST_NAMED, TensorEntry, cut_tensor
 from moe_edge.models.formats.source_files import SourceFiles
+
+if TYPE_CHECKING:  # numpy is not for the runtime, which opens models and converts none
+    from moe_edge.models.formats.floats import FloatArray
 
 MAX_HEADER = 1 << 25  # the format allows 100 MB; 130,000 tensors need half of this
 MAX_JSON = 1 << 26  # the largest tokenizer.json known has 33 MB
@@ -39,9 +39,10 @@ DTYPES = {
     "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8,
 }  # fmt: skip
 GGML_OF_DTYPE = {"F32": 0, "F16": 1, "BF16": 30}
+I8 = 24
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SafeTensor:
     """A tensor: shape as in the checkpoint (row length last), `offset` from the start of the file, in bytes."""
 
@@ -51,6 +52,12 @@ class SafeTensor:
     path: Path
     offset: int
     nbytes: int
+
+    def raw(self) -> TensorEntry:
+        """This tensor as it is, for a DerivedEntry: what is no float of ggml's is bytes."""
+        kind = GGML_OF_DTYPE.get(self.dtype, I8)
+        shape = self.shape[::-1] if DTYPES[self.dtype] == 1 or kind != I8 else (self.nbytes,)
+        return TensorEntry(self.name, shape, kind, self.path, self.offset, self.nbytes)
 
     def entry(self, name: str, start: int = 0, shape: tuple[int, ...] | None = None) -> TensorEntry:
         """This tensor, or a part of it from byte `start`, under a GGUF name and with a ggml-order shape.
@@ -73,8 +80,11 @@ class SafeTensors:
     files: tuple[Path, ...]
     headers: tuple[bytes, ...]
 
-    def read(self, name: str) -> npt.NDArray[np.float32]:
+    def read(self, name: str) -> FloatArray:
         """One tensor as float32, in the checkpoint's shape. Raises UnknownName for a dtype that is not a float."""
+        import numpy as np
+        from moe_edge.models.formats.floats import bf16_to_f32
+
         tensor = self.tensors[name]
         data = self.read_raw(name)
         if tensor.dtype == "BF16":

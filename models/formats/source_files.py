@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
 from moe_edge.models.errors import BadFile, CutFile
+from moe_edge.models.formats.derived import DerivedEntry
 from moe_edge.models.formats.files import FileStamp, open_file, stamp_of, unreadable
 from moe_edge.models.formats.gguf import TensorEntry, cut_tensor
 
@@ -23,6 +25,8 @@ class SourceFiles:
     def __init__(self, stamps: Mapping[Path, FileStamp] | None = None) -> None:
         self._fds: dict[Path, int] = {}
         self._stamps: dict[Path, FileStamp] = dict(stamps or {})
+        self._made: tuple[DerivedEntry, bytes] | None = None  # the tensor that was made last, read piece by piece
+        self._making = threading.RLock()  # again by the same thread: a tensor may be made of one that is made
 
     def __enter__(self) -> SourceFiles:
         return self
@@ -56,6 +60,8 @@ class SourceFiles:
 
     def read(self, entry: TensorEntry, start: int, nbytes: int) -> bytes:
         """`nbytes` of a tensor from its byte `start`. Raises CutFile, MissingFile when the disk fails."""
+        if isinstance(entry, DerivedEntry):
+            return self._derived(entry)[start : start + nbytes]
         fd = self.open(entry.path)
         at, end, pieces = entry.offset + start, entry.offset + start + nbytes, []
         while at < end:
@@ -68,6 +74,13 @@ class SourceFiles:
             pieces.append(data)
             at += len(data)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _derived(self, entry: DerivedEntry) -> bytes:
+        with self._making:
+            if self._made is None or self._made[0] != entry:
+                self._made = None
+                self._made = entry, entry.build([self.read(part, 0, part.nbytes) for part in entry.parts])
+            return self._made[1]
 
     def chunks(self, entry: TensorEntry) -> Iterator[bytes]:
         """All bytes of a tensor, in pieces of at most 8 MiB."""

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moe_edge.models.architectures import Architecture, find_architecture, stub_overrides
+from moe_edge.models.architectures import find_architecture, stub_overrides
 from moe_edge.models.errors import BadFile, UsageError
+from moe_edge.models.families.family import Architecture
 from moe_edge.models.formats.files import FileStamp, shown
 from moe_edge.models.formats.gguf import MAX_STORE_TENSORS, OWN_KIND, GGUFModel, TensorEntry
 from moe_edge.models.formats.keyvalues import ARRAY, KeyValues

@@ -6,8 +6,8 @@ It is chosen by what the model's own chat template contains, see ChatFormat.reco
 
 from __future__ import annotations
 
+from moe_edge.models.registry import collect
 from moe_edge.runner.chatformat.format import ChatFormat
-from moe_edge.schedulers.registry import collect
 
 FORMATS = collect(__name__, __path__, "FORMAT", ChatFormat)
 

@@ -8,10 +8,10 @@ and most-recent-first read 3 to 20 % more (docs/LOG.md, 2026-11-22), so there is
 from __future__ import annotations
 
 from moe_edge.models.errors import UnknownName
+from moe_edge.models.registry import collect
 from moe_edge.schedulers.eviction.learned import LARGEST_TABLE_BYTES, table_bytes
 from moe_edge.schedulers.eviction.rule import EvictionRule, RuleEntry
 from moe_edge.schedulers.layout import Layout
-from moe_edge.schedulers.registry import collect
 from moe_edge.schedulers.usage import Usage
 
 ENTRIES = collect(__name__, __path__, "RULE", RuleEntry)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from moe_edge.models.errors import UnknownName
+from moe_edge.models.registry import collect
 from moe_edge.schedulers.options import Knob
 from moe_edge.schedulers.policies.entry import PolicyEntry
-from moe_edge.schedulers.registry import collect
 
 POLICIES = collect(__name__, __path__, "POLICY", PolicyEntry)
 POLICY_NAMES = tuple(POLICIES)

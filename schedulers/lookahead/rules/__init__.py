@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from moe_edge.models.errors import UnknownName
+from moe_edge.models.registry import collect
 from moe_edge.schedulers.lookahead.rules.rule import Rule, RuleEntry
-from moe_edge.schedulers.registry import collect
 
 ENTRIES = collect(__name__, __path__, "RULE", RuleEntry)
 AUTO, BEHIND_AUTO = "auto", "stacked"  # auto: this rule, as far and as wide as controller.py finds to pay
