@@ -63,6 +63,7 @@ class ConvertReport:
     skeleton_bytes: int = 0
     store_bytes: int = 0
     seconds: float = 0.0
+    notes: tuple[str, ...] = ()
 
     def text(self) -> str:
         """The plan after a dry run, otherwise what was written."""
@@ -75,6 +76,7 @@ class ConvertReport:
             "experts: " + ", ".join(f"{count} x {what}" for what, count in changed.items()),
             *self.plan.level_lines(),
             *self.plan.remarks(),
+            *self.notes,
             f"written, read back and checked in {self.seconds:.1f} s",
         ]
         return "\n".join(lines)
@@ -88,6 +90,7 @@ class ConvertReport:
             "skeleton_bytes": self.skeleton_bytes,
             "store_bytes": self.store_bytes,
             "seconds": self.seconds,
+            "notes": list(self.notes),
             "plan": self.plan.to_json(),
         }
 
@@ -141,6 +144,7 @@ def convert(
         _check_calibration(calibration, plan, source)
     if dry_run or skeleton_path is None:
         return ConvertReport(plan)
+    note = _prove_tokenizer(Path(source_path), source)
     names = (store_path(skeleton_path).name, skeleton_path.name)
     with WorkFolder(skeleton_path.parent, names) as work:
         store, skeleton = _outputs(plan, source, skeleton_path, calibration, work.path)
@@ -158,7 +162,18 @@ def convert(
         skeleton_bytes=skeleton.total_bytes,
         store_bytes=store.total_bytes,
         seconds=time.monotonic() - started,
+        notes=(note,) if note else (),
     )
+
+
+def _prove_tokenizer(folder: Path, source: Source) -> str | None:
+    """What could not be checked of a checkpoint's tokenizer. Raises UnknownName when llama.cpp reads text otherwise."""
+    if not source.is_checkpoint:
+        return None
+    from moe_edge.convert.tokenizer_proof import check_tokenizer
+
+    records = {key: source.kv.record(key) for key in source.kv if key.startswith("tokenizer.")}
+    return check_tokenizer(folder, records, source.kv.get("tokenizer.ggml.pre"))
 
 
 def check_output(skeleton: Path, source: Source, overwrite: bool) -> None:

@@ -1,46 +1,44 @@
-"""A Hugging Face byte-level BPE tokenizer as the key-values llama.cpp reads.
+"""A Hugging Face tokenizer as the key-values llama.cpp reads: byte-level BPE here, SentencePiece in sentencepiece.py.
 
 llama.cpp splits text by a regular expression it knows by name (`tokenizer.ggml.pre`). The name is found by comparing
-the structure of tokenizer.json with those we know exactly; whatever differs is refused, since a guess would give
-other tokens than the model was trained on.
+the structure of tokenizer.json with those we know exactly (pretokenizers.py); whatever differs is refused, since a
+guess would give other tokens than the model was trained on. tokenizer_proof.py compares tokens before anything is
+written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from moe_edge.convert.pretokenizers import find_pre_tokenizer
 from moe_edge.models.errors import BadFile, UnknownName
 from moe_edge.models.formats.files import is_present, read_file, shown
 from moe_edge.models.formats.keyvalues import ARRAY, MAX_ELEMENTS, STRING
 from moe_edge.models.formats.safetensors import as_object, as_objects, read_json_file
-from moe_edge.models.formats.write import encode_kv, kv_bool, kv_string, kv_strings, kv_u32
+from moe_edge.models.formats.write import encode_kv, kv_bool, kv_f32s, kv_string, kv_strings, kv_u32
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's token types
-I32 = 5
+U8, I32 = 0, 5
 MAX_TOKENS = 1 << 20  # the largest known vocabularies have 2^18
+TIKTOKEN = ("tiktoken.model", "hy.tiktoken", "qwen.tiktoken")
 MAX_TEMPLATE = 1 << 22  # bytes
 MAX_TEMPLATE_NAME = 200  # characters
 SPECIAL = ("bos", "eos", "unk", "pad")
 ID_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# regular expression of the Split before ByteLevel -> (llama.cpp's name, its `ignore_merges`)
-SPLITS = {
-    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL: ("qwen2", False),
-    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL: ("llama-bpe", True),
-}
-KNOWN = "plain ByteLevel (gpt-2), Split and ByteLevel (qwen2, llama-bpe)"
-
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """What llama.cpp needs to know: `types[i]` is the type of `tokens[i]`; `special` maps "bos", "eos" ... to ids."""
+    """What llama.cpp needs to know: `types[i]` is the type of `tokens[i]`; `special` maps "bos", "eos" ... to ids.
 
-    pre: str
+    model: `tokenizer.ggml.model`. pre: None for models that split nothing. scores: of SentencePiece, else none.
+    flags: further yes-or-no keys, without the prefix. charsmap: SentencePiece's table of normalisation.
+    """
+
+    pre: str | None
     tokens: tuple[str, ...]
     types: tuple[int, ...]
     merges: tuple[str, ...]
@@ -49,17 +47,30 @@ class Tokenizer:
     add_eos: bool
     chat_templates: Mapping[str, str]
     notes: tuple[str, ...]
+    model: str = "gpt2"
+    scores: tuple[float, ...] = ()
+    flags: Mapping[str, bool] = field(default_factory=dict)
+    charsmap: bytes = b""
 
     def records(self) -> dict[str, bytes]:
         """The key-values, encoded."""
         prefix = "tokenizer.ggml."
         records = {
-            prefix + "model": kv_string(prefix + "model", "gpt2"),
-            prefix + "pre": kv_string(prefix + "pre", self.pre),
+            prefix + "model": kv_string(prefix + "model", self.model),
             prefix + "tokens": kv_strings(prefix + "tokens", self.tokens),
             prefix + "token_type": encode_kv(prefix + "token_type", self.types, ARRAY, I32),
-            prefix + "merges": kv_strings(prefix + "merges", self.merges),
         }
+        if self.pre is not None:
+            records[prefix + "pre"] = kv_string(prefix + "pre", self.pre)
+        if self.merges:
+            records[prefix + "merges"] = kv_strings(prefix + "merges", self.merges)
+        if self.scores:
+            records[prefix + "scores"] = kv_f32s(prefix + "scores", self.scores)
+        if self.charsmap:
+            key = prefix + "precompiled_charsmap"
+            records[key] = encode_kv(key, list(self.charsmap), ARRAY, U8)
+        for name, value in self.flags.items():
+            records[prefix + name] = kv_bool(prefix + name, value)
         for name, token_id in self.special.items():
             key = f"{prefix}{ID_KEYS[name]}_token_id"
             records[key] = kv_u32(key, token_id)
@@ -84,16 +95,27 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
     Raises MissingFile, BadFile, and UnknownName for a tokenizer llama.cpp would not reproduce exactly.
     """
     path = folder / "tokenizer.json"
-    data = read_json_file(path)
     settings_path = folder / "tokenizer_config.json"
     settings = read_json_file(settings_path) if is_present(settings_path) else {}
+    if not is_present(path) and is_present(folder / "tokenizer.model"):
+        from moe_edge.convert.sentencepiece import of_model_file
+
+        return of_model_file(folder, config, settings, chat_templates(folder, settings))
+    ranks = next((name for name in TIKTOKEN if is_present(folder / name)), None)
+    if ranks is not None and not is_present(path):
+        refuse(folder / ranks, "a tokenizer that is only there as tiktoken ranks is not supported")
+    data = read_json_file(path)
     model = data.get("model")
-    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict):
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
         raise BadFile(f"{path}: has no 'model' with a 'vocab'")
+    if model.get("byte_fallback") and model.get("type") in (None, "BPE"):
+        from moe_edge.convert.sentencepiece import of_json
+
+        return of_json(folder, data, config, settings, chat_templates(folder, settings))
     _check_model(path, model)
     added = _added_tokens(path, data)
     tokens, types = _tokens(path, model["vocab"], added, config.get("vocab_size"))
-    special = _special_ids(path, settings, config, added, len(tokens))
+    special = special_ids(path, settings, config, added, len(tokens))
     add_bos, add_eos = _adds(path, data, settings, special, tokens)
     return Tokenizer(
         pre=_pre_tokenizer(path, data, bool(model.get("ignore_merges"))),
@@ -103,21 +125,21 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
         special=special,
         add_bos=add_bos,
         add_eos=add_eos,
-        chat_templates=_chat_templates(folder, settings),
+        chat_templates=chat_templates(folder, settings),
         notes=_normalizer(path, data),
     )
 
 
-def _refuse(path: Path, what: str) -> NoReturn:
+def refuse(path: Path, what: str) -> NoReturn:
     raise UnknownName(f"{path}: {what}; convert with llama.cpp's convert_hf_to_gguf.py and give moe-edge the GGUF")
 
 
 def _check_model(path: Path, model: Mapping[str, Any]) -> None:
     if model.get("type") not in (None, "BPE"):
-        _refuse(path, f"tokenizer model '{model.get('type')}' is not supported; known: byte-level BPE")
+        refuse(path, f"tokenizer model '{model.get('type')}' is not supported; known: BPE")
     for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(key):
-            _refuse(path, f"BPE with {key} = {model[key]!r} is not supported; known: byte-level BPE")
+            refuse(path, f"BPE with {key} = {model[key]!r} is not supported; known: byte-level BPE")
 
 
 def _normalizer(path: Path, data: Mapping[str, Any]) -> tuple[str, ...]:
@@ -129,34 +151,17 @@ def _normalizer(path: Path, data: Mapping[str, Any]) -> tuple[str, ...]:
         return ("the tokenizer's NFC normalizer is not applied by llama.cpp: text must come in NFC",)
     if normalizer.get("type") == "Sequence" and not normalizer.get("normalizers"):
         return ()
-    _refuse(path, f"normalizer '{normalizer.get('type')}' is not supported; known: none, NFC")
+    refuse(path, f"normalizer '{normalizer.get('type')}' is not supported; known: none, NFC")
 
 
 def _pre_tokenizer(path: Path, data: Mapping[str, Any], ignore_merges: bool) -> str:
     pre = as_object(data.get("pre_tokenizer"), path, "pre_tokenizer")
     is_sequence = pre.get("type") == "Sequence"
     steps = as_objects(pre.get("pretokenizers"), path, "pretokenizers") if is_sequence else [pre]
-    name, needs_ignore_merges = _split_name(path, steps)
-    if ignore_merges != needs_ignore_merges:
-        _refuse(path, f"pre-tokenizer {name} with ignore_merges = {ignore_merges} is not supported")
-    return name
-
-
-def _split_name(path: Path, steps: Sequence[Mapping[str, Any]]) -> tuple[str, bool]:
-    kinds = [step.get("type") for step in steps]
-    last = steps[-1] if steps else {}
-    if last.get("type") == "ByteLevel" and last.get("add_prefix_space"):
-        _refuse(path, "ByteLevel with add_prefix_space is not supported")
-    if kinds == ["ByteLevel"] and last.get("use_regex", True):
-        return "gpt-2", False
-    if kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
-        split = steps[0]
-        regex = as_object(split.get("pattern"), path, "the pattern of Split").get("Regex")
-        known = SPLITS.get(regex) if isinstance(regex, str) else None
-        if known and split.get("behavior") == "Isolated" and not split.get("invert"):
-            return known
-        _refuse(path, f"unknown pre-tokenizer: Split {split.get('pattern')!r} {split.get('behavior')}; known: {KNOWN}")
-    _refuse(path, f"unknown pre-tokenizer: {' and '.join(str(kind) for kind in kinds)}; known: {KNOWN}")
+    try:
+        return find_pre_tokenizer([as_object(step, path, "pre_tokenizer") for step in steps], ignore_merges)
+    except ValueError as error:
+        refuse(path, str(error))
 
 
 def _added_tokens(path: Path, data: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
@@ -166,7 +171,7 @@ def _added_tokens(path: Path, data: Mapping[str, Any]) -> dict[int, Mapping[str,
             raise BadFile(f"{path}: added token {shown(token)} has no id or content")
         for flag in ("lstrip", "rstrip", "single_word"):
             if token.get(flag):
-                _refuse(path, f"added token {token['content']!r} with {flag} is not supported")
+                refuse(path, f"added token {token['content']!r} with {flag} is not supported")
         added[token["id"]] = token
     return added
 
@@ -205,12 +210,12 @@ def _merges(path: Path, model: Mapping[str, Any]) -> tuple[str, ...]:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
             raise BadFile(f"{path}: merge {shown(merge)} is not a pair of tokens")
         if any(" " in part for part in pair):
-            _refuse(path, f"merge {shown(merge)} holds a space: this is not byte-level BPE")
+            refuse(path, f"merge {shown(merge)} holds a space: this is not byte-level BPE")
         made.append(f"{pair[0]} {pair[1]}")
     return tuple(made)
 
 
-def _special_ids(
+def special_ids(
     path: Path,
     settings: Mapping[str, Any],
     config: Mapping[str, Any],
@@ -235,7 +240,7 @@ def _special_ids(
             raise BadFile(f"{path}: {name} token id {shown(token_id)} is not one of its {n_tokens} tokens")
         special[name] = token_id
     if "eos" not in special:
-        _refuse(path, "neither tokenizer_config.json nor config.json names an end-of-sequence token")
+        refuse(path, "neither tokenizer_config.json nor config.json names an end-of-sequence token")
     return special
 
 
@@ -254,7 +259,7 @@ def _adds(
         if step.get("type") == "TemplateProcessing":
             return _template_adds(path, as_objects(step.get("single"), path, "single"), special, tokens)
         if step.get("type") not in (None, "ByteLevel"):
-            _refuse(path, f"post-processor '{step.get('type')}' is not supported")
+            refuse(path, f"post-processor '{step.get('type')}' is not supported")
     if processor:  # ByteLevel alone adds nothing, whatever tokenizer_config.json says
         return False, False
     add_bos, add_eos = (bool(settings.get(f"add_{name}_token")) for name in ("bos", "eos"))
@@ -271,11 +276,11 @@ def _template_adds(
     before, after = (names[: names.index(None)], names[names.index(None) + 1 :]) if None in names else (names, [])
     for found, name in ((before, "bos"), (after, "eos")):
         if found and (name not in special or found != [tokens[special[name]]]):
-            _refuse(path, f"post-processor that adds {found} where llama.cpp adds a {name} token is not supported")
+            refuse(path, f"post-processor that adds {found} where llama.cpp adds a {name} token is not supported")
     return bool(before), bool(after)
 
 
-def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+def chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """Chat templates by name, of tokenizer_config.json or else chat_template.jinja."""
     template = settings.get("chat_template")
     jinja = folder / "chat_template.jinja"
