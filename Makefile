@@ -57,6 +57,7 @@ check: setup
 	$(BIN)/ruff check .
 	mkdir -p build/typecheck/moe_edge
 	for d in convert models schedulers runner; do ln -sfn ../../../$$d build/typecheck/moe_edge/$$d; done
+	ln -sfn ../../../runner/package_init.py build/typecheck/moe_edge/__init__.py
 	cd build/typecheck && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml \
 	    -p moe_edge.convert -p moe_edge.models -p moe_edge.schedulers -p moe_edge.runner
 

@@ -120,7 +120,8 @@ def _adds_space(path: Path, data: Mapping[str, Any]) -> bool:
     if pre.get("type") == "Metaspace":
         if kinds:
             refuse(path, f"a Metaspace behind the normalizer {kinds} is not supported")
-        return pre.get("prepend_scheme", "always") != "never" and pre.get("add_prefix_space", True) is not False
+        never = pre.get("prepend_scheme") == "never" or pre.get("add_prefix_space") is False
+        return not never
     for each in _normalizers(data):
         if each.get("type") == "Replace" and each.get("pattern") != {"String": " "}:
             refuse(path, f"a normalizer that replaces {each.get('pattern')} is not supported")

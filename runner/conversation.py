@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from moe_edge.runner.chatformat.format import Message
 from moe_edge.runner.engine import Engine
@@ -30,6 +31,7 @@ class Conversation:
     template: ChatTemplate | None = None
     messages: list[Message] = field(default_factory=list)
     text: str = ""
+    tools: Sequence[Mapping[str, Any]] = ()
 
     def add(self, role: str, content: str) -> None:
         if self.template is None:
@@ -74,7 +76,7 @@ class Conversation:
 
     def _tokens(self, messages: Sequence[Message]) -> tuple[list[int], str]:
         assert self.template is not None
-        return self.template.tokens(messages)
+        return self.template.tokens(messages, self.tools)
 
 
 def without_oldest_turn(messages: list[Message]) -> list[Message]:

@@ -274,5 +274,5 @@ def test_missing_tokenizer_is_named(tmp_path: Path) -> None:
 
 def test_tiktoken_ranks_alone_are_refused(tmp_path: Path) -> None:
     (tmp_path / "tiktoken.model").write_text("IQ== 0\n")
-    with pytest.raises(UnknownName, match="tiktoken ranks is not supported; convert with llama.cpp"):
+    with pytest.raises(UnknownName, match=r"tiktoken ranks is not supported; convert with llama.cpp"):
         read_tokenizer(tmp_path, {})
