@@ -60,6 +60,8 @@ check: setup
 	ln -sfn ../../../runner/package_init.py build/typecheck/moe_edge/__init__.py
 	cd build/typecheck && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml \
 	    -p moe_edge.convert -p moe_edge.models -p moe_edge.schedulers -p moe_edge.runner
+	cd build/typecheck && MYPYPATH=.:../../tests:../../bench ../../$(BIN)/mypy --config-file ../../pyproject.toml \
+	    ../../tests ../../bench ../../examples
 
 FUZZ_FILES ?= 100000
 FUZZ_CASES ?= 5000

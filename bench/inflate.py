@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from moe_edge.convert.checkpoints import open_source
 from moe_edge.convert.quantize import dequantize, fitting_type, quantize, target_type
-from moe_edge.convert.source import open_source
 from moe_edge.models.errors import BadFile, MoeEdgeError, UnknownName, UsageError
 from moe_edge.models.formats.floats import FloatArray
 from moe_edge.models.formats.ggml_types import F32, TYPES, row_bytes, tensor_bytes

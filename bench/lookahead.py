@@ -41,9 +41,9 @@ from compare import drop_page_cache, parse_speed
 from lossy import ram_for
 from moe_edge.models.store.store import open_model
 from moe_edge.runner.engine import Engine
+from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.measure.plan import plan
 from moe_edge.runner.measure.record import record_trace
-from moe_edge.runner.options import EngineOptions
 from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES
 from moe_edge.schedulers.layout import Ahead, Layout, Step, StepPlan
 from moe_edge.schedulers.lookahead.around import LookAheadPolicy
@@ -213,7 +213,7 @@ def in_child(cell: Cell) -> dict[str, Any]:
 
 def typical_token_s(passes: Sequence[dict[str, Any]]) -> float:
     """Seconds a token: of each token the median over the rounds, so that a disk that stalls once does not count."""
-    return statistics.mean(map(statistics.median, zip(*(p["seconds"] for p in passes), strict=True)))
+    return statistics.mean(map(statistics.median, zip(*(p["seconds"] for p in passes), strict=True)))  # type: ignore[no-any-return]
 
 
 def row(share: float, disk: int | None, cell: dict[str, Any], arms: Sequence[str], planned_tok_s: float) -> str:

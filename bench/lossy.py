@@ -20,7 +20,7 @@ import limits
 import texts
 from compare import drop_page_cache, parse_speed, run_worker
 from moe_edge.models.store.store import open_model
-from moe_edge.runner.options import EngineOptions
+from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.sizes import sizes_of
 from moe_edge.schedulers.budget import MIB, PROGRAM_ALLOWANCE_BYTES, format_bytes
 from worker import Job

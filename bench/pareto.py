@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import hashlib
 import json
-import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,25 +24,19 @@ from typing import Any
 import facts
 import numpy as np
 import numpy.typing as npt
-from moe_edge.convert.conversion_plan import ExpertTypes
-from moe_edge.convert.convert import convert
-from moe_edge.convert.source import open_source
-from moe_edge.convert.stacked import write_stacked
 from moe_edge.models.errors import MoeEdgeError, UsageError
 from moe_edge.models.formats.gguf import read_gguf
-from moe_edge.models.store.experts import Piece
-from moe_edge.models.store.store import open_model, store_path
-from moe_edge.runner.calibrate.calibrate import CalibrateOptions, Calibrator
+from moe_edge.models.store.store import open_model
 from moe_edge.runner.calibrate.observe import spread_chunks
-from moe_edge.runner.engine import EXACT as EXACT_OPTIONS
 from moe_edge.runner.engine import Engine
-from moe_edge.runner.measure.evaluate import (
+from moe_edge.runner.engine_options import EngineOptions
+from moe_edge.runner.measure.evaluate import eval_options
+from moe_edge.runner.measure.logits import (
     BLOCK_VALUES,
     PassWork,
     ReferenceLogits,
     bos_token,
     cut_chunks,
-    eval_options,
     kld_of_rows,
     logits_pass,
     nll_of_rows,
@@ -53,312 +45,31 @@ from moe_edge.runner.measure.evaluate import (
     standard_error,
     tokenize_text,
 )
-from moe_edge.runner.options import EngineOptions
 from moe_edge.runner.sizes import NO_LIMIT
 from moe_edge.schedulers.budget import format_bytes
 from moe_edge.schedulers.options import PolicyOptions
+from pareto_models import Models, bits_a_weight, is_number
+from pareto_points import Point, front, kld_ratio, saving
+from pareto_settings import (
+    ABLATION,
+    COMPARISONS,
+    EXACT,
+    OURS,
+    PARTS,
+    PREFILL,
+    Options,
+    Setting,
+    ablation_settings,
+    damage_settings,
+    dynamic_settings,
+    hobbit_options,
+    tell,
+)
+from pareto_tables import Row, plot, points_of, table, write_csv
 from rivals import Rival, make_rival
 
-PARTS = ("static", "dynamic", "ablation")
 ALLOCATIONS = ("uniform", "frequency", "layer", "global")
-GRID = 5  # points at which two curves are compared
-Point = tuple[float, float]  # (bytes, KLD)
 IntArray = npt.NDArray[np.int32]
-Row = dict[str, Any]
-
-
-def tell(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
-
-
-# ---- arithmetic --------------------------------------------------------------------------------------------
-
-
-def front(points: Iterable[Point]) -> list[Point]:
-    """The points that no other undercuts in both numbers: bytes rising, KLD falling."""
-    best: list[Point] = []
-    for size, kld in sorted(points):
-        if not best or kld < best[-1][1]:
-            best.append((size, kld))
-    return best
-
-
-def bytes_at_kld(curve: Iterable[Point], kld: float) -> float | None:
-    """Bytes at which a curve has this KLD: linear in bytes, logarithmic in KLD, between the points of its front.
-
-    None outside of them: nothing is extrapolated.
-    """
-    points = [(size, loss) for size, loss in front(curve) if loss > 0]
-    if not points or not points[-1][1] <= kld <= points[0][1]:
-        return None
-    losses = [math.log(loss) for _, loss in reversed(points)]
-    return float(np.interp(math.log(kld), losses, [size for size, _ in reversed(points)]))
-
-
-def kld_at_bytes(curve: Iterable[Point], size: float) -> float | None:
-    """The same curve the other way round."""
-    points = [(at, loss) for at, loss in front(curve) if loss > 0]
-    if not points or not points[0][0] <= size <= points[-1][0]:
-        return None
-    return math.exp(float(np.interp(size, [at for at, _ in points], [math.log(loss) for _, loss in points])))
-
-
-@dataclass(frozen=True)
-class Saving:
-    """Share of a curve's bytes at equal KLD that a row does not read; negative: it reads more.
-
-    bound: `>` or `<` where the row's KLD is below or above all of the curve: compared with the curve's end then.
-    """
-
-    share: float
-    bound: str = ""
-
-    @property
-    def tells(self) -> bool:
-        """Whether a bound says who is ahead: `>-5 %` and `<+5 %` do not."""
-        return not self.bound or (self.share > 0) == (self.bound == ">")
-
-    def __str__(self) -> str:
-        return f"{self.bound}{100 * self.share:+.1f} %"
-
-
-def saving(row: Point, curve: Iterable[Point]) -> Saving | None:
-    """See Saving; None: there is no curve, or its end reads nothing."""
-    points = [point for point in front(curve) if point[1] > 0]
-    if not points:
-        return None
-    size, bound = bytes_at_kld(points, row[1]), ""
-    if size is None:
-        size, bound = (points[-1][0], ">") if row[1] < points[-1][1] else (points[0][0], "<")
-    return Saving(1 - row[0] / size, bound) if size > 0 else None
-
-
-def kld_ratio(ours: Sequence[Point], base: Sequence[Point]) -> float | None:
-    """KLD of one curve relative to another's at equal bytes, the geometric mean over where both are; None: nowhere."""
-    fronts = [[point for point in front(curve) if point[1] > 0] for curve in (ours, base)]
-    if not all(fronts):
-        return None
-    low, high = max(f[0][0] for f in fronts), min(f[-1][0] for f in fronts)
-    if low > high:
-        return None
-    logs = []
-    for size in np.linspace(low, high, GRID).clip(low, high):
-        pair = [kld_at_bytes(curve, float(size)) for curve in fronts]
-        assert pair[0] and pair[1], "within both"
-        logs.append(math.log(pair[0] / pair[1]))
-    return math.exp(sum(logs) / len(logs))
-
-
-# ---- what to run -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to run; see --help."""
-
-    source: Path
-    calibrate: Path
-    text: Path
-    out: Path
-    parts: tuple[str, ...] = PARTS
-    bits: tuple[float, ...] = (2.5, 3.0, 3.5)
-    types: tuple[str, ...] = ("IQ2_XXS", "Q2_K", "IQ3_XXS", "Q3_K", "Q4_K", "Q6_K")
-    plain: tuple[str, ...] = ("IQ2_XXS", "Q2_K", "IQ3_XXS", "Q3_K", "Q4_K")
-    pairs: tuple[tuple[str, str], ...] = (("Q4_K", "Q2_K"),)
-    exact: tuple[str, ...] = ("Q2_K", "IQ3_XXS", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "2.5", "3", "3.5")
-    share: float = 1 / 3
-    retentions: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)
-    thresholds: tuple[str, ...] = ("fit", "0.6:0.9", "0.2:1", "0.4:1", "0.6:1", "0.8:1")
-    prices: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01)
-    cold: tuple[float, ...] = (0.1, 0.25, 0.5)
-    below: tuple[float, ...] = (0.1, 0.15, 0.2)
-    ablation_retentions: tuple[float, ...] = (0.4, 0.6, 0.75, 0.9)  # below 1/k the guard of one expert decides
-    calibrate_tokens: int = 16384
-    n_ctx: int = 512
-    n_chunks: int = 16
-    n_decode_chunks: int = 8
-    n_ubatch: int = 0
-    n_threads: int = 0
-    again: bool = False
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One way to serve a model. family: the curve its row is a point of; label: the row. rival: in place of options."""
-
-    family: str
-    label: str
-    options: PolicyOptions = EXACT_OPTIONS
-    rival: Rival | None = None
-    renormalise: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"{self.family} {self.label}".strip()
-
-
-EXACT = Setting("exact", "")
-OURS = ("dymoe", "hobbit", "damage")  # how the families under test begin
-
-
-def dynamic_settings(o: Options) -> list[Setting]:
-    """Of a model with two levels: ours, then the rivals, each without and with the other weights scaled up."""
-    settings = [
-        Setting(f"dymoe {low}", f"{r:g}", PolicyOptions("dymoe", retention=r, low_level=low))
-        for low in ("low", "skip")
-        for r in o.retentions
-    ]
-    settings += [Setting("hobbit", text, hobbit_options(text)) for text in o.thresholds]
-    settings += damage_settings(o)
-    numbers: dict[str, Sequence[float]] = {
-        "top-k less": (1, 2), "top-k less on miss": (1, 2), "weight below": o.below, "weight below on miss": o.below,
-        "cold dropped": o.cold,
-    }  # fmt: skip
-    for name, values in numbers.items():
-        for renormalise in (False, True):
-            family = name + (", renormalised" if renormalise else "")
-            settings += [Setting(family, f"{v:g}", rival=Rival(name, v), renormalise=renormalise) for v in values]
-    return settings
-
-
-def damage_settings(o: Options) -> list[Setting]:
-    return [
-        Setting(f"damage {low}", f"{p:g}", PolicyOptions("damage", price=p, low_level=low))
-        for low in ("low", "skip")
-        for p in o.prices
-    ]
-
-
-def hobbit_options(text: str) -> PolicyOptions:
-    """`fit`, or `T1:T2`. Raises UsageError."""
-    if text == "fit":
-        return PolicyOptions("hobbit")
-    try:
-        t1, t2 = map(float, text.split(":"))
-    except ValueError as error:
-        raise UsageError(f"'{text}' is no pair of thresholds; write fit, or for instance 0.6:0.9") from error
-    return PolicyOptions("hobbit", t1=t1, t2=t2)
-
-
-ABLATION: dict[str, dict[str, Any]] = {  # family -> knobs of dymoe, decode
-    "flat, gate": {"depth": "flat", "importance": "gate"},
-    "cosine, gate": {"depth": "cosine", "importance": "gate"},
-    "calibrated, gate": {"depth": "calibrated", "importance": "gate"},
-    "flat, damage": {"depth": "flat", "importance": "damage"},
-    "calibrated, damage": {"depth": "calibrated", "importance": "damage"},
-    "calibrated, damage, no reuse": {"depth": "calibrated", "importance": "damage", "reuse": False},
-    "skip": {"depth": "calibrated", "importance": "damage", "low_level": "skip"},
-    "skip, renormalised": {"depth": "calibrated", "importance": "damage", "low_level": "skip", "renormalise": True},
-}
-PREFILL: dict[str, dict[str, Any]] = {  # the same for prefill
-    f"prefill {rule}": {"depth": "calibrated", "prefill_importance": rule} for rule in ("mass", "attention", "damage")
-}
-COMPARISONS = (  # (what, against what), at equal bytes
-    ("cosine, gate", "flat, gate"), ("calibrated, gate", "flat, gate"), ("calibrated, gate", "cosine, gate"),
-    ("flat, damage", "flat, gate"), ("calibrated, damage", "calibrated, gate"), ("calibrated, damage", "flat, gate"),
-    ("calibrated, damage, no reuse", "calibrated, damage"), ("hobbit low", "calibrated, damage"),
-    ("damage low", "calibrated, damage"), ("damage low", "hobbit low"), ("damage skip", "damage low"),
-    ("skip", "calibrated, damage"), ("skip, renormalised", "skip"), ("prefill attention", "prefill mass"),
-    ("prefill damage", "prefill mass"), ("prefill damage", "prefill attention"),
-)  # fmt: skip
-
-
-def ablation_settings(o: Options, variants: dict[str, dict[str, Any]]) -> list[Setting]:
-    return [
-        Setting(family, f"{r:g}", PolicyOptions("dymoe", retention=r, **knobs))
-        for family, knobs in variants.items()
-        for r in o.ablation_retentions
-    ]
-
-
-# ---- models ------------------------------------------------------------------------------------------------
-
-
-class Models:
-    """The source as a GGUF, and conversions of it in DIR/models, made when asked for; use in `with`.
-
-    The calibration is measured once, and only when a model is missing.
-    """
-
-    def __init__(self, o: Options) -> None:
-        self.options, self.folder = o, o.out / "models"
-        self._stack = contextlib.ExitStack()
-        self._calibrator: Calibrator | None = None
-
-    def __enter__(self) -> Models:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._check_same()
-        self.source = self.options.source
-        if open_source(self.source).is_checkpoint:
-            self.source = self.folder / "source.gguf"
-            if not self.source.exists():
-                tell("writing the checkpoint as BF16")
-                write_stacked(self.options.source, self.source, "BF16")
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
-
-    def _check_same(self) -> None:
-        """Refuse models that were made of something else."""
-        o, note = self.options, self.folder / "made-from.json"
-        files = open_source(o.source).files
-        made_from = {
-            "source": [[path.name, path.stat().st_size, int(path.stat().st_mtime)] for path in files],
-            "calibration": hashlib.sha256(read_text(o.calibrate)).hexdigest(),
-            "calibrate_tokens": o.calibrate_tokens,
-            "types": list(o.types),
-        }
-        if note.exists() and json.loads(note.read_text()) != made_from:
-            raise UsageError(f"{self.folder} holds models of another source or calibration; give another --out")
-        note.write_text(json.dumps(made_from))
-
-    def calibrator(self) -> Calibrator:
-        if self._calibrator is None:
-            o = self.options
-            options = CalibrateOptions(
-                o.calibrate, o.types, o.calibrate_tokens, settings_tokens=0, n_threads=o.n_threads
-            )  # fmt: skip
-            self._calibrator = self._stack.enter_context(Calibrator(self.source, self.folder, options, tell))
-        return self._calibrator
-
-    def get(self, high: str, low: str | None = None, how: str = "global") -> Path:
-        """high: a type, or bits a weight as a number, shared out as `how` says. low: the low level's type."""
-        bits = None if not is_number(high) else float(high)
-        name = (f"{how}-{bits:g}" if bits is not None else high) + (f"+{low}" if low else "")
-        path = self.folder / f"{name}.gguf"
-        if path.exists() and store_path(path).exists():
-            return path
-        calibrator = self.calibrator()
-        homes = calibrator.allocate(bits, how) if bits is not None else {}
-        tell(f"converting {name}")
-        types = ExpertTypes(None if homes else high, low, homes=homes)
-        if low is not None:
-            calibrator.convert(path, types, overwrite=True)
-        else:  # the same weights without the table of damage, which exact does not need and which takes longest
-            convert(
-                self.source, path, types=types, importance=calibrator.importance,
-                dense_importance=calibrator.dense_importance, threads=self.options.n_threads or None, overwrite=True,
-            )  # fmt: skip
-        return path
-
-
-def is_number(text: str) -> bool:
-    return text.replace(".", "", 1).isdigit()
-
-
-def bits_a_weight(path: Path, level: int = 0) -> float:
-    """Bits really stored for a weight of the experts at one level."""
-    model = open_model(path)
-    pieces: list[Piece] = []
-    at = 0
-    for layer in model.layers:
-        for _ in range(layer.n_expert):
-            for each in range(len(model.levels)):
-                mine = model.pieces[at : at + len(layer.projections)]
-                at += len(layer.projections)
-                pieces += mine if each == level else []
-    return 8 * sum(p.nbytes for p in pieces) / sum(p.cols * p.rows for p in pieces)
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------
@@ -627,86 +338,6 @@ def ablation_lines(rows: Sequence[Row]) -> list[str]:
         shown = "no bytes in common" if ratio is None else f"{ratio:.3f}x the KLD at equal bytes"
         lines.append(f"  {ours} against {base}: {shown}")
     return lines
-
-
-def points_of(rows: Iterable[Row], family: str, size: str, kld: str) -> list[Point]:
-    return [(row[size], row[kld]) for row in rows if row["family"] == family]
-
-
-# ---- tables and pictures -----------------------------------------------------------------------------------
-
-COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # heading -> (key, format)
-    "pair": ("pair", str),
-    "model": ("model", str),
-    "what": ("family", str),
-    "setting": ("setting", str),
-    "bits": ("bits", "{:.3f}".format),
-    "KLD source": ("kld_source", "{:.5f}".format),
-    "± ": ("kld_source_se", "{:.5f}".format),
-    "p99 ": ("kld_source_p99", "{:.4f}".format),
-    "top-1 ": ("top1_source", "{:.2%}".format),
-    "KLD exact": ("kld_exact", "{:.5f}".format),
-    "±": ("kld_exact_se", "{:.5f}".format),
-    "top-1": ("top1_exact", "{:.2%}".format),
-    "KiB/token": ("bytes_per_token", lambda value: f"{value / 1024:.1f}"),
-    "hits": ("hit_rate", "{:.1%}".format),
-    "low": ("low_share", "{:.1%}".format),
-    "skip": ("skip_share", "{:.1%}".format),
-    "wanted high": ("wanted_high_share", "{:.1%}".format),
-    "tok/s": ("tok_s", "{:.0f}".format),
-    "front": ("front", lambda value: "*" if value else ""),
-}
-NOT_IN_STATIC = {"pair", "KiB/token", "hits", "low", "skip", "wanted high", "front", "tok/s"}
-
-
-def table(rows: Sequence[Row], part: str) -> str:
-    """Markdown, with the columns that some row has."""
-    shown = {h: c for h, c in COLUMNS.items() if any(c[0] in row for row in rows)}
-    if part == "static":
-        shown = {h: c for h, c in shown.items() if h not in NOT_IN_STATIC}
-    lines = ["| " + " | ".join(h.strip() for h in shown) + " |", "|" + "---|" * len(shown)]
-    for row in rows:
-        cells = [form(row[key]) if key in row else "" for key, form in shown.values()]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    heads = list(dict.fromkeys(key for row in rows for key in row if key not in ("saving", "kld_tokens")))
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, heads, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def plot(path: Path, part: str, rows: Sequence[Row], title: str) -> bool:
-    """A line for each family, and in `dynamic` and `ablation` a panel for each pair. False without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pairs = list(dict.fromkeys(row.get("pair", "") for row in rows))
-    size, kld = ("bits", "kld_source") if part == "static" else ("bytes_per_token", "kld_source")
-    kld = "kld_exact" if part == "ablation" else kld
-    figure, panels = pyplot.subplots(1, len(pairs), figsize=(9 * len(pairs), 6.5), squeeze=False)
-    for pair, axes in zip(pairs, panels[0], strict=True):
-        mine = [row for row in rows if row.get("pair", "") == pair and row[kld] > 0]
-        for i, family in enumerate(dict.fromkeys(row["family"] for row in mine)):
-            scale = 1 if part == "static" else 1024
-            points = sorted((x / scale, y) for x, y in points_of(mine, family, size, kld))
-            style = "-" if family.startswith(("exact", *OURS, "global", "uniform")) else ":"
-            colour = pyplot.get_cmap("tab20")(i % 20)
-            axes.plot(*zip(*points, strict=True), style, marker="os^vDP*X<>"[i % 10], label=family, color=colour)
-        axes.set(yscale="log", title=f"{title} {pair}".strip(), ylabel=f"mean KLD from {kld[4:]}, nats a token")
-        axes.set_xlabel("bits a weight" if part == "static" else "KiB of experts read a token")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    pyplot.close(figure)
-    return True
 
 
 # ---- command -----------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What dymoe and hobbit must beat at equal bytes: simple ways to read less, as policies. Not part of the product.
 
-All stand on the product's own cache and counts (schedulers/levels.py), so only the choice of what to leave out
+All stand on the product's own cache and counts (schedulers/policies/levels.py), so only the choice of what to leave out
 differs. Gate weights are used in steps of one token; micro-batches of several tokens are served in full, but for
 `cold`, which needs no weights. A token keeps its strongest expert whatever the rule says.
 """

@@ -210,7 +210,7 @@ def _stock(job: Job) -> Opened:
 @contextmanager
 def _moe_edge(job: Job) -> Opened:
     from moe_edge.runner.engine import Engine
-    from moe_edge.runner.options import EngineOptions
+    from moe_edge.runner.engine_options import EngineOptions
     from moe_edge.schedulers.options import PolicyOptions
 
     options = EngineOptions(

@@ -18,7 +18,7 @@ from moe_edge.models.formats.write import TensorSpec
 from moe_edge.models.store.experts import MatrixKey, MoELayer
 from moe_edge.models.store.skeleton import stub_specs
 from moe_edge.models.store.source import Source
-from moe_edge.models.store.store import ALIGNMENT, HIGH_NAME, LOW_NAME, expert_name
+from moe_edge.models.store.store import ALIGNMENT, HIGH_NAME, LOW_NAME, expert_name, level_of
 
 DEFAULT_DENSE = "Q8_0"  # of a checkpoint whose experts are quantized
 READABLE = frozenset({*TARGETS, *NEED_IMATRIX, "Q1_0", "NVFP4"})
@@ -221,11 +221,6 @@ def make_plan(
         skipped=source.skipped,
         notes=source.notes,
     )
-
-
-def level_of(name: str) -> str:
-    """The level of an expert tensor by its name in the store."""
-    return LOW_NAME if name.endswith(".low.weight") else HIGH_NAME
 
 
 def may_quantize(name: str, shape: tuple[int, ...]) -> bool:

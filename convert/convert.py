@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_edge.convert.checkpoints import open_source
 from moe_edge.convert.conversion_plan import ConvertPlan, ExpertTypes, change, make_plan
 from moe_edge.convert.imatrix import fill_unused
 from moe_edge.convert.quantize import check_importance
-from moe_edge.convert.source import open_source
 from moe_edge.convert.stream import converted
 from moe_edge.convert.write_store import new_store, seal_store
 from moe_edge.models.errors import MissingFile, MoeEdgeError, UsageError, printable

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_edge.convert.tokenizer import (
+from moe_edge.convert.vocabulary import (
     CONTROL,
     MAX_TOKENS,
     NORMAL,
@@ -120,13 +120,13 @@ def _adds_space(path: Path, data: Mapping[str, Any]) -> bool:
     if pre.get("type") == "Metaspace":
         if kinds:
             refuse(path, f"a Metaspace behind the normalizer {kinds} is not supported")
-        never = pre.get("prepend_scheme") == "never" or pre.get("add_prefix_space") is False
-        return not never
+        scheme, old = pre.get("prepend_scheme"), pre.get("add_prefix_space")  # the latter of older releases
+        return not (scheme == "never" or old is False)
     for each in _normalizers(data):
         if each.get("type") == "Replace" and each.get("pattern") != {"String": " "}:
             refuse(path, f"a normalizer that replaces {each.get('pattern')} is not supported")
     if kinds in (["Prepend", "Replace"], ["Replace"]) and pre.get("type") in (None, "Split"):
-        return kinds[0] == "Prepend"
+        return bool(kinds[0] == "Prepend")
     refuse(path, f"normalizer {kinds} with pre-tokenizer {pre.get('type')} is not supported with byte_fallback")
 
 

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from moe_edge.convert.checkpoints import open_source
 from moe_edge.convert.conversion_plan import ConvertPlan, PlannedTensor, make_plan
-from moe_edge.convert.source import open_source
 from moe_edge.convert.stream import converted
 from moe_edge.models.errors import BadFile, MoeEdgeError
 from moe_edge.models.formats.source_files import SourceFiles

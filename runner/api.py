@@ -22,8 +22,8 @@ from moe_edge.runner.chatformat.parts import Part, Reasoning, Text, ToolArgument
 from moe_edge.runner.chatformat.plain import PlainParser
 from moe_edge.runner.conversation import Conversation
 from moe_edge.runner.engine import Engine
+from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.generate import Generation, Sampling, generate
-from moe_edge.runner.options import EngineOptions
 from moe_edge.runner.tokens import find_tokens
 from moe_edge.schedulers.budget import MemoryPlan, parse_bytes
 from moe_edge.schedulers.options import PolicyOptions

@@ -32,9 +32,3 @@ def main() -> None:
 
 for module in (chat, generate, convert, show, plan, doctor, bench, evaluate, trace, simulate):
     main.add_command(module.command)
-
-
-if __name__ == "__main__":
-    from moe_edge.runner.start import run
-
-    run(main)

@@ -17,7 +17,7 @@ from moe_edge.models.errors import EngineError, MoeEdgeError, Stopped
 from moe_edge.models.store.watch import check_replaced
 from moe_edge.runner import signals
 from moe_edge.runner.capi import Counters
-from moe_edge.runner.crowd import CrowdWatch, usable_cores
+from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.llama import (
     captured_log,
     clear_memory,
@@ -27,7 +27,7 @@ from moe_edge.runner.llama import (
 from moe_edge.runner.loading import Loading
 from moe_edge.runner.memory import auto_budget_bytes, current_rss_bytes
 from moe_edge.runner.native import NativeModel, ThreadPool
-from moe_edge.runner.options import EngineOptions
+from moe_edge.runner.neighbours import CrowdWatch, usable_cores
 from moe_edge.runner.reason import reason
 from moe_edge.runner.sizes import fixed_sizes, layout_of
 from moe_edge.runner.turns import Turns

@@ -10,9 +10,9 @@ from moe_edge.models.errors import CannotRun, UnknownArchitecture
 from moe_edge.models.formats.gguf import read_gguf
 from moe_edge.models.store.store import ExpertModel, open_model
 from moe_edge.runner import signals
+from moe_edge.runner.engine_options import EngineOptions, attention_defaults
 from moe_edge.runner.llama import LOAD_LOCK, captured_log, explained, load_llama
 from moe_edge.runner.native import NativeModel
-from moe_edge.runner.options import EngineOptions, attention_defaults
 from moe_edge.runner.paths import AnyPath
 from moe_edge.runner.prove import prove_once
 from moe_edge.runner.reason import reason, refusal

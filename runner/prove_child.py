@@ -15,7 +15,7 @@ import numpy as np
 from moe_edge.models.errors import CannotRun, MoeEdgeError
 from moe_edge.runner import child
 from moe_edge.runner.engine import Engine
-from moe_edge.runner.options import EngineOptions
+from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.prove import LOADS, NOTHING
 from moe_edge.runner.reason import refusal
 from moe_edge.runner.sizes import NO_LIMIT

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from moe_edge.models.store.store import ExpertModel
 from moe_edge.runner import signals
+from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.llama import log_megabytes
 from moe_edge.runner.loading import Loading
 from moe_edge.runner.native import NativeModel
-from moe_edge.runner.options import EngineOptions
 from moe_edge.schedulers.budget import PROGRAM_ALLOWANCE_BYTES, FixedSizes, MemoryPlan, plan_memory
 from moe_edge.schedulers.layout import Layout
 

@@ -132,3 +132,7 @@ def _leave(status: int, said: str) -> None:
     except KeyboardInterrupt:
         status = INTERRUPTED
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""How many threads to decode with while other programs use the processor. Policy only; runner/crowd.py measures.
+"""How many threads to decode with while other programs use the processor. Policy only; runner/neighbours.py measures.
 
 Threads that compute together wait for each other after every operation of a layer. OpenMP's runtime lets them spin
 there for about three milliseconds, which is fastest while each has a core of its own. When another program holds one

@@ -103,7 +103,7 @@ def mutate(rng: random.Random, source: Path, target: Path) -> str:
         else:
             name = rng.choice(names)
             entries[name] = _other_entry(rng, file.tensors[name], names)
-            notes.append(f"{name} -> {entries[name] and (entries[name].name, entries[name].shape, entries[name].type)}")
+            notes.append(f"{name} -> {entries[name] and (entries[name].name, entries[name].shape, entries[name].type)}")  # type: ignore[union-attr]
     alter(source, target, {k: v for k, v in set_.items() if k not in drop}, drop, lambda e: entries.get(e.name, e))
     return "; ".join(notes)
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 from checkpoints import write_checkpoint, write_stock
+from moe_edge.convert.convert import convert
 from moe_edge.runner.engine import Engine
-from moe_edge.runner.options import EngineOptions
+from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.sizes import NO_LIMIT
-from random_models import write_random_model
+from random_models import Shape, write_random_model
 
+HIGH_TYPE, LOW_TYPE = "Q8_0", "Q4_0"  # of models with two levels
 BUDGETS = ("floor", "middle", "resident")
 
 
@@ -101,3 +103,31 @@ def signals_as_a_terminal_gives_them() -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """sources(architecture) -> a random stock GGUF with experts of HIGH_TYPE, 3 used of 8."""
+    folder = tmp_path_factory.mktemp("sources")
+
+    def make(arch: str) -> Path:
+        path = folder / f"{arch}.gguf"
+        if not path.exists():
+            write_random_model(path, arch, Shape(n_used=3), expert_type=HIGH_TYPE)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def stores(sources: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """stores(architecture) -> that model with two levels."""
+    folder = tmp_path_factory.mktemp("stores")
+
+    def make(arch: str) -> Path:
+        path = folder / f"{arch}.gguf"
+        if not path.exists():
+            convert(sources(arch), path, low_type=LOW_TYPE, threads=1)
+        return path
+
+    return make

@@ -21,7 +21,8 @@ from typing import Any
 import gguf
 import llama_cpp
 import numpy as np
-from random_models import add_vocabulary, quantize
+from random_numbers import quantize
+from random_vocabulary import add_vocabulary
 
 N_VOCAB = 320
 N_LAYER = 2

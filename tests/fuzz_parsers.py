@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from moe_edge.convert.checkpoints import open_source
 from moe_edge.convert.convert import convert
 from moe_edge.convert.imatrix import read_imatrix
-from moe_edge.convert.source import open_source
 from moe_edge.models.errors import MoeEdgeError, sentence
 from moe_edge.models.formats.gguf import open_gguf, read_gguf
 from moe_edge.models.store.store import open_model
@@ -128,7 +128,7 @@ def targets(folder: Path) -> Iterator[Target]:
     yield Target("trace", {"u.npz": usage}, {"u.npz": len(usage)}, lambda f: load_trace(f / "u.npz"))
     imatrix = struct.pack("<ii", 1, 5) + b"blk.0" + struct.pack("<ii", 1, 4) + struct.pack("<4f", 1, 2, 3, 4)
     for name, data in (("i.dat", imatrix), ("i.gguf", model.read_bytes()[:4000])):
-        yield Target(f"imatrix {name}", {name: data}, {name: len(data)}, lambda f, n=name: read_imatrix(f / n))
+        yield Target(f"imatrix {name}", {name: data}, {name: len(data)}, lambda f, n=name: read_imatrix(f / n))  # type: ignore[misc]
 
 
 def checkpoint_targets(folder: Path) -> Iterator[Target]:

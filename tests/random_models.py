@@ -13,12 +13,8 @@ name: a seed gives the same weights before quantization for every `expert_type`,
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import math
 import os
-import sys
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +23,8 @@ from typing import Any
 import gguf
 import numpy as np
 from numpy.typing import NDArray
+from random_numbers import RandomTensor, fitting_type, stream_tensors
+from random_vocabulary import add_vocabulary, token_likelihood
 
 FloatArray = NDArray[np.float32]
 ByteArray = NDArray[np.uint8]
@@ -42,25 +40,6 @@ ARCHITECTURES: tuple[str, ...] = (
     "gpt-oss",
     "smallthinker",
 )
-
-MERGES = (
-    "t h|th e|i n|e r|a n|o n|r e|an d|in g|e n|o u|o r|e s|i s|i t|a t|e d|s t|l l|a r|a l|l e|"
-    "Ġ t|Ġ a|Ġ s|Ġ w|Ġ b|Ġ c|Ġ m|Ġ f|Ġ p|Ġ o|Ġ the|Ġt o|Ġo f|Ġ in|Ġ and|ou n"
-).split("|")
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-ID_OF_FIRST_MERGE = 256  # below it the token id is the byte
-ID_OF_EOS = ID_OF_FIRST_MERGE + len(MERGES)
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-UNLIKELY = 0.1  # output rows of tokens that should not be generated are this much weaker
-
-CHUNK_VALUES = 1 << 22  # values made at a time: 16 MiB as F32
-SAMPLE_VALUES = 1 << 18  # values of one sample block of a tiled tensor
-N_SAMPLES = 16
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -101,31 +80,6 @@ class Shape:
         return self.n_head_kv or (self.heads // 2 if self.heads % 2 == 0 else self.heads)
 
 
-@dataclass(frozen=True)
-class RandomTensor:
-    """One tensor to write: normal numbers around `mean`.
-
-    dims: in numpy order, (n_expert, n_out, n_in). sources: the names its numbers are drawn by, stacked along
-    n_out; by default its own. row_scale: (n_out,), multiplies the rows.
-    """
-
-    name: str
-    dims: tuple[int, ...]
-    type_name: str
-    std: float
-    mean: float = 0.0
-    sources: tuple[str, ...] = ()
-    row_scale: FloatArray | None = None
-
-    @property
-    def ggml_type(self) -> gguf.GGMLQuantizationType:
-        return gguf.GGMLQuantizationType[self.type_name]
-
-    @property
-    def n_bytes(self) -> int:
-        return row_bytes(self.type_name, self.dims[-1]) * math.prod(self.dims[:-1])
-
-
 def write_random_model(
     path: str | os.PathLike[str],
     arch: str,
@@ -156,7 +110,7 @@ def write_random_model(
     expert_type = expert_type or ("MXFP4" if arch == "gpt-oss" else "Q4_K")
     recipe = Recipe(arch, shape, expert_type, down_type or expert_type, dense_type, tuple(scales))
     RECIPES[arch](recipe)
-    recipe.embeddings(_token_likelihood(shape.n_vocab) if vocab else None)
+    recipe.embeddings(token_likelihood(shape.n_vocab) if vocab else None)
 
     n_first = (len(recipe.tensors) + 1) // 2 if split else 0
     writer = gguf.GGUFWriter(Path(path), recipe.arch, split_max_tensors=n_first)
@@ -172,7 +126,7 @@ def write_random_model(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    _stream_tensors(writer, {tensor.name: tensor for tensor in recipe.tensors}, seed, tile)
+    stream_tensors(writer, {tensor.name: tensor for tensor in recipe.tensors}, seed, tile)
     writer.close()
     return names[0]
 
@@ -197,56 +151,6 @@ def write_big_model(
     """
     shape = Shape(n_layer, n_embd, n_ff, n_expert, n_used, n_vocab, head_dim=128 if n_embd % 128 == 0 else 64)
     return write_random_model(path, arch, shape, expert_type, seed=seed, split=split, tile=True)
-
-
-def row_bytes(type_name: str, row_len: int) -> int:
-    """Bytes of one row of row_len values in this ggml type."""
-    sizes: tuple[int, int] = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]]
-    block, block_bytes = sizes
-    assert row_len % block == 0
-    return row_len // block * block_bytes
-
-
-def fitting_type(type_name: str, row_len: int) -> str:
-    """The type itself, or Q8_0, or F16: the first whose block divides row_len."""
-    for name in (type_name, "Q8_0"):
-        if row_len % gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]][0] == 0:
-            return name
-    return "F16"
-
-
-def quantize(values: FloatArray, type_name: str) -> ByteArray:
-    """Rows in ggml's own encoding.
-
-    values: (n_rows, row_len). Returns (n_rows, row_bytes), owned by the caller.
-    Types that need an importance matrix (IQ1_S, IQ2_XXS, IQ2_XS) get a flat one.
-    """
-    values = np.ascontiguousarray(values, np.float32)
-    n_rows, row_len = values.shape
-    type_id = int(gguf.GGMLQuantizationType[type_name])
-    encoded = np.empty((n_rows, row_bytes(type_name, row_len)), np.uint8)
-    ggml = _ggml_base()
-    flat = np.ones(row_len, np.float32)
-    importance = flat.ctypes.data if ggml.ggml_quantize_requires_imatrix(type_id) else None
-    ggml.ggml_quantize_chunk(type_id, values.ctypes.data, encoded.ctypes.data, 0, n_rows, row_len, importance)
-    return encoded
-
-
-@functools.cache
-def _ggml_base() -> ctypes.CDLL:
-    import llama_cpp
-
-    if sys.platform == "linux":
-        ggml = ctypes.CDLL("libggml-base.so.0")  # by SONAME: a path would load a second copy
-    else:  # quantizing needs no backend registry, so a second copy does no harm
-        folder = Path(llama_cpp.__file__).parent / "lib"
-        ggml = ctypes.CDLL(str(next(p for p in sorted(folder.iterdir()) if "ggml-base" in p.name)))
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    ggml.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, size, size, size, pointer]
-    ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
-    ggml.ggml_quantize_requires_imatrix.argtypes = [ctypes.c_int]
-    ggml.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
-    return ggml
 
 
 # ---- what each architecture holds --------------------------------------------------------------------------
@@ -516,107 +420,3 @@ def _add_metadata(writer: gguf.GGUFWriter, r: Recipe) -> None:
             writer.add_uint32(f"{r.arch}.{key}", value)
         else:
             writer.add_float32(f"{r.arch}.{key}", value)
-
-
-def add_vocabulary(writer: gguf.GGUFWriter, n_vocab: int) -> None:
-    tokens = [*_byte_letters(), *(merge.replace(" ", "") for merge in MERGES), *SPECIAL_TOKENS]
-    types = [gguf.TokenType.NORMAL] * ID_OF_EOS + [gguf.TokenType.CONTROL] * len(SPECIAL_TOKENS)
-    n_pad = n_vocab - len(tokens)
-    if n_pad < 0:
-        raise ValueError(f"n_vocab is {n_vocab}, but the vocabulary needs {len(tokens)}; try vocab=False")
-    tokens += [f"[PAD{n_vocab - n_pad + i}]" for i in range(n_pad)]
-    types += [gguf.TokenType.UNUSED] * n_pad
-    assert len(set(tokens)) == n_vocab  # llama.cpp aborts the process on a duplicate
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([int(t) for t in types])
-    writer.add_token_merges(MERGES)
-    writer.add_bos_token_id(ID_OF_EOS)
-    writer.add_eos_token_id(ID_OF_EOS)
-    writer.add_eot_token_id(ID_OF_EOS + SPECIAL_TOKENS.index("<|im_end|>"))
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(CHAT_TEMPLATE)
-
-
-def _byte_letters() -> list[str]:
-    """The letter GPT-2's BPE writes for each byte: itself if printable, else the next from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
-def _token_likelihood(n_vocab: int) -> FloatArray:
-    """Scale of each output row: text tokens 1; bytes that are no text, special and padding tokens little.
-
-    So a greedy reply is readable ASCII, and does not end by chance before the length asked for.
-    """
-    likelihood = np.full(n_vocab, UNLIKELY, np.float32)
-    likelihood[0x20:0x7F] = 1.0
-    likelihood[ID_OF_FIRST_MERGE:ID_OF_EOS] = 1.0
-    return likelihood
-
-
-# ---- numbers -----------------------------------------------------------------------------------------------
-
-
-def _stream_tensors(writer: gguf.GGUFWriter, tensors: dict[str, RandomTensor], seed: int, tile: bool) -> None:
-    """Write the tensors a chunk at a time; GGUFWriter's own functions hold a whole tensor in memory."""
-    samples: dict[tuple[object, ...], ByteArray] = {}
-    assert writer.fout is not None
-    for file, infos in zip(writer.fout, writer.tensors, strict=True):
-        writer.write_padding(file, file.tell())
-        for name in infos:
-            tensor = tensors[name]
-            tiled = tile and len(tensor.dims) == 3
-            chunks = _tiled_chunks(tensor, seed, samples) if tiled else _chunks(tensor, seed)
-            n_written = 0
-            for chunk in chunks:
-                n_written += file.write(chunk.data)
-            assert n_written == tensor.n_bytes
-            writer.write_padding(file, n_written)
-
-
-def _chunks(tensor: RandomTensor, seed: int) -> Iterator[ByteArray]:
-    """The encoded rows of a tensor, at most CHUNK_VALUES values at a time."""
-    sources = tensor.sources or (tensor.name,)
-    row_len = tensor.dims[-1]
-    n_experts = math.prod(tensor.dims[:-2])
-    n_rows = tensor.dims[-2] // len(sources) if len(tensor.dims) > 1 else 1
-    step = max(1, CHUNK_VALUES // row_len)
-    for expert in range(n_experts):
-        for source in sources:
-            rng = _rng(seed, source, expert)
-            for first in range(0, n_rows, step):
-                values = rng.standard_normal((min(step, n_rows - first), row_len), dtype=np.float32)
-                values = values * np.float32(tensor.std) + np.float32(tensor.mean)
-                if tensor.row_scale is not None:
-                    values *= tensor.row_scale[first : first + step, None]
-                yield quantize(values, tensor.type_name)
-
-
-def _tiled_chunks(
-    tensor: RandomTensor, seed: int, samples: dict[tuple[object, ...], ByteArray]
-) -> Iterator[ByteArray]:
-    """The slabs of a stacked tensor, each put together at random from N_SAMPLES blocks of rows.
-
-    samples: blocks made so far, (N_SAMPLES, block_bytes) by kind of tensor; added to.
-    """
-    n_experts, n_rows, row_len = tensor.dims
-    block_rows = _largest_divisor(n_rows, max(1, min(n_rows // 8, SAMPLE_VALUES // row_len)))
-    kind = tensor.name.split(".")[2]
-    key = (kind, block_rows, row_len, tensor.type_name, tensor.std)
-    if key not in samples:
-        one = replace(tensor, name=kind, dims=(N_SAMPLES, block_rows, row_len), sources=())
-        samples[key] = np.stack([block.reshape(-1) for block in _chunks(one, seed)])
-    for expert in range(n_experts):
-        order = _rng(seed, tensor.name, expert).integers(0, N_SAMPLES, n_rows // block_rows)
-        yield samples[key][order]
-
-
-def _rng(seed: int, name: str, part: int) -> np.random.Generator:
-    return np.random.default_rng([seed, zlib.crc32(name.encode()), part])
-
-
-def _largest_divisor(n: int, limit: int) -> int:
-    return next(d for d in range(limit, 0, -1) if n % d == 0)

@@ -134,8 +134,8 @@ def write_tokenizer(folder: Path) -> None:
 
 def write_models(folder: Path) -> None:
     import numpy as np
-    import torch
-    import transformers
+    import torch  # type: ignore[import-not-found]
+    import transformers  # type: ignore[import-not-found]
 
     torch.manual_seed(0)
     torch.set_num_threads(2)

@@ -14,7 +14,8 @@ import numpy as np
 from moe_edge.models.formats.gguf import read_gguf
 from moe_edge.models.formats.write import GGUFOutput, TensorSpec, kv_bool, kv_string, kv_strings
 from moe_edge.models.formats.write import encode_kv as encode
-from random_models import ID_OF_EOS, Shape, _byte_letters, write_random_model
+from random_models import Shape, write_random_model
+from random_vocabulary import ID_OF_EOS, byte_letters
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 FIRST_FREE = ID_OF_EOS + 3  # ids from here on are padding, to be given other texts
@@ -41,8 +42,8 @@ def write_scripted_model(
     )  # fmt: skip
     file = read_gguf(source)
     tokens, kinds = list(file.kv["tokenizer.ggml.tokens"]), list(file.kv["tokenizer.ggml.token_type"])
-    ids = {"\n": tokens.index(_byte_letters()[10]), "<|im_end|>": tokens.index("<|im_end|>")}
-    letters, free = _byte_letters(), FIRST_FREE
+    ids = {"\n": tokens.index(byte_letters()[10]), "<|im_end|>": tokens.index("<|im_end|>")}
+    letters, free = byte_letters(), FIRST_FREE
     for text in dict.fromkeys([*reply, *more_tokens]):
         kind = (types or {}).get(text, NORMAL)
         spelt = text if kind != NORMAL else "".join(letters[byte] for byte in text.encode())

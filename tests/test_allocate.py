@@ -48,7 +48,7 @@ def random_case(seed: int, n_items: int = 30, n_types: int = 4) -> Case:
 
 
 def exact_optimum(cost: npt.NDArray[np.float64], size: npt.NDArray[np.int64], budget: int) -> float:
-    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import-untyped]
 
     n_items, n_types = cost.shape
     one_each = np.kron(np.eye(n_items), np.ones(n_types))
@@ -86,20 +86,20 @@ def test_global_is_the_optimum_of_an_exact_solver(seed: int) -> None:
 def test_every_rule_keeps_the_budget_and_the_bound(name: str, seed: int) -> None:
     cost, size, budget = random_case(seed, 60, 5)
     budget = max(budget, int(size[:, 0].sum() * 1.3))
-    found, best = ROWS[name](cost, size, budget), allocate_global(cost, size, budget)
+    found, best = ROWS[name](cost, size, budget), allocate_global(cost, size, budget)  # type: ignore[operator]
     assert found.bytes <= budget and np.isfinite(found.cost)
     assert found.cost >= best.bound * (1 - 1e-9) and found.bound == pytest.approx(best.bound, rel=1e-6)
-    again = ROWS[name](cost, size, budget)
+    again = ROWS[name](cost, size, budget)  # type: ignore[operator]
     assert again.choice.tolist() == found.choice.tolist()
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_budgets_beyond_the_ends(name: str) -> None:
     with pytest.raises(UsageError, match="budget of 2 bytes is below 3"):
-        ROWS[name](COST, SIZE, 2)
-    assert ROWS[name](COST, SIZE, 3).choice.tolist() == [0, 0, 0]
+        ROWS[name](COST, SIZE, 2)  # type: ignore[operator]
+    assert ROWS[name](COST, SIZE, 3).choice.tolist() == [0, 0, 0]  # type: ignore[operator]
     for budget in (12, 10**12):
-        assert ROWS[name](COST, SIZE, budget).choice.tolist() == [2, 2, 2]
+        assert ROWS[name](COST, SIZE, budget).choice.tolist() == [2, 2, 2]  # type: ignore[operator]
 
 
 def test_all_at_the_largest_even_where_a_smaller_type_measured_better() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from moe_edge.models.architectures import ARCHITECTURES, find_architecture, stub_overrides
+from moe_edge.models.architectures import find_architecture, stub_overrides
 from moe_edge.models.errors import (
     BadFile,
     UnknownName,
 )
+from moe_edge.models.families import ARCHITECTURES
 
 
 def test_width_key_becomes_one_and_lists_keep_their_length() -> None:

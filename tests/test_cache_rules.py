@@ -179,14 +179,14 @@ class Engine:
             else:
                 loads.append((unit, victims))
         waiting = list(busy)
-        self.dispatch(loads, busy)
+        self.dispatch(loads, busy)  # type: ignore[arg-type]
         while waiting:
             ready = [u for u in waiting if u in self.resident]
             assert ready, "waits for an expert that nothing will bring"
             unit = self.rng.choice(ready)  # workers finish in any order
             waiting.remove(unit)
             busy.remove(unit)
-            self.dispatch(loads, busy)
+            self.dispatch(loads, busy)  # type: ignore[arg-type]
         assert not loads
 
     def dispatch(self, loads: list[tuple[int, list[int]]], busy: set[int]) -> None:

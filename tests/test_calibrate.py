@@ -23,8 +23,9 @@ from moe_edge.runner.calibrate import measured_settings as settings_module
 from moe_edge.runner.calibrate.calibrate import CalibrateOptions, Calibrator, convert_calibrated
 from moe_edge.runner.calibrate.observe import LayerView, measure_sensitivity, spread_chunks
 from moe_edge.runner.engine import Engine
-from moe_edge.runner.measure.evaluate import cut_chunks, eval_options, kld_of_rows, logits_pass, tokenize_text
-from moe_edge.runner.options import EngineOptions
+from moe_edge.runner.engine_options import EngineOptions
+from moe_edge.runner.measure.evaluate import eval_options
+from moe_edge.runner.measure.logits import cut_chunks, kld_of_rows, logits_pass, tokenize_text
 from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
 from moe_edge.schedulers.policies.damage import PRICE
 from random_models import Shape, write_random_model
@@ -148,7 +149,7 @@ def weights_of(
 
 def output(x: np.ndarray, w: dict[str, np.ndarray]) -> np.ndarray:
     gate = x @ w["gate"].T
-    return ((gate / (1 + np.exp(-gate))) * (x @ w["up"].T)) @ w["down"].T
+    return ((gate / (1 + np.exp(-gate))) * (x @ w["up"].T)) @ w["down"].T  # type: ignore[no-any-return]
 
 
 def test_more_noise_makes_more_divergence_and_the_layers_weight_is_their_ratio(source: Path, text: Path) -> None:
@@ -200,7 +201,7 @@ def test_global_allocation_costs_less_than_the_others_at_the_same_bits(measured:
         weights = sum(np.prod(measured.source.experts[key].shape) for key in homes)
         assert 8 * sum(size.values()) / weights <= BITS
         number = {layer.layer: i for i, layer in enumerate(measured.source.layers)}
-        return sum(
+        return sum(  # type: ignore[no-any-return]
             measured.errors()[layer, e].single[p][kind] * measured.seen.sensitivity[number[layer]]
             for (layer, e, p), kind in homes.items()
         )
@@ -323,7 +324,7 @@ def test_an_importance_matrix_is_used_in_place_of_our_own(source: Path, text: Pa
         for layer in range(N_LAYER)
         for p in ("up", "gate", "down")
     }
-    path = write_imatrix(tmp_path / "i.gguf", sums)  # type: ignore[arg-type]
+    path = write_imatrix(tmp_path / "i.gguf", sums)
     o = options(text, imatrix=path, n_tokens=512)
     told: list[str] = []
     made = convert_calibrated(source, tmp_path / "c.gguf", ExpertTypes("Q4_0"), o, tell=told.append)
@@ -332,7 +333,7 @@ def test_an_importance_matrix_is_used_in_place_of_our_own(source: Path, text: Pa
     assert made.skeleton is not None and model.calibration is not None
     (piece,) = [p for p in model.pieces if p.name == expert_name(1, "down", 4, "high")]
     found = model.files[piece.file].read_bytes()[piece.offset : piece.offset + piece.nbytes]
-    from moe_edge.convert.source import open_source
+    from moe_edge.convert.checkpoints import open_source
 
     entry = open_source(source).experts[1, 4, "down"]
     rows = dequantize(source.read_bytes()[entry.offset : entry.offset + entry.nbytes], entry.type, 256)

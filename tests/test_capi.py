@@ -32,7 +32,7 @@ def model() -> ExpertModel:
 
 def with_piece(model: ExpertModel, at: int, **changed: int) -> ExpertModel:
     pieces = list(model.pieces)
-    pieces[at] = pieces[at]._replace(**changed)
+    pieces[at] = pieces[at]._replace(**changed)  # type: ignore[arg-type]
     return replace(model, pieces=tuple(pieces))
 
 

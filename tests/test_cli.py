@@ -20,7 +20,7 @@ from moe_edge.convert.convert import convert
 from moe_edge.models.embedded import tiny_model_path
 from random_models import Shape, write_random_model
 
-MOE_EDGE = [sys.executable, "-m", "moe_edge.runner.cli"]
+MOE_EDGE = [sys.executable, "-m", "moe_edge.runner.start"]
 
 
 def run(*args: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -111,7 +111,7 @@ def test_below_one_tokens_working_set_a_warning_names_the_number(name: str) -> N
     more = {"generate": ["-p", "The", "-n", 2], "chat": ["-n", 2], "plan": ["--disk", "1GB/s"]}[name]
 
     def said(ram: int) -> str:
-        done = run(name, "--ram", ram, *more, stdin="The\n")
+        done = run(name, "--ram", ram, *more, stdin="The\n")  # type: ignore[misc]
         assert done.returncode == 0, done.stderr
         return " ".join((done.stdout + done.stderr).split())
 
@@ -296,7 +296,7 @@ def test_a_full_disk_while_converting_leaves_nothing(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk]
-    mounted = subprocess.run(mount, capture_output=True, check=False)
+    mounted = subprocess.run(mount, capture_output=True, check=False)  # type: ignore[arg-type]
     if mounted.returncode != 0:
         pytest.skip("cannot mount a small disk here")
     try:

@@ -18,9 +18,9 @@ from altered import alter, mutate, renamed, reshaped, without
 from moe_edge.convert.convert import convert
 from moe_edge.models.errors import CannotRun, MoeEdgeError
 from moe_edge.runner.engine import Engine
-from moe_edge.runner.options import EngineOptions
+from moe_edge.runner.engine_options import EngineOptions
 
-MOE_EDGE = [sys.executable, "-m", "moe_edge.runner.cli"]
+MOE_EDGE = [sys.executable, "-m", "moe_edge.runner.start"]
 RUN = ("-n", 2, "-t", 1, "--temp", 0, "--ram", "200MiB")
 
 

@@ -10,7 +10,7 @@ from conftest import open_engine
 from moe_edge.models.embedded import tiny_model_path
 from moe_edge.runner.capi import Counters
 from moe_edge.runner.engine import Engine
-from moe_edge.runner.options import EngineOptions
+from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.sizes import NO_LIMIT
 from moe_edge.schedulers.layout import Step, StepPlan
 from moe_edge.schedulers.options import PolicyOptions
@@ -39,8 +39,9 @@ def decode_one_by_one(engine: Engine, n_tokens: int) -> tuple[Counters, int]:
     return engine.counters().since(before), calls
 
 
-# budget -> most loads in 40 tokens; measured 2026-11-22 with ExactLru: 640 (floor), 277 (middle), 64 (resident)
-GUARDS = {"floor": 640, "middle": 290, "resident": 64}
+# budget -> (fewest, most) loads in 40 tokens. At the floor a layer keeps one expert, and hits nothing on this text.
+# Measured 2026-11-26 with the default rule: 640, 133 (LRU: 158), 56; processors may differ by a choice or two.
+GUARDS = {"floor": (620, 640), "middle": (110, 150), "resident": (50, 60)}
 
 
 @pytest.mark.parametrize("budget", GUARDS)
@@ -52,7 +53,8 @@ def test_what_forty_tokens_cost(budget: str) -> None:
     assert calls == c.steps  # one call of the scheduler for each MoE layer and token
     assert c.uses == c.steps * TOP_K
     assert c.hits + c.loads == c.uses
-    assert c.loads <= GUARDS[budget]
+    fewest, most = GUARDS[budget]
+    assert fewest <= c.loads <= most
     assert c.reads == c.loads * PIECES
     assert c.bytes_read <= c.loads * max(unit_bytes)
     # one graph when nothing is missing; one more for each arrival at most twice: its hidden rows, its down product

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from moe_edge.runner import crowd
-from moe_edge.runner.crowd import CrowdWatch, SpinBreaker, busy_seconds, usable_cores
+from moe_edge.runner import neighbours
+from moe_edge.runner.neighbours import CrowdWatch, SpinBreaker, busy_seconds, usable_cores
 from moe_edge.schedulers.crowd import CrowdControl, ThreadSetting
 
 
@@ -70,8 +70,8 @@ def test_a_kernel_that_does_not_tell_is_no_error(tmp_path: Path, text: str) -> N
 
 def test_the_watch_measures_others_and_sets_threads_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now, own = [100.0], [5.0]
-    monkeypatch.setattr(crowd.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(crowd.time, "process_time", lambda: own[0])
+    monkeypatch.setattr(neighbours.time, "monotonic", lambda: now[0])  # type: ignore[attr-defined]
+    monkeypatch.setattr(neighbours.time, "process_time", lambda: own[0])  # type: ignore[attr-defined]
     ticks = os.sysconf("SC_CLK_TCK")
     write_stat(tmp_path, 0)
     set_to: list[int] = []
@@ -136,8 +136,8 @@ def test_the_text_is_the_same_whatever_the_neighbours_do() -> None:
     """Threads change between and within tokens, as if neighbours came and went at every look."""
     from moe_edge.models.embedded import tiny_model_path
     from moe_edge.runner.engine import Engine
+    from moe_edge.runner.engine_options import EngineOptions
     from moe_edge.runner.generate import Sampling, generate
-    from moe_edge.runner.options import EngineOptions
 
     options = EngineOptions(n_threads=2, n_ctx=256)
     with Engine(tiny_model_path(), options) as engine:

@@ -51,12 +51,12 @@ def compile_and_run(folder: Path, name: str, sanitizer: str) -> subprocess.Compl
     sources = [ROOT / s for s in SOURCES[name]]
     program, files = folder / f"{name}-{sanitizer}", folder / f"{name}-{sanitizer}-files"
     files.mkdir()
-    done = run(str(COMPILER), *FLAGS, *SANITIZERS[sanitizer], *include, *sources, "-o", program)
+    done = run(str(COMPILER), *FLAGS, *SANITIZERS[sanitizer], *include, *sources, "-o", program)  # type: ignore[arg-type]
     return run(program, files, "1", str(SECONDS)) if done.returncode == 0 else done
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[tuple[str, str], Future]]]:
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[tuple[str, str], Future]]]:  # type: ignore[type-arg]
     """The folder of the programs, and how each ends; all are at work at once."""
     folder = tmp_path_factory.mktemp("stress")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -76,7 +76,7 @@ def skip_without_runtime(folder: Path, sanitizer: str) -> None:
 
 @pytest.mark.parametrize(("name", "sanitizer"), PROGRAMS)
 def test_every_read_ends_once_and_right_whoever_promotes_and_cancels(
-    running: tuple[Path, dict[tuple[str, str], Future]], name: str, sanitizer: str
+    running: tuple[Path, dict[tuple[str, str], Future]], name: str, sanitizer: str  # type: ignore[type-arg]
 ) -> None:
     if name == "model" and not (ggml_headers() / "ggml.h").exists():
         pytest.skip(f"no ggml.h in {ggml_headers()}")

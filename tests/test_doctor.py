@@ -119,7 +119,7 @@ def test_pages_of_files_that_were_read_twice_are_free_but_for_a_margin_and_unwri
     group = {"v1": "4:memory:/a\n", "v2": "0::/a\n"}[kind]
     make = {"v1": v1, "v2": v2}[kind]
     for dirty in (0, GIB):
-        files = make("a", 4 * GIB, 4 * GIB, active=2 * GIB, dirty=dirty)
+        files = make("a", 4 * GIB, 4 * GIB, active=2 * GIB, dirty=dirty)  # type: ignore[operator]
         root = write(tmp_path / str(dirty), {"proc/self/cgroup": group} | files)
         assert cgroup_free_bytes(root) == pytest.approx(2 * GIB * 9 // 10 - dirty, abs=1)
 

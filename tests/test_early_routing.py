@@ -17,7 +17,8 @@ from moe_edge.schedulers.policies.exact import ExactLru
 from moe_edge.schedulers.replay.simulate import SimArena
 from random_models import ARCHITECTURES, Shape, write_random_model
 from reference import stock_logits
-from test_lookahead import TOKENS, check_prefetch_counts, logits, small, use
+from test_lookahead import TOKENS, check_prefetch_counts, logits, small
+from test_lookahead_rules import use
 
 N_LAYERS = 4
 
@@ -144,14 +145,14 @@ def test_a_wrong_answer_is_refused_and_the_engine_goes_on(
 ) -> None:
     with small(early_model, "floor") as engine:
         use(engine, "single")
-        announce, engine.native.announce = engine.native.announce, lambda _step: answer
+        announce, engine.native.announce = engine.native.announce, lambda _step: answer  # type: ignore[assignment, return-value]
         with pytest.raises(EngineError, match=says):
             logits(engine, 1)
 
         def fail(_step: Step) -> list[tuple[int, list[int]]]:
             raise EngineError("no plan ahead")
 
-        engine.native.announce = fail
+        engine.native.announce = fail  # type: ignore[assignment]
         with pytest.raises(EngineError, match="no plan ahead"):
             logits(engine, 1)
         engine.native.announce = announce

@@ -15,9 +15,9 @@ from conftest import open_engine
 from moe_edge.models.errors import BudgetTooSmall, EngineError, Stopped, UsageError, WrongLibrary
 from moe_edge.runner.capi import check_abi
 from moe_edge.runner.engine import Engine
+from moe_edge.runner.engine_options import EngineOptions, attention_defaults
 from moe_edge.runner.generate import Sampling, generate
 from moe_edge.runner.llama import log_megabytes
-from moe_edge.runner.options import EngineOptions, attention_defaults
 from moe_edge.schedulers.layout import Step, StepPlan
 from random_models import Shape, write_random_model
 from reference import logits_of_context, stock_logits
@@ -150,7 +150,7 @@ def test_the_scheduler_is_called_once_for_each_moe_layer_and_micro_batch(random_
 def test_the_policy_and_the_engine_agree_on_what_is_in_memory(random_model: Callable[[str], Path]) -> None:
     with small(random_model("granitemoe")) as engine:
         logits(engine)
-        assert sorted(engine.policy.resident) == engine.native.resident_units()  # type: ignore[attr-defined]
+        assert sorted(engine.policy.resident) == engine.native.resident_units()
         c = engine.counters()
         assert c.loads - c.evictions == len(engine.native.resident_units())
         assert c.peak_committed_bytes <= engine.plan.arena_bytes

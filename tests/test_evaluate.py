@@ -21,19 +21,10 @@ from conftest import budget_bytes
 from moe_edge.models.embedded import tiny_model_path
 from moe_edge.models.errors import DiskFull, EngineError, MissingFile, UsageError
 from moe_edge.runner.engine import Engine
+from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.measure import evaluate as module
-from moe_edge.runner.measure.evaluate import (
-    Evaluation,
-    PassWork,
-    cut_chunks,
-    eval_options,
-    evaluate,
-    kld_of_rows,
-    logits_pass,
-    nll_of_rows,
-    scored_positions,
-)
-from moe_edge.runner.options import EngineOptions
+from moe_edge.runner.measure.evaluate import Evaluation, eval_options, evaluate
+from moe_edge.runner.measure.logits import PassWork, cut_chunks, kld_of_rows, logits_pass, nll_of_rows, scored_positions
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policies.exact import ExactLru
 from random_models import Shape, write_random_model
@@ -281,7 +272,7 @@ def test_a_lossy_policy_without_reference_is_not_compared(text: Path, lossy: lis
 def test_one_by_one_takes_a_step_of_each_layer_for_each_token(text: Path) -> None:
     o = eval_options(tiny_model_path(), OPTIONS, 64, one_by_one=True)
     with Engine(tiny_model_path(), o) as engine:
-        chunks = cut_chunks(module.tokenize_text(engine, text.read_bytes()), 64, n_chunks=2)
+        chunks = cut_chunks(module.tokenize_text(engine, text.read_bytes()), 64, n_chunks=2)  # type: ignore[attr-defined]
         work = PassWork()
         before = engine.counters()
         blocks = [(b.chunk, b.position) for b in logits_pass(engine, chunks, one_by_one=True, work=work)]
@@ -308,7 +299,7 @@ def test_bytes_per_token_are_those_of_the_pass_under_test(text: Path) -> None:
     o = eval_options(path, with_budget(path, "floor", 64), 64)
     e = evaluate(path, text, o, n_ctx=64, n_chunks=2)
     with Engine(path, o) as engine:
-        chunks = cut_chunks(module.tokenize_text(engine, text.read_bytes()), 64, n_chunks=2)
+        chunks = cut_chunks(module.tokenize_text(engine, text.read_bytes()), 64, n_chunks=2)  # type: ignore[attr-defined]
         for _ in logits_pass(engine, chunks):
             pass
         assert engine.counters().bytes_read == pytest.approx(e.expert_bytes_per_token * chunks.size)
@@ -320,7 +311,7 @@ def test_generate_after_a_pass_does_not_reuse_its_cache(text: Path) -> None:
 
     o = eval_options(tiny_model_path(), OPTIONS, 64, one_by_one=True)
     with Engine(tiny_model_path(), o) as engine:
-        chunks = cut_chunks(module.tokenize_text(engine, text.read_bytes()), 64, n_chunks=1)
+        chunks = cut_chunks(module.tokenize_text(engine, text.read_bytes()), 64, n_chunks=1)  # type: ignore[attr-defined]
         want = generate(engine, chunks[0].tolist()[:40], 8, Sampling(temp=0)).text
         for _ in logits_pass(engine, chunks, one_by_one=True):
             break
@@ -455,7 +446,7 @@ def test_rows_are_of_each_position(tmp_path: Path, text: Path) -> None:
     o = eval_options(path, replace(OPTIONS, n_ubatch=16), 64)
     tokens: Sequence[int]
     with Engine(path, o) as engine:
-        chunks = cut_chunks(module.tokenize_text(engine, text.read_bytes()), 64, n_chunks=1)
+        chunks = cut_chunks(module.tokenize_text(engine, text.read_bytes()), 64, n_chunks=1)  # type: ignore[attr-defined]
         ours = np.concatenate([block.rows.copy() for block in logits_pass(engine, chunks)])
         tokens = chunks[0].tolist()
     with stock_model(path) as model, stock_context(model, n_ctx=64, n_batch=16, n_ubatch=16, n_threads=1) as ctx:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from every_architecture import N_USED, ROWS, Row, write_tiny_model
 from moe_edge.convert.convert import convert
-from moe_edge.models.architectures import ARCHITECTURES
 from moe_edge.models.errors import BudgetTooSmall
+from moe_edge.models.families import ARCHITECTURES
 from moe_edge.runner.engine import Engine
-from moe_edge.runner.options import EngineOptions
+from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.prove import NOTHING
 from reference import stock_logits
 

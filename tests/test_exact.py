@@ -133,7 +133,7 @@ def test_a_graph_that_comes_node_by_node_gives_the_same_bits(random_model: Calla
     path, tokens, seen = random_model(arch), some_tokens(40), []
     policy = PolicyOptions(lookahead="single")
 
-    @llama_cpp.ggml_backend_sched_eval_callback
+    @llama_cpp.ggml_backend_sched_eval_callback  # type: ignore[untyped-decorator]
     def look(_node: object, ask: bool, _user: object) -> bool:
         seen.append(ask)
         return True

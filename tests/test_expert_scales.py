@@ -44,7 +44,7 @@ def check(path: Path, source: Path, budget: str, lengths: Sequence[int], n_ubatc
 def test_scales_give_stock_bits_at_every_budget(tmp_path: Path, arch: str, scales: tuple[str, ...]) -> None:
     path = write_random_model(tmp_path / "m.gguf", arch, SMALL, expert_type="Q8_0", scales=scales)
     plain = write_random_model(tmp_path / "p.gguf", arch, SMALL, expert_type="Q8_0")
-    assert not np.array_equal(*(stock_logits(p, some_tokens(9), 32, 1, n_ctx=512) for p in (path, plain)))
+    assert not np.array_equal(*(stock_logits(p, some_tokens(9), 32, 1, n_ctx=512) for p in (path, plain)))  # type: ignore[arg-type]
     for budget in BUDGETS:
         check(path, path, budget, (1, 9, 150), 32)
     check(path, path, "floor", (300,), 256)
@@ -70,7 +70,7 @@ def first_layers_gate_weights(path: Path) -> list[float]:
 
         def watch(step: Step) -> StepPlan | None:
             seen.append(list(step.weights))
-            return plan(step)
+            return plan(step)  # type: ignore[misc]
 
         engine.native.schedule = watch
         engine.llama.eval(some_tokens(1))

@@ -65,7 +65,7 @@ def test_a_class_that_llama_cpp_computes_otherwise_is_refused_with_the_reason() 
 
 def tensor_of(tmp_path: Path, array: np.ndarray, dtype: str = "F32") -> SafeTensor:
     stored = {"BF16": cut_to_bf16, "F16": lambda a: a.astype(np.float16), "F32": lambda a: a}.get(dtype, lambda a: a)
-    write_safetensors(tmp_path / "model.safetensors", {"t": (dtype, stored(array))})
+    write_safetensors(tmp_path / "model.safetensors", {"t": (dtype, stored(array))})  # type: ignore[no-untyped-call]
     return open_safetensors(tmp_path).tensors["t"]
 
 
@@ -203,4 +203,4 @@ def test_a_slice_of_stacked_tensors_is_a_range_of_its_own(tmp_path: Path) -> Non
     array = RNG.standard_normal((3, 4, 5)).astype(np.float32)
     one = slice_of(tensor_of(tmp_path, array), 2)
     assert np.array_equal(read(moved("x", one, (4, 5), lambda bits: bits)), array[2])
-    assert mxfp4.__doc__ is not None and bf16_to_f32(to_bf16(np.float32([1.5]))).tolist() == [1.5]
+    assert mxfp4.__doc__ is not None and bf16_to_f32(to_bf16(np.float32([1.5]))).tolist() == [1.5]  # type: ignore[arg-type]

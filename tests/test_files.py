@@ -23,11 +23,11 @@ from moe_edge.models.formats.gguf import read_gguf
 from moe_edge.models.store.skeleton import cache_folder, skeleton_for
 from moe_edge.models.store.store import open_model, store_path, verify_store
 from moe_edge.runner.engine import Engine
+from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.generate import Sampling, generate
-from moe_edge.runner.options import EngineOptions
 from random_models import write_random_model
 
-MOE_EDGE = [sys.executable, "-m", "moe_edge.runner.cli"]
+MOE_EDGE = [sys.executable, "-m", "moe_edge.runner.start"]
 OPTIONS = EngineOptions(n_threads=1, n_ctx=64, proof="nothing")
 
 
@@ -65,7 +65,7 @@ def run(
 
 def fails(*arguments: object, status: int | None = 1, **more: object) -> str:
     """The one sentence that a command ends with; status None: a wrong call or failed work."""
-    done = run(*arguments, **more)
+    done = run(*arguments, **more)  # type: ignore[arg-type]
     assert done.returncode in ((1, 2) if status is None else (status,)), done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("moe-edge: ") and len(lines[0]) < 2100, done.stderr

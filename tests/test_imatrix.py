@@ -141,9 +141,11 @@ def test_cut_or_flipped_matrix_never_escapes_our_errors(tmp_path: Path) -> None:
     path.write_bytes(data[:-40])
     with pytest.raises(CutFile):
         read_imatrix(path)
+    refused = 0
     for at in range(0, len(data), 3):
         path.write_bytes(data[:at] + bytes([data[at] ^ 0x11]) + data[at + 1 :])
         try:
             read_imatrix(path)
         except MoeEdgeError:
-            pass
+            refused += 1
+    assert refused > 0.6 * len(range(0, len(data), 3))  # the rest are other numbers, which an imatrix may hold

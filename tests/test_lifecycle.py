@@ -14,8 +14,8 @@ from moe_edge.models.embedded import tiny_model_path
 from moe_edge.models.errors import EngineError, Stopped
 from moe_edge.runner import llama as door
 from moe_edge.runner.engine import Engine
+from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.generate import Sampling, generate
-from moe_edge.runner.options import EngineOptions
 from moe_edge.runner.turns import Turns
 from moe_edge.schedulers.options import PolicyOptions
 
@@ -148,7 +148,7 @@ def test_no_other_thread_can_read_counts_while_the_model_is_freed() -> None:
             other.join(30)
             real.me_model_close(handle)
 
-    native._lib = Library()  # type: ignore[assignment]
+    native._lib = Library()
     engine.close()
     assert could_read == [False] and native._handle is None
 
@@ -348,7 +348,7 @@ def test_an_engine_that_nobody_closed_is_no_crash(tmp_path: Path) -> None:
 
     code = (
         "from moe_edge.models.embedded import tiny_model_path\n"
-        "from moe_edge.runner.engine import Engine; from moe_edge.runner.options import EngineOptions\n"
+        "from moe_edge.runner.engine import Engine; from moe_edge.runner.engine_options import EngineOptions\n"
         "import gc\n"
         "for _ in range(2):\n"
         "    e = Engine(tiny_model_path(), EngineOptions(n_threads=1, n_ctx=64)); e.load(); del e; gc.collect()\n"

@@ -102,7 +102,7 @@ def test_a_gigabyte_of_experts_runs_in_a_third_of_it_and_nothing_is_left_in_the_
     tmp_path: Path, cgroup: Cgroup
 ) -> None:
     model = write_big_model(tmp_path / "big.gguf", n_layer=6, n_expert=64, n_embd=2048, n_ff=768, n_used=8)
-    moe_edge = [sys.executable, "-m", "moe_edge.runner.cli"]
+    moe_edge = [sys.executable, "-m", "moe_edge.runner.start"]
     shown = subprocess.run([*moe_edge, "show", str(model), "--json"], capture_output=True, check=True).stdout
     facts = json.loads(shown)
     assert facts["expert_bytes"] >= 1_000_000_000
@@ -138,7 +138,8 @@ def test_what_is_read_before_the_first_token_does_not_grow_with_the_experts(tmp_
     for name, n_ff in (("one", 256), ("four", 1024)):
         model = write_big_model(tmp_path / f"{name}.gguf", n_layer=4, n_expert=64, n_embd=1024, n_ff=n_ff, n_used=4)
         code = (
-            "import sys; from moe_edge.runner.engine import Engine; from moe_edge.runner.options import EngineOptions\n"
+            "import sys; from moe_edge.runner.engine import Engine\n"
+            "from moe_edge.runner.engine_options import EngineOptions\n"
             "with Engine(sys.argv[1], EngineOptions(ram_bytes=1 << 33, n_ctx=256, n_ubatch=32)) as e:\n"
             "    print(open('/proc/self/io').read().split()[1], e.counters().bytes_read)"
         )
@@ -155,7 +156,7 @@ def test_what_is_read_before_the_first_token_does_not_grow_with_the_experts(tmp_
 def test_the_first_run_of_a_model_with_its_proof_keeps_within_the_floor(tmp_path: Path, cgroup: Cgroup) -> None:
     """A skeleton is written, a child decodes with it, then this process: all in one group, at the least --ram."""
     model = write_big_model(tmp_path / "big.gguf", n_layer=4, n_expert=32, n_embd=2048, n_ff=768, n_vocab=32000)
-    moe_edge = [sys.executable, "-m", "moe_edge.runner.cli"]
+    moe_edge = [sys.executable, "-m", "moe_edge.runner.start"]
     shown = subprocess.run([*moe_edge, "show", str(model), "--json"], capture_output=True, check=True).stdout
     ram = -(-json.loads(shown)["ram_floor_bytes"] >> 20) + 1 << 20
     cgroup.limit(ram + ALLOWANCE)
@@ -200,7 +201,7 @@ def test_show_plan_and_generate_name_one_floor_and_loading_keeps_to_it(
 ) -> None:
     """Each in a process of its own, as users run them."""
     model = vocabulary_model(tmp_path / "m.gguf", n_vocab, n_merges)
-    moe_edge = [sys.executable, "-m", "moe_edge.runner.cli"]
+    moe_edge = [sys.executable, "-m", "moe_edge.runner.start"]
 
     def call(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [*moe_edge, *map(str, arguments)]

@@ -12,16 +12,17 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import pareto
+import pareto_settings
 from moe_edge.models.calibration import Calibration
 from moe_edge.models.errors import UnknownName, UsageError
 from moe_edge.runner.engine import Engine
-from moe_edge.runner.measure.evaluate import logits_pass
-from moe_edge.runner.options import EngineOptions
+from moe_edge.runner.engine_options import EngineOptions
+from moe_edge.runner.measure.logits import logits_pass
 from moe_edge.schedulers.layout import Layout, Step
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policies.levels import HIGH
 from moe_edge.schedulers.policy import Policy
-from pareto import Saving, bytes_at_kld, front, kld_at_bytes, kld_ratio, saving
+from pareto_points import Saving, bytes_at_kld, front, kld_at_bytes, kld_ratio, saving
 from random_models import Shape, write_random_model
 from rivals import RULES, Rival, make_rival
 
@@ -73,7 +74,7 @@ def test_curves_are_linear_in_bytes_and_logarithmic_in_kld() -> None:
 
 
 def test_a_saving_is_at_equal_kld_and_a_bound_beyond_the_curve() -> None:
-    assert saving((75, 0.1), CURVE) == Saving(pytest.approx(0.5))
+    assert saving((75, 0.1), CURVE) == Saving(pytest.approx(0.5))  # type: ignore[arg-type]
     assert saving((100, 0.001), CURVE) == Saving(0.5, ">")
     assert saving((50, 5.0), CURVE) == Saving(0.5, "<")
     assert saving((50, 5.0), []) is None
@@ -224,9 +225,9 @@ def test_models_and_rows_are_made_once(model: Path, tmp_path: Path, capsys: pyte
 
 
 def test_settings_have_names_of_their_own() -> None:
-    o = pareto.Options(Path(), Path(), Path(), Path())
-    settings = [*pareto.dynamic_settings(o), *pareto.ablation_settings(o, pareto.ABLATION)]
+    o = pareto_settings.Options(Path(), Path(), Path(), Path())
+    settings = [*pareto_settings.dynamic_settings(o), *pareto_settings.ablation_settings(o, pareto_settings.ABLATION)]
     assert len({s.name for s in settings}) == len(settings)
-    assert pareto.hobbit_options("0.6:0.9") == PolicyOptions("hobbit", t1=0.6, t2=0.9)
-    known = {*pareto.ABLATION, *pareto.PREFILL, "hobbit low", "damage low", "damage skip"}
-    assert {name for pair in pareto.COMPARISONS for name in pair} <= known
+    assert pareto_settings.hobbit_options("0.6:0.9") == PolicyOptions("hobbit", t1=0.6, t2=0.9)
+    known = {*pareto_settings.ABLATION, *pareto_settings.PREFILL, "hobbit low", "damage low", "damage skip"}
+    assert {name for pair in pareto_settings.COMPARISONS for name in pair} <= known

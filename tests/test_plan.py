@@ -15,13 +15,13 @@ from moe_edge.models.calibration import Calibration
 from moe_edge.models.embedded import tiny_model_path
 from moe_edge.models.errors import CutFile, MissingFile, NotMoE, UsageError
 from moe_edge.runner.engine import Engine
+from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.loading import Loading
 from moe_edge.runner.measure import plan as plan_module
 from moe_edge.runner.measure.doctor import Facts
 from moe_edge.runner.measure.plan import dense_bytes_used, plan
 from moe_edge.runner.measure.show import describe
 from moe_edge.runner.memory import AutoBudget
-from moe_edge.runner.options import EngineOptions
 from moe_edge.schedulers.estimate import MachineSpeeds
 from moe_edge.schedulers.layout import Layout
 from moe_edge.schedulers.replay.trace import Trace
@@ -164,7 +164,7 @@ def test_hit_rate_of_a_trace_is_simulated(model: Path) -> None:
     budget = with_all.resident_bytes - 8 * int(units[0])
     result = plan(model, budget, speeds=SPEEDS, trace=trace)
     assert result.estimate is not None
-    assert (result.estimate.hit_source, result.estimate.hit_rate.expected) == ("trace", pytest.approx(152 / 160))
+    assert (result.estimate.hit_source, result.estimate.hit_rate.expected) == ("trace", pytest.approx(152 / 160))  # type: ignore[comparison-overlap]
     assert "by simulating the trace" in result.text()
     with pytest.raises(UsageError, match=r"the trace is of m\.gguf, whose experts are others"):
         plan(tiny_model_path(), speeds=SPEEDS, trace=trace)

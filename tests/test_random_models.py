@@ -9,15 +9,9 @@ import llama_cpp
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from random_models import (
-    ARCHITECTURES,
-    ID_OF_EOS,
-    Shape,
-    fitting_type,
-    quantize,
-    write_big_model,
-    write_random_model,
-)
+from random_models import ARCHITECTURES, Shape, write_big_model, write_random_model
+from random_numbers import fitting_type, quantize
+from random_vocabulary import ID_OF_EOS
 from reference import logits_of_context, stock_context, stock_logits, stock_model
 
 N_PROMPT = 40

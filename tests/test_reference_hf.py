@@ -18,7 +18,7 @@ import pytest
 from moe_edge.convert.convert import convert
 from moe_edge.models.families import CHECKPOINTS
 from moe_edge.runner.engine import Engine
-from moe_edge.runner.options import EngineOptions
+from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.sizes import sizes_of
 from reference_hf import MODELS, N_TOKENS
 

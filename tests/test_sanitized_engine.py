@@ -37,7 +37,7 @@ from reference import stock_logits
 from moe_edge.convert.convert import convert
 from moe_edge.models.errors import BudgetTooSmall
 from moe_edge.runner.engine import Engine
-from moe_edge.runner.options import EngineOptions
+from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.runner.capi import library
 folder, arch = Path(sys.argv[2]), sys.argv[3]

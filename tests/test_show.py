@@ -118,7 +118,7 @@ def test_the_text_names_everything(two_levels: Path) -> None:
     ]
     t1, t2 = (float(n) for n in next(line for line in rows if line.startswith("hobbit")).replace(",", "").split()[2::2])
     cumulated = describe_calibration(two_levels)["cumulated"]
-    assert (t1, t2) == (pytest.approx(cumulated[67], abs=1e-3), pytest.approx(cumulated[97], abs=1e-3))
+    assert (t1, t2) == (pytest.approx(cumulated[67], abs=1e-3), pytest.approx(cumulated[97], abs=1e-3))  # type: ignore[comparison-overlap]
 
 
 def test_a_model_of_one_level_is_told_about_skipping(tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import random
-import sys
-import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,24 +14,17 @@ import pytest
 from conftest import open_engine
 from moe_edge.convert.convert import convert
 from moe_edge.models.embedded import tiny_model_path
-from moe_edge.models.errors import BudgetTooSmall, EngineError, UnknownName, UsageError
+from moe_edge.models.errors import BudgetTooSmall, EngineError, UsageError
 from moe_edge.runner.measure.record import record_trace
 from moe_edge.runner.measure.simulation import (
     SimBudget,
-    budget_of_ram,
     curve_label,
-    even_budgets,
-    plot_simulation,
     policies_named,
-    policy_label,
     run_simulations,
 )
-from moe_edge.schedulers.budget import FixedSizes
 from moe_edge.schedulers.eviction import RULES
 from moe_edge.schedulers.layout import SKIP, ExpertKey, Layout, Step, StepPlan
-from moe_edge.schedulers.lookahead.rules import LOOKAHEADS
 from moe_edge.schedulers.options import PolicyOptions
-from moe_edge.schedulers.policies import POLICY_NAMES
 from moe_edge.schedulers.replay.belady import has_one_size, simulate_belady
 from moe_edge.schedulers.replay.simulate import Costs, Planner, SimResult, simulate, simulate_policy
 from moe_edge.schedulers.replay.trace import Trace
@@ -119,7 +110,7 @@ def test_counts_equal_the_engines_with_two_levels(
 
 
 def test_counts_equal_the_engines_when_attention_chooses() -> None:
-    options = replace(SKIPPING, prefill_importance="attention")
+    options = replace(SKIPPING, prefill_importance="attention")  # type: ignore[call-arg]
     with open_engine(tiny_model_path(), "middle", n_ctx=96, n_ubatch=48, n_threads=1) as engine:
         trace = record_trace(engine, TEXT, 96, one_by_one=False, policy=options, attention=True)
     assert trace.attention is not None
@@ -213,12 +204,12 @@ def test_a_plan_the_engine_would_refuse_is_refused(name: str) -> None:
     plan, sentence = REFUSED[name]
 
     def make(_layout: Layout, _arena_bytes: int) -> Planner:
-        return Fixed(plan)
+        return Fixed(plan)  # type: ignore[return-value]
 
     with pytest.raises(EngineError, match=sentence):
         simulate(one_layer([0, 1]), make, 20, resident=(0, 3))
     good = StepPlan([1, 0], [0, 0], [[3], ()])
-    r = simulate(one_layer([0, 1]), lambda *_: Fixed(good), 20, resident=(0, 3))
+    r = simulate(one_layer([0, 1]), lambda *_: Fixed(good), 20, resident=(0, 3))  # type: ignore[arg-type]
     assert counts(r) == (2, 1, 1, 1, 10, 0, 0)
 
 
@@ -432,77 +423,3 @@ def test_an_arena_below_the_floor_is_refused_with_the_floor() -> None:
     with pytest.raises(BudgetTooSmall, match="one expert for each MoE layer") as e:
         run_simulations(one_layer([0]), [SimBudget(19)], policies_named("exact"))
     assert e.value.needed_bytes == 20
-
-
-def test_ram_becomes_the_arena_the_engine_would_make() -> None:
-    with open_engine(tiny_model_path(), "middle", n_ctx=32, n_ubatch=16, n_threads=1) as engine:
-        trace, plan = record_trace(engine, [1, 2, 3]), engine.plan
-    assert budget_of_ram(trace, plan.budget_bytes) == SimBudget(plan.arena_bytes, plan.budget_bytes)
-    with pytest.raises(BudgetTooSmall, match="is too small"):
-        budget_of_ram(trace, plan.floor_bytes - 1)
-    with pytest.raises(UsageError, match="give the bytes of the expert arena instead"):
-        budget_of_ram(replace(trace, fixed=None), plan.budget_bytes)
-
-
-def test_budgets_in_equal_steps_go_from_the_floor_to_all_experts() -> None:
-    trace = replace(one_layer([0], n_experts=8), fixed=FixedSizes(0, 0, 0, 0))
-    assert [b.arena_bytes for b in even_budgets(trace, 4)] == [20, 40, 60, 80]
-    assert [b.arena_bytes for b in even_budgets(trace, 1)] == [20]
-
-
-def test_names_of_policies() -> None:
-    every = policies_named("all")
-    assert [(o.name, o.cache) for o in every if o.name == "exact"] == [("exact", rule) for rule in RULES]
-    assert [(o.name, o.cache) for o in every if o.name != "exact"] == [(name, "auto") for name in POLICY_NAMES[1:]]
-    assert [(o.name, o.cache) for o in policies_named("all", caches="lru")] == [(name, "lru") for name in POLICY_NAMES]
-    assert [o.lookahead for o in policies_named("exact", lookaheads="all")] == list(LOOKAHEADS)
-    assert policies_named("hobbit, exact", PolicyOptions(t1=0.5)) == [
-        PolicyOptions("hobbit", t1=0.5), PolicyOptions("exact", t1=0.5),
-    ]  # fmt: skip
-    assert policy_label(PolicyOptions("hobbit", t1=0.5, cache="lru", lookahead="votes")) == "hobbit t1=0.5"
-    with pytest.raises(UnknownName, match="unknown policy 'lfru'; known: all, exact, dymoe, hobbit, damage"):
-        policies_named("lfru")
-    with pytest.raises(UnknownName, match="unknown cache rule 'mru'; known: all, auto, learned"):
-        policies_named("exact", caches="lru,mru")
-    with pytest.raises(UnknownName, match="unknown look-ahead 'far'; known: all, off, single"):
-        policies_named("exact", lookaheads="far")
-
-
-def test_a_picture_without_matplotlib_names_the_install_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    s = run_simulations(one_layer([0]), [SimBudget(20)], policies_named("exact"))
-    with pytest.raises(UsageError, match=r"pip install 'moe-edge\[bench\]'"):
-        plot_simulation(s, tmp_path / "p.png")
-
-
-def test_a_picture_has_a_curve_for_every_rule_in_every_panel(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    drawn: list[tuple[str, list[float]]] = []
-
-    class Axes:
-        def plot(self, x: list[float], y: list[float], *, label: str, **_how: object) -> None:
-            assert x == sorted(x) and len(x) == len(y) == 3
-            drawn.append((label, y))
-
-        def __getattr__(self, name: str) -> Callable[..., None]:
-            return lambda *_, **__: None
-
-    pyplot = types.SimpleNamespace(subplots=lambda _rows, n, **_: (Axes(), [Axes()] * n), close=lambda _: None)
-    monkeypatch.setitem(sys.modules, "matplotlib", types.SimpleNamespace(use=lambda _: None))
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", pyplot)
-    trace = one_layer([0], [1], [2], [0], [1], [2])
-    s = run_simulations(trace, even_budgets(trace, 3), policies_named("exact", caches="lru,decayed"))
-    plot_simulation(s, tmp_path / "p.png")
-    assert [label for label, _ in drawn] == ["belady", "exact, lru", "exact, decayed"] * 3
-    assert drawn[1][1] == [100 * row.hit_rate for row in s.rows if row.cache == "lru"]
-
-
-def test_a_picture_of_every_policy(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    trace = one_layer([0], [1], [2], [0], [1], [2])
-    s = run_simulations(trace, even_budgets(trace, 3), policies_named("exact,hobbit"))
-    plot_simulation(s, tmp_path / "p.png")
-    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"

@@ -22,7 +22,7 @@ import pytest
 from altered import alter
 from moe_edge.convert.convert import convert
 from moe_edge.models.embedded import tiny_model_path
-from random_models import ID_OF_EOS
+from random_vocabulary import ID_OF_EOS
 
 MOE_EDGE = os.path.join(sysconfig.get_path("scripts"), "moe-edge")
 GENERATE = ["generate", "-p", "The king", "-n", "6", "-t", "1", "--temp", "0", "--ram", "60MiB"]
@@ -125,7 +125,7 @@ def vocabulary(model: Path, target: Path, letters: str) -> Path:
 
 
 def reply_of(model: Path, **environment: str) -> bytes:
-    done = call(["generate", str(model), "-p", "hi", "-n", "5", *GENERATE[5:]], **environment)
+    done = call(["generate", str(model), "-p", "hi", "-n", "5", *GENERATE[5:]], **environment)  # type: ignore[arg-type]
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -270,11 +270,11 @@ def test_names_that_are_not_utf8_are_names_like_any_other(tmp_path: Path) -> Non
             [b"show", made], [b"show", stock, b"--json"], trace,
             [b"simulate", folder + b"/t\xff.npz", b"--policy", b"exact", b"--cache", b"lru"],
         ):  # fmt: skip
-            assert call(arguments, **environment).returncode == 0, arguments
+            assert call(arguments, **environment).returncode == 0, arguments  # type: ignore[arg-type]
         for model in (stock, made):
-            done = call([b"generate", model, *(each.encode() for each in GENERATE[1:])], **environment)
+            done = call([b"generate", model, *(each.encode() for each in GENERATE[1:])], **environment)  # type: ignore[arg-type]
             assert (done.returncode, done.stdout) == (0, usual), done.stderr
-        done = call([b"generate", folder + b"/none\xfe.gguf", b"-p", b"x"], **environment)
+        done = call([b"generate", folder + b"/none\xfe.gguf", b"-p", b"x"], **environment)  # type: ignore[arg-type]
         assert done.returncode == 1 and r"caf\xe9\xff/none\xfe.gguf: no such file" in complaint(done)
 
 

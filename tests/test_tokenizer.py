@@ -11,8 +11,9 @@ from typing import Any
 import llama_cpp
 import pytest
 from moe_edge.convert.pretokenizers import APART_BEYOND_ASCII, DIGITS, GPT2, KNOWN
-from moe_edge.convert.tokenizer import Tokenizer, read_tokenizer
+from moe_edge.convert.tokenizer import read_tokenizer
 from moe_edge.convert.tokenizer_proof import check_tokenizer, has_other_letters
+from moe_edge.convert.vocabulary import Tokenizer
 from moe_edge.models.errors import BadFile, MissingFile, UnknownName
 from moe_edge.models.formats.gguf import read_gguf
 from moe_edge.models.formats.keyvalues import parse_records

@@ -17,7 +17,7 @@ N_TOKENS = 2000
 def log_probabilities(logits: np.ndarray) -> np.ndarray:
     x = logits.astype(np.float64)
     x -= x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("flash_attn", [False, True])
@@ -38,4 +38,5 @@ def test_kld_from_stock_is_zero_over_two_thousand_tokens_at_the_floor(flash_attn
     assert (stock.argmax(-1) == ours.argmax(-1)).all()
     assert np.array_equal(stock, ours), f"not the same bits, mean KLD {kld.mean():.2e}"
     nll = -p[np.arange(N_TOKENS - 1), tokens[1:]].mean()
-    assert nll < 8.0, f"{nll:.2f} nats a token: this is not a trained model"
+    # A guess among 4,096 tokens costs 8.3 nats. Text of its own kinds costs it 3.3 to 4.4, this one 5.45.
+    assert nll < 6.0, f"{nll:.2f} nats a token: this is not a trained model"

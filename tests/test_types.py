@@ -12,8 +12,8 @@ from pathlib import Path
 
 import llama_cpp
 import pytest
+from moe_edge.convert.checkpoints import open_source
 from moe_edge.convert.convert import convert
-from moe_edge.convert.source import open_source
 from moe_edge.models.errors import BadFile
 from moe_edge.models.formats.ggml_types import TYPES, WITHOUT_PRODUCT, check_product, type_name
 from moe_edge.models.formats.gguf import read_gguf
@@ -73,7 +73,7 @@ def retyped(source: Path, target: Path, name: str, type_id: int) -> Path:
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "moe_edge.runner.cli", *map(str, arguments)]
+    words = [sys.executable, "-m", "moe_edge.runner.start", *map(str, arguments)]
     return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
 
 

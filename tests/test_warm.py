@@ -19,8 +19,8 @@ from moe_edge.models.embedded import tiny_model_path
 from moe_edge.models.errors import EngineError
 from moe_edge.runner.capi import Counters
 from moe_edge.runner.engine import Engine
+from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.generate import Sampling, generate
-from moe_edge.runner.options import EngineOptions
 from moe_edge.runner.warm import BATCH_BYTES, WarmStart, load_usage, save_usage, usage_path
 from moe_edge.schedulers.eviction import RULES
 from moe_edge.schedulers.layout import Layout, Step
@@ -354,7 +354,7 @@ def test_what_cannot_be_preloaded_is_refused_and_the_engine_goes_on(random_model
 
 
 def command(*args: object) -> subprocess.CompletedProcess[str]:
-    arguments = [sys.executable, "-m", "moe_edge.runner.cli", *(str(a) for a in args)]
+    arguments = [sys.executable, "-m", "moe_edge.runner.start", *(str(a) for a in args)]
     return subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=120, input="And the king\n")
 
 
@@ -381,7 +381,7 @@ def test_the_flag_reads_and_keeps_and_without_it_nothing_is_touched(cache: Path,
 def test_an_interrupted_run_keeps_its_usage(cache: Path) -> None:
     arguments = ["generate", "-n", "100000", "-c", "8192", "--temp", "0", "--ram", "200MiB", "-t", "1", "--warm-start"]
     child = subprocess.Popen(
-        [sys.executable, "-m", "moe_edge.runner.cli", *arguments, "-p", "And the king"],
+        [sys.executable, "-m", "moe_edge.runner.start", *arguments, "-p", "And the king"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert child.stdout is not None

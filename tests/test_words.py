@@ -19,11 +19,12 @@ from moe_edge.models.formats.gguf import read_gguf
 from moe_edge.runner.chat import Chat
 from moe_edge.runner.cli import main
 from moe_edge.runner.engine import Engine
+from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.generate import Sampling, generate
-from moe_edge.runner.options import EngineOptions
 from moe_edge.runner.template import mark_names, tokenize_marked
 from moe_edge.runner.tokens import token_bytes, tokenize
-from random_models import CHAT_TEMPLATE, write_random_model
+from random_models import write_random_model
+from random_vocabulary import CHAT_TEMPLATE
 from scripted import CONTROL, FIRST_FREE, USER_DEFINED, write_scripted_model
 
 GREEDY = Sampling(temp=0)
@@ -44,7 +45,7 @@ class Said:
 
 def run(*arguments: str, text: str = "") -> Said:
     """A whole command, as a user calls it."""
-    command = [sys.executable, "-m", "moe_edge.runner.cli", *arguments]
+    command = [sys.executable, "-m", "moe_edge.runner.start", *arguments]
     done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=120)
     return Said(done.returncode, done.stdout, done.stdout + done.stderr)
 
@@ -239,7 +240,7 @@ def test_a_reply_stopped_before_its_first_token_leaves_no_message(tmp_path: Path
         engine.native.stop_requested = False
         engine.stop()
         real = engine.native.set_stop
-        engine.native.set_stop = lambda on: real(True)  # type: ignore[method-assign]
+        engine.native.set_stop = lambda on: real(True)  # type: ignore[assignment, method-assign]
         assert chat.reply("two") is None
         engine.native.set_stop = real  # type: ignore[method-assign]
         engine.native.schedule = plan

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moe_edge.models.errors import BadFile, UnknownName
 from moe_edge.models.formats.files import shown
 from moe_edge.models.formats.safetensors import as_object
 
-if TYPE_CHECKING:
-    from moe_edge.models.families.family import Keys
+Value = int | float | bool | str | list[int] | list[bool]
+Keys = dict[str, Value]  # key without the architecture's prefix -> value
 
 F32_MAX = 3.4e38
 MAX_ITEMS = 1 << 12  # of a list with a value for each layer

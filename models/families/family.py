@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moe_edge.models.families.config import Config
+from moe_edge.models.families.config import Config, Keys, Value
 from moe_edge.models.formats.derived import DerivedEntry
 from moe_edge.models.formats.gguf import TensorEntry
 from moe_edge.models.formats.safetensors import SafeTensor
@@ -18,8 +18,8 @@ from moe_edge.models.formats.safetensors import SafeTensor
 EXPERT_WIDTH = "expert_feed_forward_length"
 DENSE_WIDTH = "feed_forward_length"
 
-Value = int | float | bool | str | list[int] | list[bool]
-Keys = dict[str, Value]  # key without the architecture's prefix -> value
+__all__ = ["Architecture", "Checkpoint", "Family", "Keys", "Named", "Value"]
+
 
 
 @dataclass(frozen=True)

@@ -170,6 +170,11 @@ def expert_name(layer: int, projection: str, expert: int, level: str) -> str:
     return f"blk.{layer}.ffn_{projection}_exps.{expert}.{'' if level == HIGH_NAME else level + '.'}weight"
 
 
+def level_of(name: str) -> str:
+    """The level of an expert tensor by its name in the store."""
+    return LOW_NAME if name.endswith(".low.weight") else HIGH_NAME
+
+
 def _open_pair(path: Path, model: GGUFModel) -> ExpertModel:
     """A skeleton and its store. Halves that do not belong together are read again while nobody replaces them."""
     try:

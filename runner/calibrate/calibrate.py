@@ -25,11 +25,11 @@ from moe_edge.convert.allocate import (
     allocate_global,
     allocate_uniform,
 )
+from moe_edge.convert.checkpoints import open_source
 from moe_edge.convert.conversion_plan import ConvertPlan, ExpertTypes, make_plan
 from moe_edge.convert.convert import ConvertReport, check_output, convert
 from moe_edge.convert.imatrix import fill_unused, read_imatrix
 from moe_edge.convert.quantize import dequantize, fitting_type, prepare, quantize, target_type
-from moe_edge.convert.source import open_source
 from moe_edge.convert.stacked import write_stacked
 from moe_edge.convert.type_damage import (
     Activation,
@@ -52,7 +52,7 @@ from moe_edge.models.store.source import Source
 from moe_edge.models.store.store import HIGH_NAME, LOW_NAME, store_path
 from moe_edge.runner.calibrate.measured_settings import measure_settings
 from moe_edge.runner.calibrate.observe import LayerView, Observed, observe
-from moe_edge.runner.options import EngineOptions
+from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.prove import prove
 
 DEFAULT_TYPES = ("IQ2_XXS", "Q2_K", "IQ3_XXS", "Q3_K", "Q4_K", "Q6_K")

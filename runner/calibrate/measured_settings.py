@@ -9,15 +9,9 @@ import numpy as np
 from moe_edge.models.calibration import Calibration, Setting
 from moe_edge.runner.calibrate.observe import spread_chunks
 from moe_edge.runner.engine import Engine
-from moe_edge.runner.measure.evaluate import (
-    ReferenceLogits,
-    bos_token,
-    cut_chunks,
-    eval_options,
-    read_text,
-    tokenize_text,
-)
-from moe_edge.runner.options import EngineOptions
+from moe_edge.runner.engine_options import EngineOptions
+from moe_edge.runner.measure.evaluate import eval_options
+from moe_edge.runner.measure.logits import ReferenceLogits, bos_token, cut_chunks, read_text, tokenize_text
 from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
 from moe_edge.schedulers.options import LOW_LEVEL, PolicyOptions
 from moe_edge.schedulers.policies import POLICIES, find_policy

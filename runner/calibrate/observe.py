@@ -17,17 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from moe_edge.models.formats.floats import Float64Array
 from moe_edge.runner.engine import Engine
-from moe_edge.runner.measure.evaluate import (
-    IntArray,
-    ReferenceLogits,
-    bos_token,
-    cut_chunks,
-    eval_options,
-    logits_pass,
-    read_text,
-    tokenize_text,
-)
-from moe_edge.runner.options import EngineOptions
+from moe_edge.runner.engine_options import EngineOptions
+from moe_edge.runner.measure.evaluate import IntArray, eval_options
+from moe_edge.runner.measure.logits import ReferenceLogits, bos_token, cut_chunks, logits_pass, read_text, tokenize_text
 from moe_edge.schedulers.layout import Routing
 
 CHUNK = 512  # tokens

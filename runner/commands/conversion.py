@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moe_edge.convert.checkpoints import open_source
 from moe_edge.convert.conversion_plan import ExpertTypes
 from moe_edge.convert.convert import ConvertReport, convert
 from moe_edge.convert.imatrix import read_imatrix
-from moe_edge.convert.source import open_source
 from moe_edge.models.errors import UsageError
 from moe_edge.runner.prove import prove
 

@@ -173,7 +173,7 @@ def policy_of(o: dict[str, Any]) -> PolicyOptions:
 
 
 def engine_options(o: dict[str, Any]) -> Any:
-    from moe_edge.runner.options import EngineOptions
+    from moe_edge.runner.engine_options import EngineOptions
 
     return EngineOptions(
         ram_bytes=o["ram"], n_ctx=o["n_ctx"], n_ubatch=o["n_ubatch"], n_threads=o["n_threads"], policy=policy_of(o),

@@ -29,7 +29,7 @@ def command(
     With gate weights, and with the scores that the routers of the next layers give ahead, for `simulate --lookahead`.
     The policy runs while the trace is recorded, without look-ahead of its own.
     """
-    from moe_edge.runner.measure.evaluate import read_text
+    from moe_edge.runner.measure.logits import read_text
     from moe_edge.runner.measure.record import prediction_width, record_trace, save_trace
 
     if prefill and lookahead_depth:

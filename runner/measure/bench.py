@@ -64,8 +64,8 @@ class BenchRow:
 def run_job(job: BenchJob) -> list[dict[str, Any]]:
     """Run all prompts of a job in this process; one generation's JSON for each."""
     from moe_edge.runner.engine import Engine
+    from moe_edge.runner.engine_options import EngineOptions
     from moe_edge.runner.generate import Sampling, generate
-    from moe_edge.runner.options import EngineOptions
 
     options = EngineOptions(
         ram_bytes=job.ram_bytes, n_ctx=job.n_ctx, n_threads=job.n_threads, n_ubatch=job.n_ubatch, charge_program=True,

@@ -28,9 +28,9 @@ from moe_edge.models.formats.ggml_types import BY_NAME, type_name
 from moe_edge.models.formats.work import new_file
 from moe_edge.models.store.skeleton import cache_folder
 from moe_edge.runner import memory
-from moe_edge.runner.crowd import usable_cores
 from moe_edge.runner.measure import probe
 from moe_edge.runner.measure.probe import DirectReads, ProductSpeeds, ReadSpeed, StorageSpeeds, Unmeasured
+from moe_edge.runner.neighbours import usable_cores
 from moe_edge.schedulers.budget import MIB, format_bytes
 from moe_edge.schedulers.estimate import LAYER_SECONDS, MachineSpeeds
 
@@ -180,7 +180,7 @@ def _measure_speeds(n_threads: int) -> Facts:
 def _tiny_model_facts(n_threads: int, products: Facts) -> Facts:
     """Decode with the embedded model, all resident. Its experts are tiny: what it shows is the overhead of a layer."""
     from moe_edge.runner.engine import Engine
-    from moe_edge.runner.options import EngineOptions
+    from moe_edge.runner.engine_options import EngineOptions
     from moe_edge.runner.sizes import NO_LIMIT
 
     try:

@@ -198,7 +198,7 @@ def _simulated(trace: Trace, policy: PolicyOptions, m: _ModelFacts) -> Callable[
 
 
 def _read_model(path: Path, *, n_ctx: int, n_ubatch: int, n_threads: int) -> _ModelFacts:
-    from moe_edge.runner.options import EngineOptions
+    from moe_edge.runner.engine_options import EngineOptions
     from moe_edge.runner.prove import LOADS
     from moe_edge.runner.sizes import sizes_of
 

@@ -24,7 +24,7 @@ from moe_edge.models.formats.work import new_file
 from moe_edge.models.store.store import ExpertModel
 from moe_edge.runner.capi import Counters
 from moe_edge.runner.engine import Engine
-from moe_edge.runner.measure.evaluate import bos_token, tokenize_text
+from moe_edge.runner.measure.logits import bos_token, tokenize_text
 from moe_edge.schedulers.budget import FixedSizes
 from moe_edge.schedulers.layout import Routing
 from moe_edge.schedulers.options import PolicyOptions
@@ -33,7 +33,7 @@ from moe_edge.schedulers.replay.trace import NO_EXPERT, TRACE_VERSION, Array, Re
 Predict = Callable[[int, FloatArray], tuple[Array, Array]]
 """predict(layer, input [n, n_embd]) -> (experts [n, D, K], scores [n, D, K]) that it predicts for the next D layers."""
 
-READ_ALIGN = 4096  # native/reader.h
+READ_ALIGN = 4096  # native/source.h
 
 _ARRAYS = ("unit_bytes", "read_bytes", "batch_tokens", "chunk_starts", "step_tokens", "experts", "weights")
 _OPTIONAL = ("attention", "ahead_experts", "ahead_scores", "compute_seconds", "other_seconds")
@@ -227,7 +227,7 @@ class TraceRecorder:
 def unit_read_bytes(model: ExpertModel) -> npt.NDArray[np.int64]:
     """Bytes the reader reads for each unit: whole blocks around its pieces, less what is past the end of the file.
 
-    Source: Model::lay_out of native/model.cpp and Reader::read of native/reader.cpp.
+    Source: Model::lay_out of native/model.cpp and DiskSource::read of native/disk_source.cpp.
     """
     ends = [stamp_of(path).nbytes for path in model.files]
     sizes, at = [], 0

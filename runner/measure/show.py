@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from moe_edge.convert.conversion_plan import level_of
 from moe_edge.models.calibration import Calibration
 from moe_edge.models.errors import UsageError, printable
 from moe_edge.models.formats.floats import Float64Array
 from moe_edge.models.formats.ggml_types import type_name
-from moe_edge.models.store.store import ExpertModel, open_model
-from moe_edge.runner.options import EngineOptions
+from moe_edge.models.store.store import ExpertModel, level_of, open_model
+from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.prove import LOADS
 from moe_edge.runner.sizes import sizes_of
 from moe_edge.schedulers.budget import format_bytes

@@ -1,6 +1,6 @@
 """`moe-edge simulate`: policies, cache rules and budgets tried on a trace, beside Belady's bound; table, JSON, picture.
 
-No model, no disk: schedulers/simulate.py says what is exact (the counts) and what is estimated (the times).
+No model, no disk: schedulers/replay/simulate.py says what is exact (the counts) and what is estimated (the times).
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class Prediction:
 class Simulation:
     """All rows, budget by budget, and what was left out, one sentence each. tokens: of the trace.
 
-    belady_exact: experts have one size; else the rows `belady` are a heuristic (schedulers/belady.py). notes: where
-    the default cache rule reads SLACK more than the best. prediction: None without a row that looks ahead.
+    belady_exact: experts have one size; else the rows `belady` are a heuristic (schedulers/replay/belady.py).
+    notes: where the default cache rule reads SLACK more than the best. prediction: None without a row that looks ahead.
     """
 
     model: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_edge.runner.crowd import usable_cores
+from moe_edge.runner.neighbours import usable_cores
 from moe_edge.runner.prove import DECODES
 from moe_edge.schedulers.budget import MIB
 from moe_edge.schedulers.options import PolicyOptions
