@@ -1,0 +1,137 @@
+"""What a dialect is: a pair of pure converters, request JSON to Request, and events to what the client reads.
+
+A dialect is one file of this folder that ends with its ROUTES; __init__.py finds them there. Nothing here knows HTTP
+servers, threads or the engine, so every dialect is tested without them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from moe_edge.runner.protocol import (
+    End,
+    Event,
+    ModelFacts,
+    Reasoning,
+    Request,
+    Text,
+    TokenLogprob,
+    ToolArguments,
+    ToolStart,
+    Usage,
+)
+from moe_edge.runner.serve.fields import ApiError
+
+MOST_TOKENS = 2**31 - 1
+SSE = "text/event-stream"
+NDJSON = "application/x-ndjson"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What is the same in all parts of one answer. id: without a dialect's prefix. created: seconds since 1970.
+
+    model: the name the client used, which is echoed. options: what the parser keeps for the encoder.
+    """
+
+    id: str
+    created: int
+    model: str
+    facts: ModelFacts
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A parsed body."""
+
+    request: Request
+    model: str
+    stream: bool
+    options: Mapping[str, Any]
+
+
+class Encoder(Protocol):
+    """The way back. In a stream: opening(), then event() for each, the End last; failed() in place of the rest."""
+
+    def opening(self) -> str: ...
+
+    def event(self, event: Event) -> str: ...
+
+    def failed(self, error: ApiError) -> str: ...
+
+    def keep_alive(self) -> str:
+        """Something that every client skips, while a prompt is evaluated."""
+        ...
+
+    def whole(self, events: Sequence[Event]) -> dict[str, Any]:
+        """The answer in one piece."""
+        ...
+
+
+@dataclass(frozen=True)
+class Route:
+    """One path that generates. error: an ApiError as this dialect's JSON."""
+
+    path: str
+    parse: Callable[[Mapping[str, Any]], Call]
+    encoder: Callable[[Reply], Encoder]
+    error: Callable[[ApiError], dict[str, Any]]
+    media_type: str = SSE
+    counts_only: Callable[[int], dict[str, Any]] | None = None  # prompt tokens -> the answer; nothing is generated
+
+
+@dataclass
+class Gathered:
+    """The parts of a finished answer."""
+
+    text: str = ""
+    reasoning: str = ""
+    tools: tuple[tuple[str, str, str], ...] = ()  # id, name, arguments
+    logprobs: tuple[TokenLogprob, ...] = ()
+    end: End = End("stop", Usage())
+
+
+def gather(events: Sequence[Event]) -> Gathered:
+    """All events of a reply put together."""
+    got = Gathered()
+    text, reasoning = [], []
+    tools: dict[int, list[str]] = {}
+    for event in events:
+        if isinstance(event, Text):
+            text.append(event.text)
+            got.logprobs += event.logprobs
+        elif isinstance(event, Reasoning):
+            reasoning.append(event.text)
+        elif isinstance(event, ToolStart):
+            tools[event.index] = [event.id, event.name, ""]
+        elif isinstance(event, ToolArguments):
+            tools[event.index][2] += event.text
+        elif isinstance(event, End):
+            got.end = event
+    got.text, got.reasoning = "".join(text), "".join(reasoning)
+    got.tools = tuple((each[0], each[1], each[2]) for _, each in sorted(tools.items()))
+    return got
+
+
+def dumps(value: Any) -> str:
+    """Compact JSON on one line."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def sse(value: Any, event: str | None = None) -> str:
+    """One server-sent event."""
+    name = f"event: {event}\n" if event else ""
+    return f"{name}data: {dumps(value)}\n\n"
+
+
+def arguments_object(text: str) -> dict[str, Any]:
+    """A tool call's arguments as the object that some dialects want; what is none comes back under `arguments`."""
+    try:
+        value = json.loads(text or "{}")
+    except ValueError:
+        value = text
+    return value if isinstance(value, dict) else {"arguments": value}
