@@ -17,8 +17,9 @@ from moe_edge.models.errors import Stopped, UsageError
 from moe_edge.models.store.watch import check_unchanged
 from moe_edge.runner.capi import Counters
 from moe_edge.runner.engine import Engine
+from moe_edge.runner.events import Piece, Progress
 from moe_edge.runner.memory import peak_rss_bytes
-from moe_edge.runner.sampling import Sampler, TokenLogprob
+from moe_edge.runner.sampling import Sampler
 from moe_edge.runner.sampling import Sampling as Sampling
 from moe_edge.runner.tokens import is_end, token_bytes, tokenize
 from moe_edge.schedulers.budget import format_bytes
@@ -182,23 +183,6 @@ class Generation:
             "policy": engine.policy.name,
             "policy_options": engine.options.policy.to_json(DEFAULTS),
         }
-
-
-@dataclass(frozen=True)
-class Progress:
-    """So many tokens of the prompt are in the KV cache. done counts those that were there already."""
-
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A token was drawn. text: what can be shown now, whole characters, often empty. logprob: None unless asked for."""
-
-    text: str
-    token: int
-    logprob: TokenLogprob | None = None
 
 
 def generate(

@@ -1,7 +1,7 @@
-"""What a front (server, chat, a program) needs of a model: a request in, events out, and a way to stop.
+"""What a server needs of a model: a request in, events out, and a way to stop.
 
-Fronts import this and nothing of the engine. runner/serve/engine_model.py is the real one, runner/fake.py one without
-a model, for tests of fronts.
+The server imports this and nothing of the engine. runner/serve/engine_model.py is the real one, runner/fake.py one
+without a model, for tests.
 """
 
 from __future__ import annotations
@@ -11,13 +11,18 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from moe_edge.models.errors import UsageError
+from moe_edge.runner.chatformat.parts import Part
+from moe_edge.runner.events import Progress, TokenLogprob
 
 
 class ContextFull(UsageError):
     """The prompt does not fit. prompt_tokens, n_ctx: what it has, and what the context holds."""
 
-    def __init__(self, message: str, prompt_tokens: int, n_ctx: int) -> None:
-        super().__init__(message)
+    def __init__(self, prompt_tokens: int, n_ctx: int) -> None:
+        super().__init__(
+            f"the prompt has {prompt_tokens} tokens but the context holds {n_ctx}, and a reply needs one more; "
+            f"shorten it, or start the server with --ctx-size {prompt_tokens + 512} or more"
+        )
         self.prompt_tokens, self.n_ctx = prompt_tokens, n_ctx
 
 
@@ -33,15 +38,15 @@ class SamplingChoice:
     top_p: float | None = None
     min_p: float | None = None
     repeat_penalty: float | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     seed: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class ToolChoice:
-    """mode: auto, none, required; name: the one tool that must be called, with mode required."""
+    """mode: auto, none, required. name: the one tool that must be called, with mode required."""
 
     mode: str = "auto"
     name: str | None = None
@@ -52,9 +57,10 @@ class Request:
     """One reply that is asked for, in no dialect.
 
     messages: OpenAI's form, content always a string or None; None for a text completion of `prompt`, which is text or
-    token ids. schema: a JSON schema that the reply must follow; json_object: any JSON object. n_tokens None: up to the
-    end of the context. logprobs: how many alternatives of each token to tell, None: none at all.
-    think: whether a model that can is to think; None: the template's own default. effort: low, medium, high.
+    token ids. one_tool: at most one tool call. schema: a JSON schema that the reply must follow; json_object: any JSON
+    object; grammar: GBNF. n_tokens None: the server's default. logprobs: how many alternatives of each token to tell;
+    None: tell none at all. think: whether a model that can is to think; None: the template's own default. effort: low,
+    medium, high. template_kwargs: passed to the chat template as they are.
     """
 
     messages: tuple[Mapping[str, Any], ...] | None = None
@@ -72,70 +78,26 @@ class Request:
     think: bool | None = None
     effort: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    echo: bool = False
+
+
+# ---- events, in the order they may come: Progress*, (Logprobs | Part)*, End
 
 
 @dataclass(frozen=True)
-class TokenLogprob:
-    """A token that was drawn: its bytes, natural logarithm of its probability, and the most likely ones beside it."""
+class Logprobs:
+    """The probabilities of the tokens that the next Text is made of."""
 
-    token: int
-    data: bytes
-    logprob: float
-    top: tuple[tuple[int, bytes, float], ...] = ()
-
-
-# ---- events, in the order they may come: Progress*, (Text | Reasoning | Tool*)*, End
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Of the prompt. done counts the tokens that were in the KV cache already."""
-
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
-class Text:
-    """A piece of the answer; whole characters."""
-
-    text: str
-    logprobs: tuple[TokenLogprob, ...] = ()
-
-
-@dataclass(frozen=True)
-class Reasoning:
-    """A piece of the thinking that some models show before their answer."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class ToolStart:
-    """A tool call begins. index: from 0, in this reply. id: made by us."""
-
-    index: int
-    id: str
-    name: str
-
-
-@dataclass(frozen=True)
-class ToolArguments:
-    """A piece of the call's arguments, which together are one JSON object."""
-
-    index: int
-    text: str
-
-
-@dataclass(frozen=True)
-class ToolEnd:
-    index: int
+    tokens: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens and seconds of a reply. cached_tokens of the prompt were not evaluated. traded: see traded_of()."""
+    """Tokens and seconds of a reply. cached_tokens of the prompt were not evaluated. traded: see traded_of().
+
+    reasoning_tokens: how many of the generated ones were thinking; those of the tags around it may be counted or not.
+    queue_seconds: how long it waited for its turn. ttft_seconds: from its turn to the first token. decode_seconds: from
+    there to the last one.
+    """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -150,34 +112,44 @@ class Usage:
     def total_tokens(self) -> int:
         return self.prompt_tokens + self.generated_tokens
 
+    @property
+    def tokens_per_second(self) -> float:
+        """After the first token, which is the prefill's."""
+        after_first = max(0, self.generated_tokens - 1)
+        return after_first / self.decode_seconds if self.decode_seconds > 0 else 0.0
+
 
 @dataclass(frozen=True)
 class End:
-    """The reply is over. reason: stop, length, tool_calls, cancelled. stop_text: the one that ended it."""
+    """The reply is over. reason: stop, length, tool_calls, cancelled. stop_text: of the request, the one that came."""
 
     reason: str
     usage: Usage
     stop_text: str | None = None
 
 
-Event = Progress | Text | Reasoning | ToolStart | ToolArguments | ToolEnd | End
+Event = Progress | Part | Logprobs | End
 Emit = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a front tells about the model."""
+    """What a server tells about its model. created: seconds since 1970. capabilities: Ollama's words."""
 
     name: str
     architecture: str
     n_ctx: int
+    n_vocab: int = 0
     size_bytes: int = 0
     n_params: int = 0
     quantization: str = ""
     template: str = ""
+    eos_text: str = ""
+    bos_text: str = ""
     created: int = 0
     policy: str = "exact"
     capabilities: tuple[str, ...] = ("completion",)
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -190,25 +162,25 @@ class Prepared:
     extra: Any = None
 
 
-class Model(Protocol):
-    """One loaded model. prepare, tokenize, pieces and render may be called from any thread; run from one only."""
+class ServedModel(Protocol):
+    """One loaded model. run() is for one thread alone; everything else may be called from any thread meanwhile."""
 
     @property
     def facts(self) -> ModelFacts: ...
 
     def prepare(self, request: Request) -> Prepared:
-        """Render and tokenize. Raises ContextFull, UsageError."""
+        """Render and tokenize. Raises ContextFull, and UsageError for what the model or its template cannot do."""
         ...
 
-    def run(self, prepared: Prepared, emit: Emit) -> End:
+    def run(self, prepared: Prepared, emit: Emit, should_stop: Callable[[], bool]) -> End:
         """Generate; every event but the End is emitted, the End is returned. Raises what the engine raises.
 
-        After stop() it returns an End with the reason cancelled, within a micro-batch.
+        Ends with the reason `cancelled` soon after should_stop() turns true, sooner if stop() is called too.
         """
         ...
 
     def stop(self) -> None:
-        """End the present run; from any thread."""
+        """End what runs at the next expert; should_stop() must be true by then. Nothing when nothing runs."""
         ...
 
     def tokenize(self, text: str, *, special: bool, add_bos: bool) -> list[int]: ...
@@ -218,15 +190,15 @@ class Model(Protocol):
         ...
 
     def render(self, request: Request) -> str:
-        """The prompt as text, template applied."""
+        """The prompt as text, template applied. Raises UsageError."""
         ...
 
     def numbers(self) -> Mapping[str, float]:
-        """Counters and gauges since the model was loaded, for /metrics: name without prefix -> value."""
+        """Counters and gauges since the model was loaded, for /metrics. See NUMBERS in runner/serve/metrics.py."""
         ...
 
     def picture(self) -> Mapping[str, Any]:
-        """What the console draws: the split of the memory, and which experts are in it."""
+        """What the console draws. See docs/SERVER.md, /moe-edge/picture."""
         ...
 
     def close(self) -> None: ...

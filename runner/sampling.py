@@ -13,19 +13,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from moe_edge.models.errors import EngineError, UsageError
+from moe_edge.runner.events import TokenLogprob
 from moe_edge.runner.llama import captured_log
 from moe_edge.runner.reason import reason
 from moe_edge.runner.tokens import token_bytes
 
 ROOT = "root"  # the rule that a grammar begins with
 LAST_TOKENS = 64  # that the penalties look at; llama.cpp's default
+NOTHING_ALLOWED = "the grammar allows no token here; it may ask for characters that the model lacks"
 
 
 @dataclass(frozen=True)
 class Sampling:
     """Sampling parameters, with llama-cpp-python's names and meanings; temp 0 is greedy.
 
-    logit_bias: (token id, what is added to its logit). grammar: GBNF that the reply must follow, from its rule `root`.
+    logit_bias: (token id, what is added to its logit). grammar: GBNF that the reply must follow, from grammar_root on.
     logprobs: how many of the most likely tokens to tell beside each one; None: tell no probabilities at all.
     """
 
@@ -39,21 +41,8 @@ class Sampling:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     grammar: str | None = None
+    grammar_root: str = ROOT
     logprobs: int | None = None
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """A token that was drawn: its id, its bytes, and the natural logarithm of its probability.
-
-    The probability is the model's own, before temperature, penalties, bias and grammar. top: the most likely tokens at
-    this place in the same form, the likeliest first.
-    """
-
-    token: int
-    data: bytes
-    logprob: float
-    top: tuple[tuple[int, bytes, float], ...] = ()
 
 
 class Sampler:
@@ -65,7 +54,9 @@ class Sampler:
 
     def __init__(self, llama: Any, sampling: Sampling) -> None:
         self._llama, self._sampling = llama, sampling
-        self._grammar: Any = None if sampling.grammar is None else make_grammar(llama, sampling.grammar)
+        self._grammar: Any = None if sampling.grammar is None else make_grammar(
+            llama, sampling.grammar, sampling.grammar_root
+        )
         self._chain = _chain(llama, sampling)
         self._candidates: Candidates | None = None
 
@@ -104,6 +95,8 @@ class Sampler:
         token = candidates.choose(logits, [self._chain.sampler])
         if not candidates.allows(self._grammar, token):
             token = candidates.choose(logits, [self._grammar, self._chain.sampler])
+            if not candidates.allows(self._grammar, token):  # a bias may forbid all that the grammar allows
+                raise EngineError(NOTHING_ALLOWED)
         llama_cpp.llama_sampler_accept(self._chain.sampler, token)
         llama_cpp.llama_sampler_accept(self._grammar, token)
         return token
@@ -124,22 +117,22 @@ class Sampler:
         return token_bytes(self._llama, token, special=True)
 
 
-def make_grammar(llama: Any, text: str) -> Any:
+def make_grammar(llama: Any, text: str, root: str = ROOT) -> Any:
     """llama.cpp's sampler of a grammar, which the caller frees. Raises UsageError when llama.cpp refuses it."""
     import llama_cpp
 
     with captured_log() as log:
-        sampler = llama_cpp.llama_sampler_init_grammar(llama._model.vocab, text.encode(), ROOT.encode())
+        sampler = llama_cpp.llama_sampler_init_grammar(llama._model.vocab, text.encode(), root.encode())
     if not sampler:
         raise UsageError(f"llama.cpp cannot use this grammar: {reason(log) or 'it names no fault'}")
     return sampler
 
 
-def check_grammar(llama: Any, text: str) -> None:
+def check_grammar(llama: Any, text: str, root: str = ROOT) -> None:
     """Raises UsageError when llama.cpp does not take the grammar."""
     import llama_cpp
 
-    llama_cpp.llama_sampler_free(make_grammar(llama, text))
+    llama_cpp.llama_sampler_free(make_grammar(llama, text, root))
 
 
 def _chain(llama: Any, s: Sampling) -> Any:
@@ -191,7 +184,7 @@ class Candidates:
                 break
             self._lib.llama_sampler_apply(sampler, ctypes.byref(array))
         if array.selected < 0:
-            raise EngineError("the grammar allows no token here; it may ask for characters that the model lacks")
+            raise EngineError(NOTHING_ALLOWED)
         return int(array.data[array.selected].id)
 
     def allows(self, grammar: Any, token: int) -> bool:
