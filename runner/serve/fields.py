@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
+CONTEXT_CODE = "context_length_exceeded"
 LONGEST_SHOWN = 60  # characters of a value that a message repeats
 
 
@@ -64,7 +65,7 @@ class Fields:
         path = self.where + name
         return ApiError(400, f"{path} must be {needed}, not {shown(self.values.get(name))}", param=path)
 
-    def refuse(self, name: str, why: str) -> None:
+    def refuse(self, name: str, why: str) -> NoReturn:
         """A value that is known and not supported: raises."""
         path = self.where + name
         raise ApiError(400, f"{path} is not supported: {why}", param=path, code="unsupported_parameter")

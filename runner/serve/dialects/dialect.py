@@ -8,24 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from moe_edge.runner.protocol import (
-    End,
-    Event,
-    ModelFacts,
-    Reasoning,
-    Request,
-    Text,
-    TokenLogprob,
-    ToolArguments,
-    ToolStart,
-    Usage,
-)
+from moe_edge.runner.chatformat.parts import Reasoning, Text, ToolArguments, ToolStart
+from moe_edge.runner.events import TokenLogprob
+from moe_edge.runner.protocol import End, Event, Logprobs, ModelFacts, Request, Usage
 from moe_edge.runner.serve.fields import ApiError
 
-MOST_TOKENS = 2**31 - 1
 SSE = "text/event-stream"
 NDJSON = "application/x-ndjson"
 
@@ -34,7 +24,8 @@ NDJSON = "application/x-ndjson"
 class Reply:
     """What is the same in all parts of one answer. id: without a dialect's prefix. created: seconds since 1970.
 
-    model: the name the client used, which is echoed. options: what the parser keeps for the encoder.
+    model: the name the client used, which is echoed. options: what the parser keeps for the encoder. prompt_tokens: of
+    the prompt, the cached ones included.
     """
 
     id: str
@@ -42,16 +33,22 @@ class Reply:
     model: str
     facts: ModelFacts
     options: Mapping[str, Any]
+    prompt_tokens: int = 0
+
+    def tool_id(self, index: int) -> str:
+        """The id of a tool call of this reply. Nine letters and digits, which is all that Mistral's templates take."""
+        return f"{self.id[:7]}{index % 100:02d}"
 
 
 @dataclass(frozen=True)
 class Call:
-    """A parsed body."""
+    """A parsed body. answer: what to say at once, where nothing is to be generated."""
 
     request: Request
     model: str
     stream: bool
-    options: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    answer: Mapping[str, Any] | None = None
 
 
 class Encoder(Protocol):
@@ -64,7 +61,7 @@ class Encoder(Protocol):
     def failed(self, error: ApiError) -> str: ...
 
     def keep_alive(self) -> str:
-        """Something that every client skips, while a prompt is evaluated."""
+        """Something that every client skips, while a prompt is evaluated; empty where the dialect has no such thing."""
         ...
 
     def whole(self, events: Sequence[Event]) -> dict[str, Any]:
@@ -74,14 +71,35 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Route:
-    """One path that generates. error: an ApiError as this dialect's JSON."""
+    """One path that generates, by POST.
+
+    error: an ApiError as this dialect's JSON. media_type: of a stream. counts_only: prompt tokens -> the answer, where
+    nothing is generated. fields: the request's properties as JSON schema, for /openapi.json. needed: those that must be
+    there. words: what the path is for.
+    """
 
     path: str
     parse: Callable[[Mapping[str, Any]], Call]
     encoder: Callable[[Reply], Encoder]
     error: Callable[[ApiError], dict[str, Any]]
     media_type: str = SSE
-    counts_only: Callable[[int], dict[str, Any]] | None = None  # prompt tokens -> the answer; nothing is generated
+    counts_only: Callable[[int], dict[str, Any]] | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    needed: tuple[str, ...] = ()
+    words: str = ""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One path that is answered from what is known of the model.
+
+    answer: (facts, the body or nothing, the rest of the path where it ends with `{name}`) -> JSON. Raises ApiError.
+    """
+
+    path: str
+    answer: Callable[[ModelFacts, Mapping[str, Any], str], dict[str, Any]]
+    method: str = "GET"
+    words: str = ""
 
 
 @dataclass
@@ -90,30 +108,33 @@ class Gathered:
 
     text: str = ""
     reasoning: str = ""
-    tools: tuple[tuple[str, str, str], ...] = ()  # id, name, arguments
+    tools: tuple[tuple[str, str], ...] = ()  # name, arguments
     logprobs: tuple[TokenLogprob, ...] = ()
-    end: End = End("stop", Usage())
+    end: End = field(default_factory=lambda: End("stop", Usage()))
 
 
 def gather(events: Sequence[Event]) -> Gathered:
     """All events of a reply put together."""
     got = Gathered()
     text, reasoning = [], []
+    logprobs: list[TokenLogprob] = []
     tools: dict[int, list[str]] = {}
     for event in events:
         if isinstance(event, Text):
             text.append(event.text)
-            got.logprobs += event.logprobs
+        elif isinstance(event, Logprobs):
+            logprobs += event.tokens
         elif isinstance(event, Reasoning):
             reasoning.append(event.text)
         elif isinstance(event, ToolStart):
-            tools[event.index] = [event.id, event.name, ""]
+            tools[event.index] = [event.name, ""]
         elif isinstance(event, ToolArguments):
-            tools[event.index][2] += event.text
+            tools[event.index][1] += event.text
         elif isinstance(event, End):
             got.end = event
     got.text, got.reasoning = "".join(text), "".join(reasoning)
-    got.tools = tuple((each[0], each[1], each[2]) for _, each in sorted(tools.items()))
+    got.logprobs = tuple(logprobs)
+    got.tools = tuple((each[0], each[1]) for _, each in sorted(tools.items()))
     return got
 
 

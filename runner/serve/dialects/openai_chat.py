@@ -8,21 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moe_edge.runner.protocol import (
-    End,
-    Event,
-    Progress,
-    Reasoning,
-    Request,
-    Text,
-    TokenLogprob,
-    ToolArguments,
-    ToolStart,
-    Usage,
-)
+from moe_edge.runner.chatformat.parts import Reasoning, Text, ToolArguments, ToolStart
+from moe_edge.runner.events import TokenLogprob
+from moe_edge.runner.protocol import End, Event, Logprobs, Request, Usage
 from moe_edge.runner.serve.dialects.dialect import Call, Reply, Route, dumps, gather, sse
 from moe_edge.runner.serve.dialects.openai_parse import (
+    FLAG,
     MOST_TOKENS,
+    OBJECT,
+    OBJECTS,
+    SAMPLING_FIELDS,
+    TEXT,
+    TEXT_OR_TEXTS,
+    WHOLE,
     chat_messages,
     chat_tools,
     response_format,
@@ -31,7 +29,7 @@ from moe_edge.runner.serve.dialects.openai_parse import (
 )
 from moe_edge.runner.serve.fields import ApiError, Fields
 
-FINISH = {"stop": "stop", "length": "length", "tool_calls": "tool_calls", "cancelled": "stop"}
+FINISH = {"stop": "stop", "length": "length", "tool_calls": "tool_calls", "cancelled": "length"}
 
 
 def parse(body: Mapping[str, Any]) -> Call:
@@ -39,7 +37,7 @@ def parse(body: Mapping[str, Any]) -> Call:
     f = Fields(body)
     if (f.whole("n", 1, 128) or 1) != 1:
         f.refuse("n", "one answer a request")
-    if "audio" in f or "audio" in (f.get("modalities") or ()):
+    if "audio" in f or "audio" in f.texts("modalities"):
         f.refuse("audio", "this server answers in text")
     tools = chat_tools(f)
     names = tuple(tool["function"]["name"] for tool in tools)
@@ -121,6 +119,7 @@ class ChatEncoder:
 
     def __init__(self, reply: Reply) -> None:
         self._reply = reply
+        self._logprobs: tuple[TokenLogprob, ...] = ()  # of the next Text
 
     def _head(self, kind: str) -> dict[str, Any]:
         r = self._reply
@@ -138,14 +137,18 @@ class ChatEncoder:
         return self._chunk({"role": "assistant", "content": ""})
 
     def event(self, event: Event) -> str:
+        if isinstance(event, Logprobs):
+            self._logprobs += event.tokens
+            return ""
         if isinstance(event, Text):
-            known = logprobs_json(event.logprobs) if event.logprobs else None
-            return self._chunk({"content": event.text}, logprobs=known)
+            known, self._logprobs = self._logprobs, ()
+            return self._chunk({"content": event.text}, logprobs=logprobs_json(known) if known else None)
         if isinstance(event, Reasoning):
             return self._chunk({"reasoning_content": event.text})
         if isinstance(event, ToolStart):
             function = {"name": event.name, "arguments": ""}
-            call = {"index": event.index, "id": event.id, "type": "function", "function": function}
+            id_ = self._reply.tool_id(event.index)
+            call = {"index": event.index, "id": id_, "type": "function", "function": function}
             return self._chunk({"tool_calls": [call]})
         if isinstance(event, ToolArguments):
             return self._chunk({"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]})
@@ -165,15 +168,18 @@ class ChatEncoder:
         return ": still evaluating the prompt\n\n"
 
     def whole(self, events: Sequence[Event]) -> dict[str, Any]:
-        got = gather([event for event in events if not isinstance(event, Progress)])
+        got = gather(events)
         message: dict[str, Any] = {"role": "assistant", "content": got.text if got.text or not got.tools else None}
         if got.reasoning:
             message["reasoning_content"] = got.reasoning
         if got.tools:
             message["tool_calls"] = [
-                {"id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}
-                for id_, name, arguments in got.tools
-            ]
+                {
+                    "id": self._reply.tool_id(index), "type": "function",
+                    "function": {"name": name, "arguments": arguments},
+                }
+                for index, (name, arguments) in enumerate(got.tools)
+            ]  # fmt: skip
         choice: dict[str, Any] = {
             "index": 0, "message": message, "finish_reason": FINISH.get(got.end.reason, "stop"), "logprobs": None,
         }  # fmt: skip
@@ -185,6 +191,13 @@ class ChatEncoder:
         }  # fmt: skip
 
 
+FIELDS = {
+    "model": TEXT, "messages": OBJECTS, "stream": FLAG, "stream_options": OBJECT, "max_tokens": WHOLE,
+    "max_completion_tokens": WHOLE, "stop": TEXT_OR_TEXTS, "n": WHOLE, "logprobs": FLAG, "top_logprobs": WHOLE,
+    "tools": OBJECTS, "tool_choice": {"anyOf": [TEXT, OBJECT]}, "parallel_tool_calls": FLAG, "response_format": OBJECT,
+    "grammar": TEXT, "reasoning_effort": TEXT, "chat_template_kwargs": OBJECT,
+} | SAMPLING_FIELDS  # fmt: skip
 ROUTES = tuple(
-    Route(path, parse, ChatEncoder, error_json) for path in ("/v1/chat/completions", "/chat/completions")
+    Route(path, parse, ChatEncoder, error_json, fields=FIELDS, needed=("messages",), words="OpenAI: answer messages")
+    for path in ("/v1/chat/completions", "/chat/completions")
 )

@@ -5,10 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moe_edge.runner.protocol import End, Event, Request, Text, TokenLogprob
+from moe_edge.runner.chatformat.parts import Text
+from moe_edge.runner.events import TokenLogprob
+from moe_edge.runner.protocol import End, Event, Logprobs, Request
 from moe_edge.runner.serve.dialects.dialect import Call, Reply, Route, dumps, gather, sse
 from moe_edge.runner.serve.dialects.openai_chat import FINISH, error_json, timings_json, usage_json
-from moe_edge.runner.serve.dialects.openai_parse import MOST_TOKENS, response_format, sampling_of
+from moe_edge.runner.serve.dialects.openai_parse import (
+    FLAG,
+    MOST_TOKENS,
+    OBJECT,
+    SAMPLING_FIELDS,
+    TEXT,
+    TEXT_OR_TEXTS,
+    WHOLE,
+    response_format,
+    sampling_of,
+)
 from moe_edge.runner.serve.fields import ApiError, Fields
 
 DEFAULT_TOKENS = 16  # OpenAI's
@@ -25,21 +37,22 @@ def parse(body: Mapping[str, Any]) -> Call:
     stream_options = f.object("stream_options")
     logprobs = f.whole("logprobs", 0, 20)
     schema, json_object = response_format(f.object("response_format"))
-    n_tokens = f.whole("max_tokens", 0, MOST_TOKENS)
+    n_tokens = f.whole("max_tokens", 1, MOST_TOKENS)
     request = Request(
         prompt=_prompt(f),
         schema=schema,
         json_object=json_object,
         grammar=f.text("grammar"),
-        n_tokens=DEFAULT_TOKENS if n_tokens is None else max(1, n_tokens),
+        n_tokens=n_tokens or DEFAULT_TOKENS,
         sampling=sampling_of(f),
         stop=f.texts("stop"),
         logprobs=logprobs,
-        echo=f.flag("echo"),
     )
+    if f.flag("echo") and not isinstance(request.prompt, str):
+        f.refuse("echo", "a prompt of token ids; give it as text")
     options = {
         "include_usage": stream_options is not None and stream_options.flag("include_usage"),
-        "echo": request.prompt if request.echo and isinstance(request.prompt, str) else "",
+        "echo": request.prompt if f.flag("echo") else "",
         "logprobs": logprobs is not None,
     }
     return Call(request, f.text("model") or "", f.flag("stream"), options)
@@ -74,6 +87,7 @@ class CompletionEncoder:
 
     def __init__(self, reply: Reply) -> None:
         self._reply = reply
+        self._logprobs: tuple[TokenLogprob, ...] = ()  # of the next Text
 
     def _head(self) -> dict[str, Any]:
         r = self._reply
@@ -88,8 +102,11 @@ class CompletionEncoder:
         return sse(self._head() | {"choices": [self._choice(echo, None, ())]}) if echo else ""
 
     def event(self, event: Event) -> str:
+        if isinstance(event, Logprobs):
+            self._logprobs += event.tokens
         if isinstance(event, Text):
-            return sse(self._head() | {"choices": [self._choice(event.text, None, event.logprobs)]})
+            known, self._logprobs = self._logprobs, ()
+            return sse(self._head() | {"choices": [self._choice(event.text, None, known)]})
         if not isinstance(event, End):
             return ""
         choice = self._choice("", FINISH.get(event.reason, "stop"), ())
@@ -112,4 +129,12 @@ class CompletionEncoder:
         return self._head() | {"choices": [choice], "usage": usage_json(usage), "timings": timings_json(usage)}
 
 
-ROUTES = tuple(Route(path, parse, CompletionEncoder, error_json) for path in ("/v1/completions", "/completions"))
+FIELDS = {
+    "model": TEXT, "prompt": {"anyOf": [TEXT, {"type": "array", "items": WHOLE}]}, "stream": FLAG,
+    "stream_options": OBJECT, "max_tokens": WHOLE, "stop": TEXT_OR_TEXTS, "n": WHOLE, "logprobs": WHOLE, "echo": FLAG,
+    "response_format": OBJECT, "grammar": TEXT,
+} | SAMPLING_FIELDS  # fmt: skip
+ROUTES = tuple(
+    Route(path, parse, CompletionEncoder, error_json, fields=FIELDS, needed=("prompt",), words="OpenAI: go on a text")
+    for path in ("/v1/completions", "/completions")
+)

@@ -20,9 +20,9 @@ def sampling_of(f: Fields) -> SamplingChoice:
         top_k=f.whole("top_k", -1, MOST_TOKENS),
         top_p=f.number("top_p", 0, 1),
         min_p=f.number("min_p", 0, 1),
-        repeat_penalty=f.number("repeat_penalty", 0, 100),
-        presence_penalty=f.number("presence_penalty", -100, 100) or 0.0,
-        frequency_penalty=f.number("frequency_penalty", -100, 100) or 0.0,
+        repeat_penalty=f.number("repeat_penalty", 0.01, 100),
+        presence_penalty=f.number("presence_penalty", -100, 100),
+        frequency_penalty=f.number("frequency_penalty", -100, 100),
         seed=_seed(f),
         logit_bias=_logit_bias(f),
     )
@@ -137,6 +137,22 @@ def chat_tools(f: Fields) -> tuple[dict[str, Any], ...]:
             )
         )
     return tuple(found)
+
+
+# ---- JSON schemas of fields, for /openapi.json
+
+NUMBER, WHOLE, TEXT, FLAG = {"type": "number"}, {"type": "integer"}, {"type": "string"}, {"type": "boolean"}
+OBJECT = {"type": "object"}
+OBJECTS = {"type": "array", "items": OBJECT}
+TEXTS = {"type": "array", "items": TEXT}
+TEXT_OR_TEXTS = {"anyOf": [TEXT, TEXTS]}
+SAMPLING_FIELDS = {
+    "temperature": NUMBER, "top_k": WHOLE, "top_p": NUMBER, "min_p": NUMBER, "repeat_penalty": NUMBER,
+    "presence_penalty": NUMBER, "frequency_penalty": NUMBER, "seed": WHOLE, "logit_bias": OBJECT,
+}  # fmt: skip
+
+
+# ---- what both chat endpoints do with tools
 
 
 def tool_choice_of(f: Fields, names: tuple[str, ...]) -> ToolChoice:
