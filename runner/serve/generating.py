@@ -153,25 +153,28 @@ class _Exchange:
         await send({"type": "http.response.body", "body": b""})
 
     async def _events(self, send: Send) -> None:
+        """What has come goes out together, before anything is waited for."""
         loop = asyncio.get_running_loop()
         patience = self._context.keep_alive_seconds
-        silent_since, ended = loop.time(), False
-        while not ended:
+        silent_since, said = loop.time(), ""
+        while True:
+            if said and self._mail.empty():
+                await self._write(send, said)
+                silent_since, said = loop.time(), ""
             try:  # most often something is there already, and waiting with a deadline is not free
                 here, left = not self._mail.empty(), max(0.0, silent_since + patience - loop.time())
                 event = await (self._next() if here else asyncio.wait_for(self._next(), left))
             except asyncio.TimeoutError:
                 said = self._encoder.keep_alive()
-            else:
-                said = self._encoder.event(event)
-                ended = isinstance(event, End)
-                while not ended and not self._mail.empty():  # what else has come goes out together
-                    event = await self._next()
-                    said += self._encoder.event(event)
-                    ended = isinstance(event, End)
-            if said:
-                await self._write(send, said)
                 silent_since = loop.time()
+                continue
+            except Exception:
+                await self._write(send, said)
+                raise
+            said += self._encoder.event(event)
+            if isinstance(event, End):
+                await self._write(send, said)
+                return
 
     async def _write(self, send: Send, text: str) -> None:
         if text:

@@ -1,0 +1,482 @@
+"""The queue, clients that leave, limits, keys, pages, the log: what a server is besides its dialects."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from moe_edge.models.errors import EngineError, UsageError
+from moe_edge.runner.chatformat.parts import Text
+from moe_edge.runner.fake import FakeModel, says
+from moe_edge.runner.protocol import Request
+from moe_edge.runner.serve.connection import PatientProtocol
+from moe_edge.runner.serve.fields import ApiError
+from moe_edge.runner.serve.server import ServerOptions
+from moe_edge.runner.serve.service import Service
+from serving import PATIENCE, Server, events_of, eventually, exchange, raw_request, request, serving
+
+# One request for each path that generates: path, body, what is whole in the answer.
+MESSAGES = [{"role": "user", "content": "Hello"}]
+GENERATING: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": MESSAGES},
+    "/v1/completions": {"prompt": "Hello", "max_tokens": 1000},
+    "/v1/responses": {"input": "Hello"},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 1000},
+    "/api/chat": {"messages": MESSAGES},
+    "/api/generate": {"prompt": "Hello"},
+}
+LONG = "word " * 400
+
+
+def text_of(path: str, body: str) -> str:
+    """The answer's text in a stream of any dialect."""
+    if path.startswith("/api/"):
+        lines = [json.loads(line) for line in body.splitlines()]
+        return "".join(line["message"]["content"] if "message" in line else line.get("response", "") for line in lines)
+    said = ""
+    for event in events_of(body):
+        if event.get("type") == "response.output_text.delta":
+            said += event["delta"]
+        elif event.get("type") == "content_block_delta":
+            said += event["delta"].get("text", "")
+        elif event.get("choices"):
+            choice = event["choices"][0]
+            said += choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+    return said
+
+
+@pytest.fixture
+def slow() -> FakeModel:
+    """Minutes for a prompt, unless it is stopped."""
+    return FakeModel(prefill_seconds=300.0)
+
+
+@pytest.fixture
+def endless() -> FakeModel:
+    """Goes on for minutes, a piece every few milliseconds."""
+    return FakeModel(says(LONG * 50), n_ctx=100_000, token_seconds=0.005)
+
+
+# ---- clients that leave
+
+
+@pytest.mark.parametrize("path", GENERATING)
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_leaves_in_prefill_frees_the_engine(slow: FakeModel, path: str, streamed: bool) -> None:
+    with serving(slow) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as there:
+            there.sendall(raw_request(path, GENERATING[path] | {"stream": streamed}))
+            assert eventually(lambda: slow.running == 1)
+        assert server.idle() and slow.cancelled == 1
+        slow.prefill_seconds = 0
+        assert server.post(path, GENERATING[path] | {"stream": True}).status_code == 200
+
+
+@pytest.mark.parametrize("path", GENERATING)
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_leaves_in_decode_frees_the_engine(endless: FakeModel, path: str, streamed: bool) -> None:
+    with serving(endless) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as there:
+            there.sendall(raw_request(path, GENERATING[path] | {"stream": streamed}))
+            assert there.recv(1) if streamed else eventually(lambda: endless.running == 1)
+        assert server.idle() and endless.cancelled == 1
+        assert eventually(lambda: any("left" in line for line in server.log))
+
+
+def test_a_client_that_leaves_while_it_waits_is_forgotten(slow: FakeModel) -> None:
+    with serving(slow) as server:
+        first = socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE)
+        first.sendall(raw_request("/v1/completions", {"prompt": "first"}))
+        assert eventually(lambda: slow.running == 1)
+        with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as second:
+            second.sendall(raw_request("/v1/completions", {"prompt": "second"}))
+            assert eventually(lambda: server.running.service.n_waiting == 1)
+        assert eventually(lambda: server.running.service.n_waiting == 0)
+        first.close()
+        assert server.idle() and [each.prompt for each in slow.requests] == ["first"]
+
+
+@pytest.mark.parametrize("path", GENERATING)
+def test_a_stream_may_be_cut_at_every_byte(path: str) -> None:
+    model = FakeModel(says("Grüße, 世界 🙂 and on", piece=2))
+    sent = raw_request(path, GENERATING[path] | {"stream": True}, headers="Connection: close\r\n")
+    with serving(model) as server:
+        whole = exchange(server.port, sent)
+        step = max(1, len(whole) // 60)
+        for at in range(0, len(whole), step):
+            exchange(server.port, sent, at_most=at)
+        assert server.idle()
+        body = exchange(server.port, sent).partition(b"\r\n\r\n")[2]
+        plain = request("POST", server.url + path, json=GENERATING[path] | {"stream": True})
+        assert text_of(path, plain.text) == "Grüße, 世界 🙂 and on" and len(body) >= len(plain.content)
+
+
+# ---- the queue
+
+
+def test_requests_beyond_the_queue_are_told_to_come_again(slow: FakeModel) -> None:
+    with serving(slow, queue=1) as server:
+        waiting = [socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) for _ in range(2)]
+        for n, there in enumerate(waiting):
+            there.sendall(raw_request("/v1/completions", {"prompt": f"number {n}"}))
+            assert eventually(lambda n=n: server.running.service.n_running + server.running.service.n_waiting == n + 1)
+        for path, body in GENERATING.items():
+            refused = server.post(path, body)
+            assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1, path
+            assert "try again" in json.dumps(refused.json())
+        assert refused.json() == {"error": refused.json()["error"]}
+        for there in waiting:
+            there.close()
+        assert server.idle()
+
+
+def test_first_come_first_served_and_never_two_at_a_time() -> None:
+    model = FakeModel(says("ok"), token_seconds=0.002)
+    with serving(model, queue=50) as server:
+        threads = []
+        for n in range(12):
+            threads.append(threading.Thread(target=server.post, args=("/v1/completions", {"prompt": f"{n:02d}"})))
+            threads[-1].start()
+            assert eventually(
+                lambda n=n: len(model.requests) + server.running.service.n_waiting >= n + 1  # its turn in line is taken
+            )
+        for thread in threads:
+            thread.join(PATIENCE)
+    assert [each.prompt for each in model.requests] == [f"{n:02d}" for n in range(12)]
+
+
+def test_the_service_says_when_it_is_not_there() -> None:
+    service = Service(1)
+    with pytest.raises(ApiError, match="Loading model") as raised:
+        _ = service.model
+    assert raised.value.status == 503
+    service.close()
+    service.work()  # returns
+    with pytest.raises(ApiError, match="shutting down"):
+        service.submit(FakeModel().prepare(_request()), lambda event: None)
+
+
+def _request() -> Any:
+    return Request(prompt="x")
+
+
+def test_while_the_model_loads_everything_says_so() -> None:
+    with serving(None) as server:
+        health = server.get("/health")
+        assert health.status_code == 503
+        assert health.json() == {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}}
+        for path, body in GENERATING.items():
+            answer = server.post(path, body)
+            assert answer.status_code == 503 and "retry-after" in answer.headers, path
+        assert server.get("/metrics").status_code == 200
+        assert server.get("/v1/models").status_code == 503
+
+
+def test_health_answers_while_a_prompt_is_evaluated(slow: FakeModel) -> None:
+    with serving(slow) as server, socket.create_connection(("127.0.0.1", server.port)) as there:
+        there.sendall(raw_request("/v1/completions", {"prompt": "x"}))
+        assert eventually(lambda: slow.running == 1)
+        assert server.get("/health").json() == {"status": "ok"}
+        assert server.post("/tokenize", {"content": "ab"}).json() == {"tokens": [97, 98]}
+        assert server.get("/v1/models").status_code == 200
+
+
+# ---- errors of a reply
+
+
+@pytest.mark.parametrize("path", GENERATING)
+def test_a_failure_before_and_within_a_stream_is_said_in_the_dialect(path: str) -> None:
+    model = FakeModel(lambda asked: [Text("some"), EngineError("the disk is gone")])
+    with serving(model) as server:
+        whole = server.post(path, GENERATING[path] | {"stream": False})
+        assert whole.status_code == 500 and "the disk is gone" in whole.text
+        streamed = server.post(path, GENERATING[path] | {"stream": True})
+        assert streamed.status_code == 200 and text_of_safe(path, streamed.text) == "some"
+        last = streamed.text.strip().splitlines()[-1].removeprefix("data: ")
+        said = json.loads(last)
+        assert "the disk is gone" in json.dumps(said)
+        if path.startswith("/api/"):
+            assert said == {"error": "the disk is gone"}
+        elif path == "/v1/messages":
+            assert said["type"] == "error" and "event: error" in streamed.text
+        elif path != "/v1/responses":
+            assert said["error"]["type"] == "server_error"
+        assert server.idle()
+
+
+def text_of_safe(path: str, body: str) -> str:
+    if path.startswith("/api/"):
+        body = "\n".join(line for line in body.splitlines() if '"error"' not in line)
+    return text_of(path, body)
+
+
+def test_a_fault_of_ours_ends_one_reply_and_not_the_server(capsys: pytest.CaptureFixture[str]) -> None:
+    model = FakeModel(lambda asked: [ZeroDivisionError("oops")])
+    with serving(model) as server:
+        answer = server.post("/v1/completions", {"prompt": "x"})
+        assert answer.status_code == 500 and "fault of moe-edge" in answer.text and "oops" not in answer.text
+        model.script = says("fine")
+        assert server.post("/v1/completions", {"prompt": "x"}).json()["choices"][0]["text"] == "fine"
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_a_template_that_refuses_is_the_clients_error() -> None:
+    with serving(FakeModel()) as server:
+        answer = server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "REFUSE"}]})
+        assert answer.status_code == 400 and "template refuses" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", GENERATING)
+def test_a_prompt_that_is_too_long_is_refused_before_a_stream_begins(path: str) -> None:
+    with serving(FakeModel(n_ctx=30)) as server:
+        body = json.loads(json.dumps(GENERATING[path]).replace("Hello", "Hello " * 40))
+        answer = server.post(path, body | {"stream": True})
+        assert answer.status_code == 400 and "30" in answer.text
+        if not path.startswith(("/api/", "/v1/messages")):
+            assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+# ---- keep-alive, text over pieces, stops
+
+
+@pytest.mark.parametrize("path", GENERATING)
+def test_a_client_that_waits_for_a_prompt_hears_from_us(path: str) -> None:
+    model = FakeModel(says("done"), prefill_seconds=0.3)
+    with serving(model, {"keep_alive_seconds": 0.05}) as server:
+        answer = server.post(path, GENERATING[path] | {"stream": True})
+    assert text_of(path, answer.text) == "done"
+    mark = {"/v1/messages": "event: ping", "/api/chat": '"content":""', "/api/generate": '"response":""'}
+    assert answer.text.count(mark.get(path, "\n: ")) >= 2 or answer.text.startswith(": ")
+
+
+def test_a_stop_text_over_pieces_ends_the_reply_before_it() -> None:
+    with serving(FakeModel(says("one two three", piece=1))) as server:
+        answer = server.post("/v1/completions", {"prompt": "x", "stop": "two", "max_tokens": 100})
+    assert answer.json()["choices"][0]["finish_reason"] == "stop"
+
+
+# ---- limits
+
+
+def test_a_body_that_is_too_long_is_refused_with_its_limit() -> None:
+    with serving(FakeModel(), {"most_bytes": 1000}) as server:
+        for path in GENERATING:
+            answer = request("POST", server.url + path, content=b" " * 1200)
+            assert answer.status_code == 413 and "1000 bytes" in answer.text, path
+        huge = exchange(server.port, raw_request("/v1/completions", b"", length=10**12))
+        assert b" 413 " in huge.splitlines()[0]
+        assert server.post("/v1/completions", {"prompt": "x"}).status_code == 200
+
+
+def test_a_body_that_does_not_come_is_given_up() -> None:
+    with serving(FakeModel(), {"body_seconds": 0.1}) as server:
+        answer = exchange(server.port, raw_request("/v1/completions", b"{", length=100))
+        assert b" 408 " in answer.splitlines()[0]
+
+
+def test_headers_that_do_not_end_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PatientProtocol, "header_seconds", 0.2)
+    with serving(FakeModel()) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as there:
+            there.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n")
+            with contextlib.suppress(ConnectionResetError):
+                assert there.recv(1) == b""
+        long = b"GET /health HTTP/1.1\r\nX: " + b"y" * 70_000 + b"\r\n\r\n"
+        assert b" 400 " in exchange(server.port, long).splitlines()[0]
+        assert server.get("/health").status_code == 200
+
+
+def test_a_client_that_reads_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PatientProtocol, "write_seconds", 0.3)
+    model = FakeModel(says("x" * 16_000_000, piece=80_000), n_ctx=10_000)
+    with serving(model) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as there:
+            there.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            there.sendall(raw_request("/v1/chat/completions", {"messages": MESSAGES, "stream": True}))
+            assert eventually(lambda: any("left" in line for line in server.log))
+        assert server.idle() and server.get("/health").status_code == 200
+
+
+# ---- keys, hosts, origins
+
+
+@pytest.fixture(scope="module")
+def locked() -> Iterator[Server]:
+    with serving(FakeModel(), api_key="secret", origins=("http://page.example",)) as server:
+        yield server
+
+
+def test_a_key_is_taken_in_both_headers_and_nothing_else(locked: Server) -> None:
+    for path, body in GENERATING.items():
+        refused = locked.post(path, body)
+        assert refused.status_code == 401, path
+        assert refused.headers["www-authenticate"] == "Bearer"
+        for headers in ({"Authorization": "Bearer secret"}, {"x-api-key": "secret"}):
+            assert locked.post(path, body, headers=headers).status_code == 200, path
+        for headers in ({"Authorization": "Bearer wrong"}, {"x-api-key": ""}, {"Authorization": "secret"}):
+            assert locked.post(path, body, headers=headers).status_code == 401, path
+    assert locked.post("/v1/messages", {}).json()["error"]["type"] == "authentication_error"
+    assert locked.get("/health").status_code == 200 and locked.get("/metrics").status_code == 401
+
+
+def test_pages_may_ask_only_where_cors_names_them(locked: Server) -> None:
+    ours = {"Origin": "http://page.example", "x-api-key": "secret"}
+    answer = locked.post("/v1/completions", {"prompt": "x"}, headers=ours)
+    assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "http://page.example"
+    asked = {"Origin": "http://page.example", "Access-Control-Request-Method": "POST",
+             "Access-Control-Request-Headers": "authorization,content-type"}  # fmt: skip
+    assert request("OPTIONS", locked.url + "/v1/completions", headers=asked).status_code == 200
+    other = locked.post("/v1/completions", {"prompt": "x"}, headers=ours | {"Origin": "http://evil.example"})
+    assert other.status_code == 403 and "access-control-allow-origin" not in other.headers
+
+
+def test_without_cors_no_page_of_another_origin_and_no_other_name() -> None:
+    with serving(FakeModel()) as server:
+        assert "access-control-allow-origin" not in server.get("/health", headers={"Origin": server.url}).headers
+        assert server.get("/health", headers={"Origin": server.url}).status_code == 200
+        assert server.get("/health", headers={"Origin": "null"}).status_code == 403
+        assert server.get("/health", headers={"Host": f"evil.example:{server.port}"}).status_code == 403
+        assert server.get("/health", headers={"Host": f"localhost:{server.port}"}).status_code == 200
+
+
+def test_a_server_for_the_network_needs_a_key_or_the_word_for_none() -> None:
+    with pytest.raises(UsageError, match="--no-api-key"):
+        ServerOptions(host="0.0.0.0").access()
+    with pytest.raises(UsageError, match="empty"):
+        ServerOptions(api_key=" ").access()
+    assert ServerOptions(host="0.0.0.0", no_api_key=True).access().hosts == ()
+    assert ServerOptions(host="0.0.0.0", api_key="k").access().api_key == "k"
+    assert "localhost" in ServerOptions(host="127.0.0.1").access().hosts
+
+
+# ---- the log, metrics, small paths
+
+
+def test_one_line_for_each_request() -> None:
+    with serving(FakeModel(says("abcdef"))) as server:
+        server.post("/v1/chat/completions", {"messages": MESSAGES, "stream": True})
+        server.post("/v1/chat/completions", {"messages": []})
+        server.get("/health")
+        assert eventually(lambda: len(server.log) == 2)
+    assert "POST /v1/chat/completions 200 prompt" in server.log[0] and ", stop, total" in server.log[0]
+    assert "400" in server.log[1] and "error" in server.log[1]
+    with serving(FakeModel(says("abcdef")), log_json=True) as server:
+        server.post("/api/chat", {"messages": MESSAGES})
+        assert eventually(lambda: len(server.log) == 1)
+    line = json.loads(server.log[0])
+    assert line["endpoint"] == "/api/chat" and line["status"] == 200 and line["finish"] == "stop"
+    assert line["prompt"] > 0 and line["generated"] == 2 and line["moe_edge"]["expert_hits"] == 3
+
+
+def test_what_was_traded_is_in_every_answer() -> None:
+    with serving(FakeModel()) as server:
+        for path, body in GENERATING.items():
+            answer = server.post(path, body | {"stream": False})
+            told = answer.json()
+            traded = told["moe_edge"] if path.startswith("/api/") else told["usage"]["moe_edge"]
+            assert traded["expert_hits"] == 3 and traded["policy"] == "exact", path
+            assert json.loads(answer.headers["x-moe-edge"])["expert_bytes_read"] == 100, path
+        streamed = server.post("/v1/messages", GENERATING["/v1/messages"] | {"stream": True}).text
+        assert '"expert_hits":3' in streamed
+
+
+def test_metrics_have_llama_servers_names_and_ours() -> None:
+    with serving(FakeModel(says("abcdef"))) as server:
+        server.post("/v1/completions", {"prompt": "xyz", "max_tokens": 100})
+        text = server.get("/metrics").text
+    values = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if not line.startswith("#")}
+    assert values["llamacpp:prompt_tokens_total"] == 3 and values["llamacpp:tokens_predicted_total"] == 2
+    assert values["moe_edge_expert_hits_total"] == 3 and values["moe_edge_expert_misses_total"] == 1
+    assert values["moe_edge_budget_bytes"] == 1e6 and values["moe_edge_ttft_seconds_count"] == 1
+    assert values["llamacpp:requests_processing"] == 0 and values["moe_edge_peak_rss_bytes"] > 1e6
+
+
+def test_llama_servers_small_paths() -> None:
+    with serving(FakeModel()) as server:
+        assert server.get("/v1/health").json() == {"status": "ok"}
+        assert server.get("/props").json()["default_generation_settings"]["n_ctx"] == 4096
+        with_pieces = server.post("/tokenize", {"content": "aü", "with_pieces": True}).json()["tokens"]
+        assert with_pieces[0] == {"id": 97, "piece": "a"} and with_pieces[1]["piece"] == [0xC3]
+        assert server.post("/detokenize", {"tokens": [104, 105]}).json() == {"content": "hi"}
+        assert server.post("/detokenize", {"tokens": [999]}).status_code == 400
+        prompt = server.post("/apply-template", {"messages": MESSAGES}).json()["prompt"]
+        assert prompt == "<user>Hello</user><assistant>"
+        assert server.get("/").text == "Ollama is running" and server.get("/moe-edge/facts").json()["name"] == "fake"
+        assert server.get("/moe-edge/picture").json()["resident"] == [[0, 1], [0]]
+        assert request("HEAD", server.url + "/").status_code == 200
+
+
+def test_paths_that_are_none_say_so_in_their_dialect() -> None:
+    with serving(FakeModel()) as server:
+        assert server.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
+        assert server.get("/api/nothing").json() == {"error": server.get("/api/nothing").json()["error"]}
+        wrong = server.get("/v1/chat/completions")
+        assert wrong.status_code == 405 and wrong.json()["error"]["message"]
+
+
+def test_openapi_lists_every_path_that_takes_a_body() -> None:
+    with serving(FakeModel()) as server:
+        document = server.get("/openapi.json").json()
+    assert set(GENERATING) | {"/tokenize", "/v1/messages/count_tokens"} <= set(document["paths"])
+    body = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["required"] == ["messages"] and body["properties"]["stream"] == {"type": "boolean"}
+
+
+def test_many_at_a_time_with_clients_that_leave() -> None:
+    """Two at a time, 240 requests in six dialects, a third of them left somewhere: none hangs, answers stay whole."""
+    model = FakeModel(says("All work and no play", piece=2), token_seconds=0.0005)
+    failures: list[str] = []
+
+    def fds() -> int:
+        return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+    def client(seed: int, n: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(n):
+            path = rng.choice(sorted(GENERATING))
+            streamed = rng.random() < 0.7
+            body = GENERATING[path] | {"stream": streamed}
+            if rng.random() < 0.33:
+                exchange(server.port, raw_request(path, body), at_most=rng.randrange(0, 1500))
+                continue
+            answer = server.post(path, body)
+            if answer.status_code != 200 or (streamed and text_of(path, answer.text) != "All work and no play"):
+                failures.append(f"{path} {answer.status_code} {answer.text[:200]}")
+
+    with serving(model, queue=100) as server:
+        client(99, 10)
+        assert server.idle()
+        before = fds()
+        threads = [threading.Thread(target=client, args=(seed, 120)) for seed in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        assert not any(thread.is_alive() for thread in threads)
+        assert server.idle() and failures == []
+        assert eventually(lambda: fds() <= before + 2)
+
+
+def test_a_reply_that_runs_when_the_server_ends_is_ended_and_said(endless: FakeModel) -> None:
+    got: list[str] = []
+    with serving(endless) as server:
+        def ask(path: str) -> None:
+            got.append(server.post(path, GENERATING[path] | {"stream": True}).text)
+
+        thread = threading.Thread(target=ask, args=("/v1/messages",))
+        thread.start()
+        assert eventually(lambda: endless.running == 1)
+        started = time.monotonic()
+    thread.join(PATIENCE)
+    assert "message_stop" in got[0] and '"stop_reason":"max_tokens"' in got[0]
+    assert time.monotonic() - started < PATIENCE and endless.cancelled == 1
+
+
