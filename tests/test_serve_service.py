@@ -445,7 +445,8 @@ def test_many_at_a_time_with_clients_that_leave() -> None:
             streamed = rng.random() < 0.7
             body = GENERATING[path] | {"stream": streamed}
             if rng.random() < 0.33:
-                exchange(server.port, raw_request(path, body), at_most=rng.randrange(0, 1500))
+                sent = raw_request(path, body, headers="Connection: close\r\n")
+                exchange(server.port, sent, at_most=rng.randrange(0, 1500))
                 continue
             answer = server.post(path, body)
             if answer.status_code != 200 or (streamed and text_of(path, answer.text) != "All work and no play"):

@@ -15,6 +15,7 @@ from moe_edge.runner.protocol import Request
 
 ROOT = "moe-edge-reply"  # of what is made here; the form's own rule stays `root`
 THINK = "moe-edge-think"
+BLANKS = "[ \\n]? [ \\n]? [ \\n]? [ \\n]?"  # few: a model may find nothing likelier than one more
 MOST_REPEATED = 1000  # of a schema's lengths: each is written out in the grammar
 MOST_VALUES, DEEPEST, LONGEST_PATTERN = 5000, 64, 500
 LONGEST_GRAMMAR, DEEPEST_GRAMMAR = 200_000, 200  # llama.cpp reads a grammar's brackets by recursion
@@ -148,8 +149,8 @@ def after_thinking(form: str, tags: Sequence[str], opened: bool) -> str:
         start = f'{thought} "<|channel|>final<|message|>"'
     elif "</think>" in tags:
         think = until("</think>")
-        begun = f"{THINK}-0 [ \\n]*"
-        start = begun if opened else f'( [ \\n]* "<think>" {begun} )?'
+        begun = f"{THINK}-0 {BLANKS}"
+        start = begun if opened else f'( {BLANKS} "<think>" {begun} )?'
     else:
         return f"{ROOT} ::= root\n{form}"
     return f"{ROOT} ::= {start} root\n{think}\n{form}"
