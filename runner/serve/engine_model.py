@@ -289,8 +289,10 @@ def template_kwargs(request: Request) -> dict[str, Any]:
     told: dict[str, Any] = {}
     if request.think is not None:
         told |= {"enable_thinking": request.think, "thinking": request.think}
-    if request.effort is not None:
-        told["reasoning_effort"] = request.effort
+    if request.effort in ("none", "minimal"):  # the templates know three efforts, and thinking or not
+        told |= {"enable_thinking": False, "thinking": False, "reasoning_effort": "low"}
+    elif request.effort is not None:
+        told["reasoning_effort"] = "high" if request.effort in ("xhigh", "max") else request.effort
     return told | dict(request.template_kwargs)
 
 

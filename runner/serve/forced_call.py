@@ -44,6 +44,8 @@ class ForcedCallParser:
                 return
             self._begun, text = True, self._head[found.end() :]
             yield ToolStart(0, "call_0", json.loads(found[1]))
+        if self._depth == 0 and not self._in_string:
+            text = text.lstrip()
         if not self._ended and (arguments := self._arguments(text)):
             yield ToolArguments(0, arguments)
         if self._ended and self._depth == 0:

@@ -157,28 +157,23 @@ def after_thinking(form: str, tags: Sequence[str], opened: bool) -> str:
 
 
 def until(mark: str) -> str:
-    """GBNF rules, from THINK-0, for any text up to the first `mark`, and the mark: a state for each character of it."""
+    """GBNF rules, from THINK-0, for any text up to the first `mark`, and the mark: a state for each character of it.
+
+    mark: of characters that mean nothing to GBNF.
+    """
     rules = []
     for state in range(len(mark)):
         # after each next character: how much of the mark the text ends with then
         leads = {character: _matched(mark, mark[:state] + character) for character in set(mark)}
         ways = [
-            f'"{_literal(character)}"' + ("" if to == len(mark) else f" {THINK}-{to}")
+            f'"{character}"' + ("" if to == len(mark) else f" {THINK}-{to}")
             for character, to in sorted(leads.items())
             if to > 0
         ]
-        on = "".join(_in_class(character) for character, to in sorted(leads.items()) if to > 0)
+        on = "".join(character for character, to in sorted(leads.items()) if to > 0)
         rules.append(f"{THINK}-{state} ::= {' | '.join(ways)} | [^{on}] {THINK}-0")
     return "\n".join(rules)
 
 
 def _matched(mark: str, text: str) -> int:
     return next(n for n in range(len(mark), -1, -1) if text.endswith(mark[:n]))
-
-
-def _literal(character: str) -> str:
-    return "\\" + character if character in '"\\' else character
-
-
-def _in_class(character: str) -> str:
-    return "\\" + character if character in "]\\^-" else character

@@ -13,6 +13,7 @@ from moe_edge.runner.events import TokenLogprob
 from moe_edge.runner.protocol import End, Event, Logprobs, Request, Usage
 from moe_edge.runner.serve.dialects.dialect import Call, Reply, Route, dumps, gather, sse
 from moe_edge.runner.serve.dialects.openai_parse import (
+    EFFORTS,
     FLAG,
     MOST_TOKENS,
     OBJECT,
@@ -63,7 +64,7 @@ def parse(body: Mapping[str, Any]) -> Call:
         stop=f.texts("stop"),
         logprobs=logprobs,
         think=f.values["think"] if isinstance(f.get("think"), bool) else None,
-        effort=f.text("reasoning_effort"),
+        effort=f.text("reasoning_effort", choices=EFFORTS),
         template_kwargs=dict(kwargs.values) if kwargs else {},
     )
     options = {"include_usage": stream_options is not None and stream_options.flag("include_usage"),

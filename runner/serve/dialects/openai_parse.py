@@ -10,6 +10,7 @@ from moe_edge.runner.protocol import SamplingChoice, ToolChoice
 from moe_edge.runner.serve.fields import ApiError, Fields
 
 MOST_TOKENS = 2**31 - 1
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 

@@ -13,6 +13,7 @@ from moe_edge.runner.protocol import Request
 from moe_edge.runner.serve.dialects.dialect import Call, Route
 from moe_edge.runner.serve.dialects.openai_chat import error_json
 from moe_edge.runner.serve.dialects.openai_parse import (
+    EFFORTS,
     FLAG,
     MOST_TOKENS,
     OBJECT,
@@ -59,7 +60,7 @@ def parse(body: Mapping[str, Any]) -> Call:
         json_object=json_object,
         n_tokens=f.whole("max_output_tokens", 1, MOST_TOKENS),
         sampling=sampling_of(f),
-        effort=reasoning.text("effort") if reasoning else None,
+        effort=reasoning.text("effort", choices=EFFORTS) if reasoning else None,
     )
     options = {
         "instructions": instructions,
