@@ -78,7 +78,7 @@ class Sampler:
     def draw(self) -> int:
         """The next token, from the logits of the last decode.
 
-        Raises EngineError when the grammar allows no token of this vocabulary.
+        Raises UsageError when the grammar allows no token of this vocabulary.
         """
         if self._grammar is None:
             return int(self._chain.sample(self._llama._ctx, -1))
@@ -96,7 +96,7 @@ class Sampler:
         if not candidates.allows(self._grammar, token):
             token = candidates.choose(logits, [self._grammar, self._chain.sampler])
             if not candidates.allows(self._grammar, token):  # a bias may forbid all that the grammar allows
-                raise EngineError(NOTHING_ALLOWED)
+                raise UsageError(NOTHING_ALLOWED)
         llama_cpp.llama_sampler_accept(self._chain.sampler, token)
         llama_cpp.llama_sampler_accept(self._grammar, token)
         return token
@@ -175,7 +175,7 @@ class Candidates:
     def choose(self, logits: npt.NDArray[np.float32], samplers: Sequence[Any]) -> int:
         """The token that these samplers pick, one after the other. logits: (n_vocab,).
 
-        Raises EngineError when they leave none: a grammar that is given a token it does not allow ends the process.
+        Raises UsageError when they leave none: a grammar that is given a token it does not allow ends the process.
         """
         self._rows["id"], self._rows["logit"] = self._ids, logits
         array = self._list_of(self._rows)
@@ -184,7 +184,7 @@ class Candidates:
                 break
             self._lib.llama_sampler_apply(sampler, ctypes.byref(array))
         if array.selected < 0:
-            raise EngineError(NOTHING_ALLOWED)
+            raise UsageError(NOTHING_ALLOWED)
         return int(array.data[array.selected].id)
 
     def allows(self, grammar: Any, token: int) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import open_engine
 from moe_edge.models.embedded import tiny_model_path
-from moe_edge.models.errors import EngineError, Stopped, UsageError
+from moe_edge.models.errors import Stopped, UsageError
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.events import Piece, Progress
 from moe_edge.runner.generate import Generation, Sampling, generate, stream
@@ -144,7 +144,7 @@ def test_a_grammar_that_allows_no_token_is_an_error_and_the_process_lives(
 ) -> None:
     with open_engine(random_model("qwen3moe"), "resident", n_ctx=64, n_threads=1) as other:
         ids = [(token, -math.inf) for token in range(512)]
-        with pytest.raises(EngineError, match="allows no token"):
+        with pytest.raises(UsageError, match="allows no token"):
             generate(other, "a", 4, Sampling(temp=0.9, logit_bias=tuple(ids), grammar='root ::= "a"'))
         assert generate(other, "a", 2, GREEDY).generated_tokens >= 1
 
