@@ -65,7 +65,7 @@ def health_during_prefill(port: int, n_prompt: int, rounds: int) -> list[float]:
     seconds: list[float] = []
     for salt in range(rounds):
         body = {"prompt": prompt_of(port, n_prompt, salt), "max_tokens": 1}
-        prefill = threading.Thread(target=lambda body=body: post(port, "/v1/completions", body).read())  # type: ignore[misc]
+        prefill = threading.Thread(target=lambda body=body: post(port, "/v1/completions", body).read())
         prefill.start()
         time.sleep(0.02)
         while prefill.is_alive():
@@ -116,17 +116,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for _ in range(o.rounds):
             stream.append(streamed(port, o.tokens))
             plain.append(generated(model, options, o.tokens))
+    summary = {
+        "median": 1000 * statistics.median(health), "p90": 1000 * health[int(0.9 * (len(health) - 1))],
+        "most": 1000 * health[-1], "n": len(health),
+    }  # fmt: skip
     result = {
-        "health_first_byte_ms": {
-            "median": 1000 * statistics.median(health), "p90": 1000 * health[int(0.9 * (len(health) - 1))],
-            "most": 1000 * health[-1], "n": len(health),
-        },
+        "health_first_byte_ms": summary,
         "stream_ms_per_token": 1000 * statistics.median(stream),
         "generate_ms_per_token": 1000 * statistics.median(plain),
         "overhead_ms_per_token": 1000 * (statistics.median(stream) - statistics.median(plain)),
         "options": vars(o),
     }  # fmt: skip
-    h = result["health_first_byte_ms"]
+    h: dict[str, float] = summary
     print(f"/health during prefill: median {h['median']:.2f} ms, 90 % {h['p90']:.2f} ms, most {h['most']:.2f} ms")
     print(
         f"a token: stream {result['stream_ms_per_token']:.3f} ms, generate {result['generate_ms_per_token']:.3f} ms, "

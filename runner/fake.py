@@ -62,7 +62,8 @@ class FakeModel:
 
     def render(self, request: Request) -> str:
         if request.messages is None:
-            return request.prompt if isinstance(request.prompt, str) else b"".join(self.pieces(request.prompt)).decode()
+            prompt = request.prompt
+            return prompt if isinstance(prompt, str) else b"".join(self.pieces(prompt)).decode(errors="replace")
         if any(message.get("content") == "REFUSE" for message in request.messages):
             raise UsageError("the model's chat template refuses this conversation")
         return "".join(f"<{m['role']}>{m.get('content') or ''}</{m['role']}>" for m in request.messages) + "<assistant>"

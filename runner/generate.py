@@ -327,18 +327,23 @@ def keep_prefix(engine: Engine, tokens: Sequence[int]) -> int:
     All but the last token at most, which is evaluated for its logits. Recurrent and hybrid models cannot forget a part:
     unless the prompt goes on where the cache ends, all of it is evaluated again.
     """
-    llama = engine.llama
-    n = 0
-    for have, want in zip(llama.input_ids[: llama.n_tokens].tolist(), tokens[:-1], strict=False):
-        if have != want:
-            break
-        n += 1
+    llama, n = engine.llama, shared_prefix(engine, tokens)
     if n == llama.n_tokens or (n > 0 and llama._ctx.kv_cache_seq_rm(-1, n, -1)):
         llama.n_tokens = n
         return n
     llama.reset()
     llama._ctx.kv_cache_clear()
     return 0
+
+
+def shared_prefix(engine: Engine, tokens: Sequence[int]) -> int:
+    """How many tokens at the beginning of a prompt are in the KV cache; not the last one."""
+    llama, n = engine.llama, 0
+    for have, want in zip(llama.input_ids[: llama.n_tokens].tolist(), tokens[:-1], strict=False):
+        if have != want:
+            break
+        n += 1
+    return n
 
 
 class _TextWriter:

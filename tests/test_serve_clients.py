@@ -15,7 +15,7 @@ from langchain_openai import ChatOpenAI
 from moe_edge.runner.chatformat.parts import Reasoning, Text, ToolArguments, ToolEnd, ToolStart
 from moe_edge.runner.fake import FakeModel
 from moe_edge.runner.protocol import Request
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 from serving import Server, serving
 
 ANSWER = "Grüße, 世界 🙂 and so on."
@@ -84,7 +84,8 @@ def test_openai_answers_plainly_and_in_a_stream(of_openai: openai.OpenAI) -> Non
 def test_openai_calls_a_tool_and_is_given_its_result(of_openai: openai.OpenAI, model: FakeModel) -> None:
     messages: Any = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Weather in Köln?"}]
     first = of_openai.chat.completions.create(model="m", messages=messages, tools=[openai_tool()])
-    call: Any = (first.choices[0].message.tool_calls or [None])[0]
+    calls: Any = first.choices[0].message.tool_calls
+    call = calls[0]
     assert first.choices[0].finish_reason == "tool_calls"
     assert call.function.name == "weather" and json.loads(call.function.arguments) == {"city": "Köln"}
     messages += [
@@ -303,7 +304,7 @@ def test_ollama_chat_and_generate(of_ollama: ollama.Client) -> None:
     assert "".join(line.message.content or "" for line in lines) == ANSWER
     assert lines[-1].done and lines[-1].eval_count == whole.eval_count
     assert of_ollama.generate(model="m", prompt="Hi", system="S").response == ANSWER
-    assert "".join(line.response for line in of_ollama.generate(model="m", prompt="Hi", stream=True)) == ANSWER
+    assert "".join(line.response or "" for line in of_ollama.generate(model="m", prompt="Hi", stream=True)) == ANSWER
 
 
 def test_ollama_two_turns_with_a_tool(of_ollama: ollama.Client, model: FakeModel) -> None:
@@ -352,7 +353,8 @@ def test_ollama_lists(of_ollama: ollama.Client, server: Server) -> None:
 
 
 def test_langchain_answers_streams_and_calls(server: Server) -> None:
-    chat = ChatOpenAI(model="m", base_url=server.url + "/v1", api_key="none", max_retries=0, stream_usage=True)
+    key = SecretStr("none")
+    chat = ChatOpenAI(model="m", base_url=server.url + "/v1", api_key=key, max_retries=0, stream_usage=True)
     assert chat.invoke([HumanMessage("Hello")]).content == ANSWER
     chunks = list(chat.stream([HumanMessage(content=[{"type": "text", "text": "Hello"}])]))
     assert "".join(str(chunk.content) for chunk in chunks) == ANSWER

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+from moe_edge.runner.chatformat.harmony import HarmonyParser
 from moe_edge.runner.chatformat.parts import Part, Reasoning, Text, ToolArguments, ToolEnd, ToolStart
 from moe_edge.runner.chatformat.plain import PlainParser
 from moe_edge.runner.chatformat.think import ThinkParser
@@ -117,7 +118,8 @@ def test_prompts_of_completions() -> None:
     assert parsed("/v1/completions", {"prompt": ["one"]}).prompt == "one"
     assert parsed("/v1/completions", {"prompt": [[3]]}).prompt == (3,)
     assert parsed("/v1/completions", {"prompt": "x"}).n_tokens == 16
-    for wrong in (None, ["a", "b"], [1, "a"], [True], [-1], {}, 5):
+    prompts: list[Any] = [None, ["a", "b"], [1, "a"], [True], [-1], {}, 5]
+    for wrong in prompts:
         assert refused("/v1/completions", {"prompt": wrong}).param == "prompt"
 
 
@@ -218,7 +220,8 @@ def test_a_chat_stream_word_for_word() -> None:
 
 def test_a_message_stream_has_blocks_without_a_gap() -> None:
     events = events_of(streamed("/v1/messages", EVENTS))
-    open_block, seen = None, []
+    open_block: int | None = None
+    seen: list[str] = []
     for event in events:
         if event["type"] == "content_block_start":
             assert open_block is None and event["index"] == len(seen)
@@ -282,7 +285,8 @@ def test_bodies_that_are_no_json_objects() -> None:
 
 
 def test_numbers_that_are_none() -> None:
-    for value in (float("inf"), 10**400, -1, True, "1", [], {}):
+    values: list[Any] = [float("inf"), 10**400, -1, True, "1", [], {}]
+    for value in values:
         with pytest.raises(ApiError):
             Fields({"x": value}).number("x", 0, 10)
         with pytest.raises(ApiError):
@@ -354,6 +358,14 @@ def test_a_forced_call_in_pieces(cut: int) -> None:
     assert "".join(part.text for part in parts if isinstance(part, ToolArguments)) == arguments
     assert [type(part) for part in parts][-1] is ToolEnd and sum(isinstance(part, ToolEnd) for part in parts) == 1
     assert not any(isinstance(part, Text) for part in parts)
+
+
+def test_a_forced_call_behind_harmonys_channels() -> None:
+    parser = ForcedCallParser(HarmonyParser())
+    thought = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+    raw = thought + '<|channel|>final<|message|>{"name": "f", "arguments": {}}'
+    parts = [*parser.feed(raw), *parser.finish()]
+    assert parts == [Reasoning("hm"), ToolStart(0, "call_0", "f"), ToolArguments(0, "{}"), ToolEnd(0)]
 
 
 def test_a_forced_call_that_is_cut_off_loses_nothing() -> None:

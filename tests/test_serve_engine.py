@@ -23,7 +23,7 @@ from moe_edge.runner.protocol import ContextFull, End, Event, Logprobs, Request,
 from moe_edge.runner.sampling import Sampling
 from moe_edge.runner.serve.engine_model import EngineModel, template_kwargs
 from random_models import _byte_letters
-from scripted import USER_DEFINED, write_scripted_model
+from scripted import CONTROL, USER_DEFINED, write_scripted_model
 from serving import PATIENCE, Server, eventually, exchange, raw_request, serving
 
 PROMPT = "The king said to the queen"
@@ -140,7 +140,12 @@ def test_cancelling_before_in_and_after_the_prompt(tiny: EngineModel) -> None:
         events, end = run(tiny, request)
         assert text_of(events) == alone
         assert end.usage.cached_tokens >= min(32 * (limit - 1), end.usage.prompt_tokens - 1)
-    run(tiny, request, lambda: bool(tiny.stop()) or False)  # a stop that nobody meant ends nothing for good
+
+    def stray() -> bool:
+        tiny.stop()
+        return False
+
+    run(tiny, request, stray)  # a stop that nobody meant ends nothing for good
     assert text_of(run(tiny, request)[0]) == alone
 
 
@@ -167,6 +172,26 @@ def test_a_form_begins_behind_the_thinking(thinker: EngineModel) -> None:
     events, _ = run(thinker, Request(messages=question, schema=schema, n_tokens=60))
     assert [type(event) for event in events if isinstance(event, Reasoning)] != []
     assert json.loads(text_of(events)) == {"x": 7}
+
+
+def test_a_form_on_harmonys_final_channel(tmp_path: Path) -> None:
+    ends = ["<|return|>", "<|call|>"]  # with these in the vocabulary <|end|> ends no reply
+    tags = ["<|channel|>", "<|message|>", "<|end|>", "<|start|>", *ends]
+    reply = ["<|channel|>", "analysis", "<|message|>", "Hm", "<|end|>", "<|start|>", "assistant", "x", "y"]
+    path = write_scripted_model(
+        tmp_path / "harmony.gguf", reply, types=dict.fromkeys(tags, CONTROL), more_tokens=["final", *ends],
+        template=TEMPLATE.replace("</think>", "<|channel|> and <|message|>"),
+    )  # fmt: skip
+    schema = {"type": "object", "properties": {"x": {"enum": [7]}}, "required": ["x"]}
+    with open_engine(path, "resident", n_ctx=256, n_threads=1) as engine:
+        model = EngineModel(engine, name="harmony", defaults=Sampling(temp=0.0))
+        question = ({"role": "user", "content": "Hi"},)
+        events, _ = run(model, Request(messages=question, schema=schema, n_tokens=60))
+        assert [event.text for event in events if isinstance(event, Reasoning)] == ["Hm"]
+        assert json.loads(text_of(events)) == {"x": 7}
+        call = Request(messages=question, tools=TOOLS, tool_choice=ToolChoice("required", "weigh"), n_tokens=80)
+        events, end = run(model, call)
+        assert end.reason == "tool_calls" and any(isinstance(event, ToolStart) for event in events)
 
 
 # ---- tools by force

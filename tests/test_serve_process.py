@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from random_models import write_big_model
-from serving import PATIENCE, eventually, raw_request, request
+from serving import PATIENCE, eventually, exchange, raw_request, request
 from test_memory_limit import ALLOWANCE, Cgroup, cgroup
 
 __all__ = ["cgroup"]
@@ -185,6 +185,31 @@ def test_the_key_may_come_from_the_environment() -> None:
         assert request("GET", server.url + "/v1/models").status_code == 401
         headers = {"Authorization": "Bearer from-there"}
         assert request("GET", server.url + "/v1/models", headers=headers).status_code == 200
+
+
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+def test_requests_leave_nothing_behind() -> None:
+    """Memory and file descriptors of a server after 60 requests, and after 200 more of which some are left."""
+
+    def held(pid: int) -> tuple[int, int]:
+        status = Path(f"/proc/{pid}/status").read_text()
+        return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]), len(os.listdir(f"/proc/{pid}/fd"))
+
+    def ask(n: int) -> None:
+        for at in range(n):
+            prompt = f"The king number {at % 7} " + "said " * (at % 40)
+            body = {"prompt": prompt, "max_tokens": 4, "stream": at % 2 == 0}
+            sent = raw_request("/v1/completions", body, headers="Connection: close\r\n")
+            exchange(server.port, sent, at_most=1 << 20 if at % 5 else 50)
+
+    with process(*SMALL) as server:
+        server.ready()
+        ask(60)
+        kib, fds = held(server.child.pid)
+        ask(200)
+        assert eventually(lambda: held(server.child.pid)[1] <= fds)
+        assert held(server.child.pid)[0] < kib + 6 * 1024
+        assert request("GET", server.url + "/health").status_code == 200
 
 
 @pytest.mark.cgroup

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -122,12 +123,17 @@ def test_a_stream_may_be_cut_at_every_byte(path: str) -> None:
 # ---- the queue
 
 
+def taken(server: Server, n: int) -> bool:
+    """Whether so many requests run or wait."""
+    return server.running.service.n_running + server.running.service.n_waiting == n
+
+
 def test_requests_beyond_the_queue_are_told_to_come_again(slow: FakeModel) -> None:
     with serving(slow, queue=1) as server:
         waiting = [socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) for _ in range(2)]
         for n, there in enumerate(waiting):
             there.sendall(raw_request("/v1/completions", {"prompt": f"number {n}"}))
-            assert eventually(lambda n=n: server.running.service.n_running + server.running.service.n_waiting == n + 1)
+            assert eventually(functools.partial(taken, server, n + 1))
         for path, body in GENERATING.items():
             refused = server.post(path, body)
             assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1, path
@@ -140,14 +146,16 @@ def test_requests_beyond_the_queue_are_told_to_come_again(slow: FakeModel) -> No
 
 def test_first_come_first_served_and_never_two_at_a_time() -> None:
     model = FakeModel(says("ok"), token_seconds=0.002)
+
+    def in_line(n: int) -> bool:
+        return len(model.requests) + server.running.service.n_waiting >= n
+
     with serving(model, queue=50) as server:
         threads = []
         for n in range(12):
             threads.append(threading.Thread(target=server.post, args=("/v1/completions", {"prompt": f"{n:02d}"})))
             threads[-1].start()
-            assert eventually(
-                lambda n=n: len(model.requests) + server.running.service.n_waiting >= n + 1  # its turn in line is taken
-            )
+            assert eventually(functools.partial(in_line, n + 1))
         for thread in threads:
             thread.join(PATIENCE)
     assert [each.prompt for each in model.requests] == [f"{n:02d}" for n in range(12)]

@@ -21,7 +21,7 @@ from moe_edge.runner.chatformat.plain import PlainParser
 from moe_edge.runner.chatformat.think import opened_by
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.events import Piece, TokenLogprob
-from moe_edge.runner.generate import Generation, stream
+from moe_edge.runner.generate import Generation, shared_prefix, stream
 from moe_edge.runner.protocol import (
     ContextFull,
     Emit,
@@ -40,6 +40,7 @@ from moe_edge.runner.serve.forced_call import ForcedCallParser
 from moe_edge.runner.template import ChatTemplate
 from moe_edge.runner.tokens import find_tokens, token_bytes, tokenize
 
+NEW_BELOW = 16  # tokens that a prompt shares with the last one; with fewer it is taken for another conversation
 RESERVED = ("messages", "tools", "functions", "function_call", "tool_choice", "bos_token", "eos_token")
 
 
@@ -140,6 +141,8 @@ class EngineModel:
 
     def run(self, prepared: Prepared, emit: Emit, should_stop: Callable[[], bool]) -> End:
         plan: Plan = prepared.extra
+        if shared_prefix(self._engine, prepared.tokens) < NEW_BELOW:
+            self._engine.policy.new_conversation()
         reply = _Reply(emit, plan.parser(), prepared.request.one_tool)
         events = stream(
             self._engine, prepared.tokens, prepared.n_tokens, plan.sampling, stop=plan.stop, visible=self._visible,
