@@ -14,7 +14,6 @@ from moe_edge.models.errors import UsageError
 from moe_edge.runner.chatformat.parts import Part, Text, ToolStart
 from moe_edge.runner.events import Progress, TokenLogprob
 from moe_edge.runner.protocol import (
-    ContextFull,
     Emit,
     End,
     Logprobs,
@@ -22,6 +21,7 @@ from moe_edge.runner.protocol import (
     Prepared,
     Request,
     Usage,
+    check_fits,
     traded_of,
 )
 
@@ -70,8 +70,7 @@ class FakeModel:
 
     def prepare(self, request: Request) -> Prepared:
         tokens = tuple(self.tokenize(self.render(request), special=True, add_bos=False))
-        if len(tokens) >= self.facts.n_ctx:
-            raise ContextFull(len(tokens), self.facts.n_ctx)
+        check_fits(len(tokens), self.facts.n_ctx)
         room = self.facts.n_ctx - len(tokens)
         return Prepared(request, tokens, min(room, room if request.n_tokens is None else request.n_tokens))
 

@@ -10,20 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from moe_edge.models.errors import UsageError
+from moe_edge.models.errors import ContextFull
 from moe_edge.runner.chatformat.parts import Part
 from moe_edge.runner.events import Progress, TokenLogprob
 
 
-class ContextFull(UsageError):
-    """The prompt does not fit. prompt_tokens, n_ctx: what it has, and what the context holds."""
-
-    def __init__(self, prompt_tokens: int, n_ctx: int) -> None:
-        super().__init__(
-            f"the prompt has {prompt_tokens} tokens but the context holds {n_ctx}, and a reply needs one more; "
-            f"shorten it, or start the server with --ctx-size {prompt_tokens + 512} or more"
-        )
-        self.prompt_tokens, self.n_ctx = prompt_tokens, n_ctx
+def check_fits(n_tokens: int, n_ctx: int) -> None:
+    """Raises ContextFull when a prompt of so many tokens leaves no room for a reply."""
+    if n_tokens >= n_ctx:
+        raise ContextFull(
+            f"the prompt has {n_tokens} tokens but the context holds {n_ctx}, and a reply needs one more; "
+            f"shorten it, or start the server with --ctx-size {n_tokens + 512} or more",
+            n_tokens, n_ctx,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import openai
 import pytest
 from conftest import open_engine
 from moe_edge.models.embedded import tiny_model_path
-from moe_edge.models.errors import UsageError
+from moe_edge.models.errors import ContextFull, UsageError
 from moe_edge.runner.chatformat.parts import Reasoning, Text, ToolArguments, ToolEnd, ToolStart
 from moe_edge.runner.events import Progress
-from moe_edge.runner.protocol import ContextFull, End, Event, Logprobs, Request, SamplingChoice, ToolChoice
+from moe_edge.runner.protocol import End, Event, Logprobs, Request, SamplingChoice, ToolChoice
 from moe_edge.runner.sampling import Sampling
 from moe_edge.runner.serve.engine_model import EngineModel, template_kwargs
 from random_models import _byte_letters
@@ -99,7 +99,13 @@ def test_messages_without_a_template_are_gone_on_with(tiny: EngineModel) -> None
 def test_what_does_not_fit_is_refused_before_its_turn(tiny: EngineModel) -> None:
     with pytest.raises(ContextFull) as raised:
         tiny.prepare(Request(prompt=PROMPT * 400))
-    assert raised.value.prompt_tokens > raised.value.n_ctx == 1024 and "--ctx-size" in str(raised.value)
+    counted = raised.value.prompt_tokens
+    assert counted is not None and counted > raised.value.n_ctx == 1024 and "--ctx-size" in str(raised.value)
+    for long in (Request(prompt="x" * 40_000), Request(messages=({"role": "user", "content": "x" * 40_000},))):
+        with pytest.raises(ContextFull, match="40000 characters"):
+            tiny.prepare(long)
+    with pytest.raises(ContextFull):
+        tiny.tokenize("x" * 40_000, special=True, add_bos=False)
     with pytest.raises(UsageError, match="not in the vocabulary"):
         tiny.prepare(Request(prompt=(1, 10**6)))
     with pytest.raises(UsageError, match="empty"):

@@ -1,7 +1,8 @@
 """Bodies that nobody means to send: the server answers with 200 or 4xx, never 5xx, and goes on.
 
 They are made from the server's own /openapi.json: each field as described, or as anything else. How many:
-MOE_EDGE_FUZZ_BODIES, 300 unless it says otherwise; half go to a model that is none, half to the embedded one.
+MOE_EDGE_FUZZ_BODIES, 300 unless it says otherwise, to each of three models: one that is none, the embedded one, and a
+random one that thinks and has a chat template with tools.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from moe_edge.runner.protocol import ServedModel
 from moe_edge.runner.sampling import Sampling
 from moe_edge.runner.serve.engine_model import EngineModel
 from moe_edge.runner.serve.openapi import description
+from scripted import write_scripted_model
 from serving import PATIENCE, Server, serving
 
 BODIES = int(os.environ.get("MOE_EDGE_FUZZ_BODIES", "300"))
@@ -125,14 +127,26 @@ POSTS = posts()
 requests = st.sampled_from(sorted(POSTS)).flatmap(lambda path: st.tuples(st.just(path), POSTS[path]))
 
 
-@pytest.fixture(scope="module", params=["fake", "embedded"])
-def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ c.function.name }}{{ c.function.arguments }}{% endfor %}<|im_end|>{% endfor %}"
+    "{% for tool in tools or [] %}{{ tool.function | tojson }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{# </think> #}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module", params=["fake", "embedded", "templated"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     model: ServedModel
     if request.param == "fake":
         with serving(FakeModel(n_ctx=300)) as made:
             yield made
         return
-    with open_engine(tiny_model_path(), "resident", n_ctx=48, n_ubatch=32, n_threads=1) as engine:
+    path = tiny_model_path()
+    if request.param == "templated":
+        path = tmp_path_factory.mktemp("fuzz") / "templated.gguf"
+        path = write_scripted_model(path, ["a"], template=TEMPLATE, more_tokens=["<think>", "</think>"])
+    with open_engine(path, "resident", n_ctx=128, n_ubatch=32, n_threads=1) as engine:
         model = EngineModel(engine, name="tiny", defaults=Sampling(temp=0.8), n_tokens=4)
         with serving(model) as made:
             yield made

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from moe_edge.models.errors import MoeEdgeError
 from moe_edge.runner.serve.fields import ApiError
 from starlette.types import Receive, Scope, Send
 
@@ -15,7 +16,7 @@ CHUNK_SECONDS, WHOLE_SECONDS = 15.0, 120.0
 DRAINED = 16  # times the limit that are read and thrown away, so that the client hears why it was refused
 
 
-class Left(Exception):
+class Left(MoeEdgeError):
     """The client has closed the connection."""
 
 

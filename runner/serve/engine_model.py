@@ -7,12 +7,13 @@ asks the engine in ways that are safe from any thread.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_edge.models.errors import EngineError, Stopped, UsageError
+from moe_edge.models.errors import ContextFull, EngineError, Stopped, UsageError
 from moe_edge.models.formats.ggml_types import type_name
 from moe_edge.runner.chat import chat_template
 from moe_edge.runner.chatformat.format import Parser
@@ -23,7 +24,6 @@ from moe_edge.runner.engine import Engine
 from moe_edge.runner.events import Piece, TokenLogprob
 from moe_edge.runner.generate import Generation, shared_prefix, stream
 from moe_edge.runner.protocol import (
-    ContextFull,
     Emit,
     End,
     Logprobs,
@@ -32,6 +32,7 @@ from moe_edge.runner.protocol import (
     Request,
     SamplingChoice,
     Usage,
+    check_fits,
     traded_of,
 )
 from moe_edge.runner.sampling import ROOT, Sampling, check_grammar
@@ -40,12 +41,13 @@ from moe_edge.runner.serve.forced_call import ForcedCallParser
 from moe_edge.runner.template import ChatTemplate
 from moe_edge.runner.tokens import find_tokens, token_bytes, tokenize
 
+BYTES_A_TOKEN = 32  # on average, which no language and no program reaches; a text of more is not even tokenized
 NEW_BELOW = 16  # tokens that a prompt shares with the last one; with fewer it is taken for another conversation
 RESERVED = ("messages", "tools", "functions", "function_call", "tool_choice", "bos_token", "eos_token")
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReplyPlan:
     """What prepare() found out for run(). parser: makes the one for this reply. stop: the request's and the end's."""
 
     parser: Callable[[], Parser]
@@ -72,12 +74,11 @@ class EngineModel:
     def prepare(self, request: Request) -> Prepared:
         tokens, text = self._prompt(request)
         n_ctx = self._engine.n_ctx
-        if len(tokens) >= n_ctx:
-            raise ContextFull(len(tokens), n_ctx)
+        check_fits(len(tokens), n_ctx)
         if not tokens:
             raise UsageError("the prompt is empty; give at least one word")
         limit = request.n_tokens or self._n_tokens or n_ctx
-        plan = Plan(self._parser(request, text), self._stop(request), self._sampling(request, text))
+        plan = ReplyPlan(self._parser(request, text), self._stop(request), self._sampling(request, text))
         return Prepared(request, tuple(tokens), min(limit, n_ctx - len(tokens)), plan)
 
     def _prompt(self, request: Request) -> tuple[list[int], str]:
@@ -87,13 +88,25 @@ class EngineModel:
             if not isinstance(request.prompt, str):
                 self.pieces(request.prompt)
                 return list(request.prompt), ""
+            self._check_length(len(request.prompt))
             return tokenize(llama, request.prompt, special=True, add_bos=True), request.prompt
+        self._check_length(sum(len(message.get("content") or "") for message in request.messages))
         if self._template is None:
             if request.tools:
                 raise UsageError("this model has no chat template, so it cannot be told of tools")
             text = "\n".join(message.get("content") or "" for message in request.messages)
             return tokenize(llama, text, special=False, add_bos=True), text
         return self._chat_prompt(self._template, request)
+
+    def _check_length(self, n: int) -> None:
+        """Tokens of a text of n characters are memory beside the budget. Raises ContextFull."""
+        n_ctx = self._engine.n_ctx
+        if n > BYTES_A_TOKEN * n_ctx:
+            raise ContextFull(
+                f"the prompt has {n} characters, more than {BYTES_A_TOKEN} for each of the {n_ctx} tokens that the "
+                "context holds; shorten it, or start the server with a larger --ctx-size",
+                None, n_ctx,
+            )  # fmt: skip
 
     def _chat_prompt(self, template: ChatTemplate, request: Request) -> tuple[list[int], str]:
         """An answer that the last message begins is gone on with."""
@@ -117,7 +130,7 @@ class EngineModel:
             inner: Callable[[], Parser] = PlainParser
         else:
             form, tools = template.format, request.tools
-            inner = lambda: form.parser(text, tools)  # noqa: E731
+            inner = functools.partial(form.parser, text, tools)
         return (lambda: ForcedCallParser(inner())) if grammar.forces_call(request) else inner
 
     def _stop(self, request: Request) -> tuple[str, ...]:
@@ -140,7 +153,7 @@ class EngineModel:
     # ---- the turn
 
     def run(self, prepared: Prepared, emit: Emit, should_stop: Callable[[], bool]) -> End:
-        plan: Plan = prepared.extra
+        plan: ReplyPlan = prepared.extra
         if shared_prefix(self._engine, prepared.tokens) < NEW_BELOW:
             self._engine.policy.new_conversation()
         reply = _Reply(emit, plan.parser(), prepared.request.one_tool)
@@ -182,6 +195,7 @@ class EngineModel:
     # ---- questions
 
     def tokenize(self, text: str, *, special: bool, add_bos: bool) -> list[int]:
+        self._check_length(len(text))
         return tokenize(self._engine.llama, text, special=special, add_bos=add_bos)
 
     def pieces(self, tokens: Sequence[int]) -> list[bytes]:

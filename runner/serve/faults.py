@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from moe_edge.models.errors import MoeEdgeError, UsageError, sentence
-from moe_edge.runner.protocol import ContextFull
+from moe_edge.models.errors import ContextFull, MoeEdgeError, UsageError, sentence
 from moe_edge.runner.serve.fields import CONTEXT_CODE, ApiError
 
 LOADING = "Loading model"  # llama-server's words, which clients wait for to end

@@ -7,12 +7,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from moe_edge.models.errors import MoeEdgeError
+
 CONTEXT_CODE = "context_length_exceeded"
 LONGEST_SHOWN = 60  # characters of a value that a message repeats
 
 
-class ApiError(Exception):
-    """An error that goes to the client. kind: OpenAI's error type. param: the field that is wrong."""
+class ApiError(MoeEdgeError):
+    """An error that goes to the client, never to the command line.
+
+    kind: OpenAI's error type. param: the field that is wrong.
+    """
 
     def __init__(
         self, status: int, message: str, *, kind: str = "invalid_request_error", param: str | None = None,
