@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from moe_edge.runner.chatformat.plain import PlainParser
 from moe_edge.runner.chatformat.think import ThinkParser
 from moe_edge.runner.fake import FakeModel
 from moe_edge.runner.protocol import End, Event, Request, ToolChoice, Usage
+from moe_edge.runner.serve import dialects
 from moe_edge.runner.serve.dialects import all_questions, all_routes
 from moe_edge.runner.serve.dialects.anthropic_parse import without_billing
 from moe_edge.runner.serve.dialects.dialect import Reply, Route
@@ -265,6 +268,18 @@ def test_the_whole_answer_is_what_the_stream_adds_up_to(path: str) -> None:
         assert words in whole
     cut = ROUTES[path].encoder(reply_to(ROUTES[path], BODIES[path])).whole([*EVENTS[:5], End("length", Usage())])
     assert "length" in json.dumps(cut) or "max_" in json.dumps(cut)
+
+
+def test_dialects_know_no_server_no_thread_and_no_engine() -> None:
+    pure = {"__future__", "collections.abc", "dataclasses", "datetime", "importlib", "json", "pkgutil", "types", "typing"}
+    ours = ("chatformat.parts", "events", "protocol", "serve.dialects", "serve.fields")
+    for path in Path(dialects.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                known = tuple(f"moe_edge.runner.{each}" for each in ours)
+                assert name in pure or (name or "").startswith(known), f"{path.name} imports {name}"
 
 
 def test_no_two_paths_are_one_and_each_says_what_it_is_for() -> None:

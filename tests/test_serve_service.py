@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from moe_edge.models.errors import EngineError, UsageError
 from moe_edge.runner.chatformat.parts import Text
 from moe_edge.runner.fake import FakeModel, says
 from moe_edge.runner.protocol import Request
+from moe_edge.runner.serve import app
 from moe_edge.runner.serve.connection import PatientProtocol
 from moe_edge.runner.serve.fields import ApiError
 from moe_edge.runner.serve.server import ServerOptions
@@ -404,6 +406,7 @@ def test_metrics_have_llama_servers_names_and_ours() -> None:
     assert values["llamacpp:prompt_tokens_total"] == 3 and values["llamacpp:tokens_predicted_total"] == 2
     assert values["moe_edge_expert_hits_total"] == 3 and values["moe_edge_expert_misses_total"] == 1
     assert values["moe_edge_budget_bytes"] == 1e6 and values["moe_edge_ttft_seconds_count"] == 1
+    assert values["llamacpp:prompt_tokens_seconds"] == 300
     assert values["llamacpp:requests_processing"] == 0 and values["moe_edge_peak_rss_bytes"] > 1e6
 
 
@@ -420,6 +423,20 @@ def test_llama_servers_small_paths() -> None:
         assert server.get("/").text == "Ollama is running" and server.get("/moe-edge/facts").json()["name"] == "fake"
         assert server.get("/moe-edge/picture").json()["resident"] == [[0, 1], [0]]
         assert request("HEAD", server.url + "/").status_code == 200
+
+
+def test_a_page_is_served_to_browsers_and_ollamas_words_to_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "index.html").write_text("<p>the page</p>")
+    (tmp_path / "page.js").write_text("1")
+    monkeypatch.setattr(app, "PAGE", tmp_path)
+    with serving(FakeModel(), api_key="k") as server:
+        page = server.get("/", headers={"Accept": "text/html,*/*"})
+        assert page.text == "<p>the page</p>" and page.headers["content-type"].startswith("text/html")
+        assert server.get("/page/page.js").text == "1"
+        assert server.get("/page/../app.py").status_code == 401 and server.get("/page/no").status_code == 404
+        assert server.get("/").text == "Ollama is running"
 
 
 def test_paths_that_are_none_say_so_in_their_dialect() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from moe_edge.runner.memory import peak_rss_bytes
 from moe_edge.runner.protocol import End
 from moe_edge.runner.serve.service import Service
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -46,6 +46,8 @@ class Metrics:
         self._said = self._counter("llamacpp:tokens_predicted", "Tokens generated.")
         self._said_seconds = self._counter("llamacpp:tokens_predicted_seconds", "Time of generating.")
         self._cached = self._counter("moe_edge_cached_prompt_tokens", "Prompt tokens that were in the KV cache.")
+        self._prompt_rate = self._gauge("llamacpp:prompt_tokens_seconds", "Prompt tokens a second, last reply.")
+        self._said_rate = self._gauge("llamacpp:predicted_tokens_seconds", "Tokens a second, last reply.")
         self._replies = Counter(
             "moe_edge_replies", "Replies by how they ended.", ["finish"], registry=self._registry
         )
@@ -62,6 +64,9 @@ class Metrics:
     def _counter(self, name: str, words: str) -> Counter:
         return Counter(name, words, registry=self._registry)
 
+    def _gauge(self, name: str, words: str) -> Gauge:
+        return Gauge(name, words, registry=self._registry)
+
     def count(self, end: End) -> None:
         """A reply is over."""
         usage = end.usage
@@ -71,9 +76,12 @@ class Metrics:
         self._said.inc(usage.generated_tokens)
         self._said_seconds.inc(usage.decode_seconds)
         self._replies.labels(end.reason).inc()
+        if usage.ttft_seconds > 0:
+            self._prompt_rate.set((usage.prompt_tokens - usage.cached_tokens) / usage.ttft_seconds)
         if usage.generated_tokens > 0:
             self._ttft.observe(usage.queue_seconds + usage.ttft_seconds)
         if usage.generated_tokens > 1:
+            self._said_rate.set(usage.tokens_per_second)
             self._tpot.observe(usage.decode_seconds / (usage.generated_tokens - 1))
 
     def count_failed(self) -> None:
