@@ -9,6 +9,7 @@ from typing import Any
 import click
 from moe_edge.runner import terminal
 from moe_edge.runner.commands.parameters import (
+    EVERYDAY,
     TOKENS,
     Number,
     SectionedCommand,
@@ -19,24 +20,22 @@ from moe_edge.runner.commands.parameters import (
     sampling_options,
 )
 
-SERVER = "Options"
-
 
 @click.command("serve", cls=SectionedCommand)
 @click.argument("model", required=False)
 @click.option("-m", "--model", "model_option", help="The model, as an option.")
-@option(SERVER, "--host", default="127.0.0.1", show_default=True,
+@option(EVERYDAY, "--host", default="127.0.0.1", show_default=True,
         help="Address to listen at; one that others can reach needs --api-key.")
-@option(SERVER, "--port", type=Number(0, 65535, whole=True), default=8080, show_default=True, help="0: any free one.")
-@option(SERVER, "--alias", help="What lists call the model. Default: its file's name.")
-@option(SERVER, "-n", "--max-tokens", "n_tokens", type=TOKENS, default=0, show_default=True,
+@option(EVERYDAY, "--port", type=Number(0, 65535, whole=True), default=8080, show_default=True, help="0: any free one.")
+@option(EVERYDAY, "--alias", help="What lists call the model. Default: its file's name.")
+@option(EVERYDAY, "-n", "--max-tokens", "n_tokens", type=TOKENS, default=0, show_default=True,
         help="Tokens of a reply whose request names no limit; 0: as many as the context holds.")
-@option(SERVER, "--queue", type=Number(0, 10_000, whole=True), default=8, show_default=True,
+@option(EVERYDAY, "--queue", type=Number(0, 10_000, whole=True), default=8, show_default=True,
         help="Requests that may wait; more are told to come again.")
-@option(SERVER, "--api-key", envvar="MOE_EDGE_API_KEY", help="Needed as `Authorization: Bearer` or `x-api-key`.")
-@option(SERVER, "--no-api-key", is_flag=True, help="Let everybody in who reaches --host.")
-@option(SERVER, "--cors", multiple=True, metavar="ORIGIN", help="Pages of this origin may ask; several times, or *.")
-@option(SERVER, "--log-json", is_flag=True, help="One JSON object for each request, instead of a line.")
+@option(EVERYDAY, "--api-key", envvar="MOE_EDGE_API_KEY", help="Needed as `Authorization: Bearer` or `x-api-key`.")
+@option(EVERYDAY, "--no-api-key", is_flag=True, help="Let everybody in who reaches --host.")
+@option(EVERYDAY, "--cors", multiple=True, metavar="ORIGIN", help="Pages of this origin may ask; several times, or *.")
+@option(EVERYDAY, "--log-json", is_flag=True, help="One JSON object for each request, instead of a line.")
 @model_options
 @sampling_options
 def command(

@@ -16,7 +16,7 @@ from moe_edge.runner.events import TokenLogprob
 from moe_edge.runner.protocol import End, Event, Logprobs, ModelFacts, Request, Usage
 from moe_edge.runner.serve.fields import ApiError
 
-SSE = "text/event-stream"
+SSE = "text/event-stream; charset=utf-8"
 NDJSON = "application/x-ndjson"
 
 
