@@ -17,6 +17,17 @@ from moe_edge.runner.serve.server import Running, ServerOptions
 
 PATIENCE = 20.0  # seconds until a test gives up; nothing is timed
 
+# One request for each path that generates: path, body, what is whole in the answer.
+MESSAGES = [{"role": "user", "content": "Hello"}]
+GENERATING: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"messages": MESSAGES},
+    "/v1/completions": {"prompt": "Hello", "max_tokens": 1000},
+    "/v1/responses": {"input": "Hello"},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 1000},
+    "/api/chat": {"messages": MESSAGES},
+    "/api/generate": {"prompt": "Hello"},
+}
+
 
 @dataclass
 class Server:
@@ -97,3 +108,20 @@ def events_of(text: str) -> list[dict[str, Any]]:
     """The JSON of every `data:` line but the last `[DONE]`."""
     lines = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
     return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
+def text_of(path: str, body: str) -> str:
+    """The answer's text in a stream of any dialect."""
+    if path.startswith("/api/"):
+        lines = [json.loads(line) for line in body.splitlines()]
+        return "".join(line["message"]["content"] if "message" in line else line.get("response", "") for line in lines)
+    said = ""
+    for event in events_of(body):
+        if event.get("type") == "response.output_text.delta":
+            said += event["delta"]
+        elif event.get("type") == "content_block_delta":
+            said += event["delta"].get("text", "")
+        elif event.get("choices"):
+            choice = event["choices"][0]
+            said += choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+    return said
