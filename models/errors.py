@@ -3,6 +3,7 @@
 MoeEdgeError                 everything moe-edge raises on purpose            exit status
 ├── UsageError               the call is wrong: fix the command line          2
 │   ├── BudgetTooSmall       --ram is below what the model needs              2
+│   ├── ContextFull          a prompt is longer than the context               2
 │   └── UnknownName          an architecture, type, policy we do not know     2
 │       └── UnknownArchitecture                                               2
 └── WorkError                the call is right, the work failed               1
@@ -77,6 +78,14 @@ class BudgetTooSmall(UsageError):
     def __init__(self, message: str, needed_bytes: int) -> None:
         super().__init__(message)
         self.needed_bytes = needed_bytes
+
+
+class ContextFull(UsageError):
+    """The prompt does not fit; prompt_tokens is None where it is so long that nobody counted."""
+
+    def __init__(self, message: str, prompt_tokens: int | None, n_ctx: int) -> None:
+        super().__init__(message)
+        self.prompt_tokens, self.n_ctx = prompt_tokens, n_ctx
 
 
 class UnknownName(UsageError):

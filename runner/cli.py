@@ -9,7 +9,19 @@ from importlib import metadata
 from typing import Any
 
 import click
-from moe_edge.runner.commands import bench, chat, convert, doctor, evaluate, generate, plan, show, simulate, trace
+from moe_edge.runner.commands import (
+    bench,
+    chat,
+    convert,
+    doctor,
+    evaluate,
+    generate,
+    plan,
+    serve,
+    show,
+    simulate,
+    trace,
+)
 
 
 class Commands(click.Group):
@@ -30,5 +42,5 @@ def main() -> None:
     """Run Mixture-of-Experts language models on machines whose memory is too small for them."""
 
 
-for module in (chat, generate, convert, show, plan, doctor, bench, evaluate, trace, simulate):
+for module in (chat, generate, serve, convert, show, plan, doctor, bench, evaluate, trace, simulate):
     main.add_command(module.command)

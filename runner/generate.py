@@ -1,13 +1,15 @@
 """Text in, text out: one generation with its statistics.
 
-Sampling, tokens and the KV cache are llama-cpp-python's; this module times them and reads the engine's counters.
+Samplers, tokens and the KV cache are llama.cpp's; this module times them and reads the engine's counters. stream() is
+an iterator of what comes, generate() runs it to its end.
 """
 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,27 +17,16 @@ from moe_edge.models.errors import Stopped, UsageError
 from moe_edge.models.store.watch import check_unchanged
 from moe_edge.runner.capi import Counters
 from moe_edge.runner.engine import Engine
+from moe_edge.runner.events import Piece, Progress
 from moe_edge.runner.memory import peak_rss_bytes
+from moe_edge.runner.sampling import Sampler
+from moe_edge.runner.sampling import Sampling as Sampling
 from moe_edge.runner.tokens import is_end, token_bytes, tokenize
 from moe_edge.schedulers.budget import format_bytes
 from moe_edge.schedulers.lookahead.around import LookAheadPolicy
 from moe_edge.schedulers.policies import DEFAULTS
 from moe_edge.schedulers.policies.levels import PolicyStats
 from moe_edge.schedulers.policy import Policy
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Sampling parameters, with llama-cpp-python's names and meanings; temp 0 is greedy."""
-
-    temp: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
-    seed: int | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -85,6 +76,7 @@ class Generation:
     prompt_tokens: tokens of the prompt; reused_tokens of them were in the KV cache already and not evaluated.
     lookahead: at the end; of the experts prefetched, some may have been asked for by an earlier generation, and some
     may be settled by a later one.
+    finish_reason: stop, length, or stopped by whoever asked for it. stop_text: the one that ended it.
     """
 
     text: str = ""
@@ -94,6 +86,7 @@ class Generation:
     ttft_seconds: float = 0.0
     decode_seconds: float = 0.0
     finish_reason: str = "length"
+    stop_text: str | None = None
     counters: Counters = field(default_factory=Counters)
     prefill_counters: Counters = field(default_factory=Counters)
     policy_stats: PolicyStats = field(default_factory=PolicyStats)
@@ -205,15 +198,100 @@ def generate(
     should_stop: Callable[[], bool] | None = None,
     ignore_end: bool = False,
 ) -> Generation:
-    """Generate up to n_tokens; on_text gets the text as it comes. Raises UsageError when the prompt does not fit.
+    """Generate up to n_tokens; on_text gets the text as it comes. The other arguments are those of stream()."""
+    events = stream(
+        engine, prompt, n_tokens, sampling, stop=stop, special=special, visible=visible, should_stop=should_stop,
+        ignore_end=ignore_end,
+    )  # fmt: skip
+    with contextlib.closing(events):  # gives the turn to decode back, whatever on_text raises
+        while True:
+            try:
+                event = next(events)
+            except StopIteration as end:
+                result: Generation = end.value
+                return result
+            if isinstance(event, Piece) and event.text and on_text is not None:
+                on_text(event.text)
+
+
+def stream(
+    engine: Engine,
+    prompt: str | Sequence[int],
+    n_tokens: int,
+    sampling: Sampling | None = None,
+    *,
+    stop: Sequence[str] = (),
+    special: bool = True,
+    visible: Collection[int] = (),
+    should_stop: Callable[[], bool] | None = None,
+    ignore_end: bool = False,
+) -> Generator[Progress | Piece, None, Generation]:
+    """Progress for each micro-batch of the prompt, then a Piece for each token; returns the Generation.
+
+    It has the engine's turn to decode until it ends or is closed, and must be iterated by one thread.
 
     Stops at the model's end-of-generation token, at a stop text, when the context is full, when should_stop() turns
-    true between tokens, or when the engine is told to stop. Raises Stopped only when no token had come by then.
+    true (asked before every micro-batch and every token), or when the engine is told to stop.
     special: the names of control tokens in a prompt that is text are those tokens, as in stock create_completion.
     visible: control tokens whose names appear in the text; the others leave nothing there.
     ignore_end: go on after an end-of-generation token, for benchmarks.
+    Raises UsageError when the prompt does not fit, Stopped when no token had come before a stop. What was evaluated of
+    the prompt by then stays in the KV cache.
     """
     engine.check_open()
+    tokens = prompt_tokens(engine, prompt, n_tokens, special=special)
+    check_unchanged(engine.model)
+    out = Generation(prompt_tokens=len(tokens))
+    writer = _TextWriter(stop)
+    asked = should_stop or (lambda: False)
+    try:
+        with engine.decoding(), Sampler(engine.llama, sampling or Sampling()) as sampler:
+            out.reused_tokens = keep_prefix(engine, tokens)
+            before, stats_before = engine.counters(), engine.policy.stats.copy()
+            started = first = time.monotonic()
+            for done in prefill(engine, tokens, asked):
+                yield Progress(done, len(tokens))
+            while True:
+                token = sampler.draw()
+                now = time.monotonic()
+                if out.generated_tokens == 0:
+                    first, out.ttft_seconds = now, now - started
+                    out.prefill_counters = engine.counters().since(before)
+                out.decode_seconds = now - first
+                out.generated_tokens += 1
+                logprob = sampler.logprob(token)
+                if not ignore_end and is_end(engine.llama, token):
+                    out.finish_reason = "stop"
+                    break
+                text = writer.add(token_bytes(engine.llama, token, special=token in visible))
+                yield Piece(text, token, logprob)
+                if writer.found is not None:
+                    out.finish_reason, out.stop_text = "stop", writer.found
+                    break
+                if out.generated_tokens >= n_tokens or engine.llama.n_tokens + 1 >= engine.n_ctx:
+                    break
+                if asked():
+                    out.finish_reason = "stopped"
+                    break
+                engine.llama.eval([token])
+    except Stopped:
+        if out.generated_tokens == 0:
+            raise
+        out.finish_reason = "stopped"
+    if rest := writer.finish():
+        yield Piece(rest, token)
+    out.text = writer.text
+    check_unchanged(engine.model)
+    out.counters = engine.counters().since(before)
+    out.policy_stats = engine.policy.stats.since(stats_before)
+    out.lookahead = LookAheadState.of(engine.policy)
+    if engine.model.calibration is not None:
+        out.damage_scale = engine.model.calibration.damage_scale
+    return out
+
+
+def prompt_tokens(engine: Engine, prompt: str | Sequence[int], n_tokens: int, *, special: bool) -> list[int]:
+    """The prompt as token ids. Raises UsageError when there are none, or more than the context holds."""
     if isinstance(prompt, str):
         tokens = tokenize(engine.llama, prompt, special=special, add_bos=True)
     else:
@@ -226,52 +304,21 @@ def generate(
             f"the prompt has {len(tokens)} tokens but the context holds {n_ctx}; "
             f"try --ctx-size {len(tokens) + n_tokens}"
         )
-    check_unchanged(engine.model)
-    out = Generation(prompt_tokens=len(tokens))
-    writer = _TextWriter(on_text, stop)
-    try:
-        with engine.decoding():
-            out.reused_tokens = keep_prefix(engine, tokens)
-            before, stats_before = engine.counters(), engine.policy.stats.copy()
-            started = first = time.monotonic()
-            for token in _tokens(engine, tokens, sampling or Sampling()):
-                now = time.monotonic()
-                if out.generated_tokens == 0:
-                    first, out.ttft_seconds = now, now - started
-                    out.prefill_counters = engine.counters().since(before)
-                out.decode_seconds = now - first
-                out.generated_tokens += 1
-                ended = not ignore_end and is_end(engine.llama, token)
-                if ended or writer.add(token_bytes(engine.llama, token, special=token in visible)):
-                    out.finish_reason = "stop"
-                    break
-                if out.generated_tokens >= n_tokens or engine.llama.n_tokens + 1 >= n_ctx:
-                    break
-                if should_stop is not None and should_stop():
-                    out.finish_reason = "stopped"
-                    break
-    except Stopped:
-        if out.generated_tokens == 0:
-            raise
-        out.finish_reason = "stopped"
-    out.text = writer.finish()
-    check_unchanged(engine.model)
-    out.counters = engine.counters().since(before)
-    out.policy_stats = engine.policy.stats.since(stats_before)
-    out.lookahead = LookAheadState.of(engine.policy)
-    if engine.model.calibration is not None:
-        out.damage_scale = engine.model.calibration.damage_scale
-    return out
+    return tokens
 
 
-def _tokens(engine: Engine, tokens: list[int], s: Sampling) -> Iterator[int]:
-    if s.seed is not None:
-        engine.llama.set_seed(s.seed)
-    generator: Iterator[int] = engine.llama.generate(
-        tokens, temp=s.temp, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, repeat_penalty=s.repeat_penalty,
-        presence_penalty=s.presence_penalty, frequency_penalty=s.frequency_penalty,
-    )  # fmt: skip
-    return generator
+def prefill(engine: Engine, tokens: Sequence[int], should_stop: Callable[[], bool]) -> Iterator[int]:
+    """Evaluate what the KV cache lacks of the prompt, a micro-batch at a time; after each, how many tokens it has.
+
+    Raises Stopped when should_stop() turns true between two of them.
+    """
+    llama = engine.llama
+    yield llama.n_tokens
+    while llama.n_tokens < len(tokens):
+        if should_stop():
+            raise Stopped("stopped")
+        llama.eval(tokens[llama.n_tokens : llama.n_tokens + llama.n_batch])
+        yield llama.n_tokens
 
 
 def keep_prefix(engine: Engine, tokens: Sequence[int]) -> int:
@@ -280,12 +327,7 @@ def keep_prefix(engine: Engine, tokens: Sequence[int]) -> int:
     All but the last token at most, which is evaluated for its logits. Recurrent and hybrid models cannot forget a part:
     unless the prompt goes on where the cache ends, all of it is evaluated again.
     """
-    llama = engine.llama
-    n = 0
-    for have, want in zip(llama.input_ids[: llama.n_tokens].tolist(), tokens[:-1], strict=False):
-        if have != want:
-            break
-        n += 1
+    llama, n = engine.llama, shared_prefix(engine, tokens)
     if n == llama.n_tokens or (n > 0 and llama._ctx.kv_cache_seq_rm(-1, n, -1)):
         llama.n_tokens = n
         return n
@@ -294,34 +336,46 @@ def keep_prefix(engine: Engine, tokens: Sequence[int]) -> int:
     return 0
 
 
+def shared_prefix(engine: Engine, tokens: Sequence[int]) -> int:
+    """How many tokens at the beginning of a prompt are in the KV cache; not the last one."""
+    llama, n = engine.llama, 0
+    for have, want in zip(llama.input_ids[: llama.n_tokens].tolist(), tokens[:-1], strict=False):
+        if have != want:
+            break
+        n += 1
+    return n
+
+
 class _TextWriter:
-    """Bytes of tokens in, whole characters out; holds back what might be the start of a stop text."""
+    """Bytes of tokens in, whole characters out; holds back what might be the start of a stop text.
 
-    def __init__(self, on_text: Callable[[str], None] | None, stop: Sequence[str]) -> None:
+    text: all that came so far, up to the stop text. found: the stop text that came.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
-        self._on_text = on_text
         self._stop = [s for s in stop if s]
-        self._text = ""
         self._shown = 0
+        self.text = ""
+        self.found: str | None = None
 
-    def add(self, data: bytes) -> bool:
-        """True when a stop text has come; the text then ends before it."""
-        self._text += self._decode(data)
-        for s in self._stop:
-            at = self._text.find(s, max(0, self._shown - len(s)))
-            if at >= 0:
-                self._text = self._text[:at]
-                return True
-        hold = max((n for s in self._stop for n in range(1, len(s)) if self._text.endswith(s[:n])), default=0)
-        self._show(len(self._text) - hold)
-        return False
+    def add(self, data: bytes) -> str:
+        """What can be shown now. When a stop text has come, `found` is set and the text ends before it."""
+        self.text += self._decode(data)
+        places = [(at, s) for s in self._stop if (at := self.text.find(s, max(0, self._shown - len(s)))) >= 0]
+        if places:
+            at, self.found = min(places)
+            self.text = self.text[:at]
+            return self._show(at)
+        hold = max((n for s in self._stop for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
+        return self._show(len(self.text) - hold)
 
-    def _show(self, to: int) -> None:
-        if to > self._shown and self._on_text is not None:
-            self._on_text(self._text[self._shown : to])
-        self._shown = max(self._shown, to)
+    def _show(self, to: int) -> str:
+        at, self._shown = self._shown, max(self._shown, to)
+        return self.text[at : self._shown]
 
     def finish(self) -> str:
-        self._text += self._decode(b"", True)
-        self._show(len(self._text))
-        return self._text
+        """What was held back; nothing after a stop text."""
+        if self.found is None:
+            self.text += self._decode(b"", True)
+        return self._show(len(self.text))
