@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
 from pathlib import Path
 from typing import Any
 
 from moe_edge.models.errors import MissingFile, UsageError, WorkError
+from moe_edge.runner.llama import captured_log
 
 HELD_OUT = Path(__file__).resolve().parents[2] / "shared" / "models" / "texts" / "heldout.txt"
 BYTES_OF_TOKEN = 12  # more than any tokenizer makes of a token on average
@@ -60,12 +60,11 @@ class _Vocabulary:
         import llama_cpp
 
         self._llama = llama_cpp
-        self._quiet = llama_cpp.llama_log_callback(lambda _level, _text, _user: None)
-        llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = True
-        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(model), params)
+        with captured_log():
+            self._model = llama_cpp.llama_model_load_from_file(os.fsencode(model), params)
         if not self._model:
             raise WorkError(f"{model}: llama.cpp cannot read its vocabulary")
         self._vocab: Any = llama_cpp.llama_model_get_vocab(self._model)
@@ -76,10 +75,7 @@ class _Vocabulary:
         return self
 
     def __exit__(self, *_: object) -> None:
-        from llama_cpp import _logger
-
         self._llama.llama_model_free(self._model)
-        self._llama.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
 
     def tokenize(self, text: str) -> list[int]:
         data = text.encode()

@@ -28,29 +28,43 @@ LOAD_LOCK = threading.Lock()  # llama.cpp's defaults and the armed model are pro
 
 _install_lock = threading.Lock()
 _captures: dict[int, list[list[str]]] = {}  # thread -> where its lines go, the innermost capture last
-_callback: Any = None  # of llama.cpp's log: set once, and never freed, since any thread may be in it
+_callback: Any = None  # of llama.cpp's log: made once, and never freed, since any thread may be in it
+_theirs: Any = None  # where the log went before: what no thread of ours captures goes there
+_current = 0  # the address of what llama.cpp calls since we last took its log
 
 
 def _install() -> None:
-    """Take llama.cpp's log, once for the process. What no thread of ours captures goes where it went before."""
-    global _callback
+    """Take llama.cpp's log, again when another part of the process has taken it since."""
+    global _callback, _theirs, _current
     with _install_lock:
-        if _callback is not None:
-            return
         import llama_cpp
-        from llama_cpp import _logger
 
-        theirs = _logger.llama_log_callback
-
-        def sort(level: int, text: bytes, user: object) -> None:
-            captures = _captures.get(threading.get_ident())
-            if captures:
-                captures[-1].append(text.decode(errors="replace"))
-            else:
-                theirs(level, text, ctypes.c_void_p(0))
-
-        _callback = llama_cpp.llama_log_callback(sort)
+        found, found_address = _log_callback()
+        if _callback is not None and found_address == _current:
+            return
+        _theirs = found
+        if _callback is None:
+            _callback = llama_cpp.llama_log_callback(_sort)
         llama_cpp.llama_log_set(_callback, ctypes.c_void_p(0))
+        _current = _log_callback()[1]
+
+
+def _sort(level: int, text: bytes, _user: object) -> None:
+    captures = _captures.get(threading.get_ident())
+    if captures:
+        captures[-1].append(text.decode(errors="replace"))
+    else:
+        _theirs(level, text)
+
+
+def _log_callback() -> tuple[Callable[[int, bytes], None], int]:
+    """What llama.cpp calls with each piece of its log, and its address."""
+    import llama_cpp
+
+    callback, user = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(callback), ctypes.byref(user))
+    address = ctypes.cast(callback, ctypes.c_void_p).value or 0
+    return lambda level, text: callback(level, text, user), address
 
 
 @contextlib.contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import pytest
 from conftest import open_engine
 from moe_edge.models.embedded import tiny_model_path
@@ -330,6 +332,22 @@ def test_lines_go_to_the_thread_that_they_came_from() -> None:
         thread.join(30)
     assert got == {name: [f"{name} {i}\n" for i in range(50)] for name in "ab"}
     assert door._callback is callback and not door._captures
+
+
+def test_the_log_is_taken_again_from_whoever_took_it_and_theirs_goes_to_them() -> None:
+    heard: list[bytes] = []
+    with tiny():
+        pass
+    other = llama_cpp.llama_log_callback(lambda _level, text, _user: heard.append(text))
+    before = door._theirs
+    llama_cpp.llama_log_set(other, ctypes.c_void_p(0))
+    try:
+        with tiny():  # which asks llama.cpp's log for the sizes of its buffers
+            pass
+        door._callback(2, b"nobody of ours\n", None)
+        assert heard[-1] == b"nobody of ours\n"
+    finally:
+        door._theirs = before
 
 
 # ---- small things
