@@ -22,7 +22,7 @@ from moe_edge.runner.events import Progress
 from moe_edge.runner.protocol import End, Event, Logprobs, Request, SamplingChoice, ToolChoice
 from moe_edge.runner.sampling import Sampling
 from moe_edge.runner.serve.engine_model import EngineModel, template_kwargs
-from random_vocabulary import _byte_letters
+from random_vocabulary import byte_letters
 from scripted import CONTROL, USER_DEFINED, write_scripted_model
 from serving import PATIENCE, Server, eventually, exchange, raw_request, serving
 
@@ -323,7 +323,7 @@ def test_dozens_in_mixed_dialects_two_at_a_time_answer_as_alone(server: Server) 
 
 
 def test_characters_over_tokens_arrive_whole(tmp_path: Path) -> None:
-    reply = [_byte_letters()[byte] for byte in "界🙂".encode()]  # a token for each byte
+    reply = [byte_letters()[byte] for byte in "界🙂".encode()]  # a token for each byte
     types = dict.fromkeys(reply, USER_DEFINED)
     path = write_scripted_model(tmp_path / "bytes.gguf", reply, types=types, template=TEMPLATE)
     with open_engine(path, "resident", n_ctx=64, n_threads=1) as engine:
