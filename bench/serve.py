@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-MOE_EDGE = [sys.executable, "-m", "moe_edge.runner.cli"]
+MOE_EDGE = [sys.executable, "-m", "moe_edge.runner.start"]
 WORDS = "It was a bright cold day in April, and the clocks were striking thirteen. "
 
 

@@ -18,6 +18,9 @@ LLAMA_CPP = {
     "moe_edge.runner.llama": "the door: loading, logs, threads, KV cache",
     "moe_edge.runner.tokens": "its vocabulary; below the door, which uses it",
     "moe_edge.runner.template": "its Jinja; below the door, which uses it",
+    "moe_edge.runner.sampling": "its samplers and grammars",
+    "moe_edge.runner.serve.grammar": "its grammar of a JSON schema",
+    "moe_edge.runner.serve.engine_model": "the number of parameters, for clients that ask",
     "moe_edge.runner.capi": "its libraries are loaded before ours",
     "moe_edge.runner.native": "its thread pools",
     "moe_edge.runner.prove_child": "a process of its own, which wraps the log before anything is loaded",
@@ -29,7 +32,8 @@ LLAMA_CPP = {
 }
 CTYPES = {
     "moe_edge.runner.capi", "moe_edge.runner.native", "moe_edge.runner.llama", "moe_edge.runner.tokens",
-    "moe_edge.runner.neighbours", "moe_edge.runner.measure.probe", "moe_edge.convert.quantize",
+    "moe_edge.runner.neighbours", "moe_edge.runner.sampling", "moe_edge.runner.measure.probe",
+    "moe_edge.convert.quantize",
 }  # fmt: skip
 CONVERTERS = ("moe_edge.runner.commands", "moe_edge.runner.calibrate")  # of runner, who may import convert
 

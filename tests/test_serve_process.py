@@ -21,7 +21,7 @@ from serving import PATIENCE, eventually, exchange, raw_request, request
 from test_memory_limit import ALLOWANCE, Cgroup, cgroup
 
 __all__ = ["cgroup"]
-SERVE = [sys.executable, "-m", "moe_edge.runner.cli", "serve"]
+SERVE = [sys.executable, "-m", "moe_edge.runner.start", "serve"]
 LINUX = sys.platform == "linux"
 
 

@@ -363,10 +363,10 @@ def wait_for(arguments: list[str], environment: dict[str, str]) -> float:
 @pytest.mark.parametrize("where", ["weights", "decode"])
 def test_a_signal_that_comes_while_c_code_runs_is_not_lost(name: str, status: int, where: str) -> None:
     """It is sent out of one of the callbacks, through which no exception comes out."""
-    at = {"weights": "(engine, 'load_llama', 'go_on')", "decode": "(native.NativeModel, '_on_step', None)"}[where]
+    at = {"weights": "(loading, 'load_llama', 'go_on')", "decode": "(native.NativeModel, '_on_step', None)"}[where]
     code = f"""
 import os, signal, sys
-from moe_edge.runner import engine, native, start
+from moe_edge.runner import loading, native, start
 from moe_edge.runner.cli import main
 owner, name, argument = {at}
 inner = getattr(owner, name)
