@@ -1,7 +1,8 @@
 # make demo    set up in .venv, convert the embedded tiny model, answer under a budget that forces evictions
 # make test    set up in .venv, run the tests against the installed package
-# make check   ruff and mypy --strict
-# make fuzz    damaged files, mutated models, signals at random moments, for hours: FUZZ_FILES, FUZZ_CASES, FUZZ_ROUNDS
+# make check   ruff, and mypy --strict over everything
+# make bench   moe-edge against stock llama.cpp on a random model of 2.85 GB; BENCH_CAPS, BENCH_DISKS; root for the caps
+# make fuzz    damaged files, mutated models and requests, signals at random moments, for hours: FUZZ_FILES, ...
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -63,12 +64,23 @@ check: setup
 	cd build/typecheck && MYPYPATH=.:../../tests:../../bench ../../$(BIN)/mypy --config-file ../../pyproject.toml \
 	    ../../tests ../../bench ../../examples
 
+BENCH_CAPS ?= 25%,40%,57%,75%,none
+BENCH_DISKS ?= none
+BENCH_MODEL := build/bench/random.gguf
+bench: setup
+	mkdir -p build/bench
+	test -f $(BENCH_MODEL) || $(BIN)/python bench/random_moe.py $(BENCH_MODEL)
+	$(BIN)/python bench/compare.py $(BENCH_MODEL) --cap $(BENCH_CAPS) --disk $(BENCH_DISKS) --rounds 2 --texts 2 --prompt 128 \
+	    --tokens 64 --plot build/bench/tok_s.svg
+
 FUZZ_FILES ?= 100000
 FUZZ_CASES ?= 5000
+FUZZ_BODIES ?= 10000
 FUZZ_ROUNDS ?= 50
 fuzz: setup
 	$(BIN)/python tests/fuzz_parsers.py --cases $(FUZZ_FILES)
 	MOE_EDGE_FUZZ_CASES=$(FUZZ_CASES) MOE_EDGE_FUZZ_SEED=$$$$ $(BIN)/python -m pytest -q tests/test_contradictions.py -k mutated
+	MOE_EDGE_FUZZ_BODIES=$(FUZZ_BODIES) $(BIN)/python -m pytest -q tests/test_serve_fuzz.py
 	for i in $$(seq $(FUZZ_ROUNDS)); do $(BIN)/python -m pytest -q tests/test_streams.py -k any_moment || exit 1; done
 
 clean:
