@@ -7,19 +7,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moe_edge.convert.quantize import NEED_IMATRIX, TARGETS, fitting_type, target_type
 from moe_edge.models.errors import UnknownName, UsageError, printable
-from moe_edge.models.formats.ggml_types import F32, FLOAT_TYPES, tensor_bytes, type_name
+from moe_edge.models.formats.ggml_types import BF16, F16, F32, FLOAT_TYPES, I8, tensor_bytes, type_name
 from moe_edge.models.formats.gguf import TensorEntry
 from moe_edge.models.formats.write import TensorSpec
 from moe_edge.models.store.experts import MatrixKey, MoELayer
+from moe_edge.models.store.planes import FIELDS, most_bytes
 from moe_edge.models.store.skeleton import stub_specs
 from moe_edge.models.store.source import Source
 from moe_edge.models.store.store import ALIGNMENT, HIGH_NAME, LOW_NAME, expert_name, level_of
 
+# What --pack can be: which types of experts are packed. auto: those that get a sixth shorter, or more.
+PACKINGS: Mapping[str, frozenset[int]] = {
+    "none": frozenset(), "auto": frozenset({F16, BF16}), "planes": frozenset(FIELDS),
+}  # fmt: skip
 DEFAULT_DENSE = "Q8_0"  # of a checkpoint whose experts are quantized
 READABLE = frozenset({*TARGETS, *NEED_IMATRIX, "Q1_0", "NVFP4"})
 
@@ -52,17 +57,29 @@ class ExpertTypes:
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor of an output file: where it comes from, and the type and bytes it will have. Shape in ggml order."""
+    """A tensor of an output file: where it comes from, and the type and bytes it will have. Shape in ggml order.
+
+    packed: stored with the codec `planes`, so that `nbytes` is what it takes in memory, not in the file.
+    """
 
     name: str
     shape: tuple[int, ...]
     source: TensorEntry
     type: int
     nbytes: int
+    packed: bool = False
 
     @property
     def spec(self) -> TensorSpec:
+        """As the file lists it. A packed one is so many bytes, and may turn out shorter when it is written."""
+        if self.packed:
+            return TensorSpec(self.name, (self.stored_bytes,), I8, self.stored_bytes)
         return TensorSpec(self.name, self.shape, self.type, self.nbytes)
+
+    @property
+    def stored_bytes(self) -> int:
+        """What it takes in the file, at most."""
+        return most_bytes(self.type, self.nbytes) if self.packed else self.nbytes
 
     @property
     def is_converted(self) -> bool:
@@ -96,8 +113,8 @@ class ConvertPlan:
 
     @property
     def store_bytes(self) -> int:
-        """Bytes of the store's tensors, each rounded up to the store's alignment."""
-        return sum(each.nbytes + -each.nbytes % ALIGNMENT for each in self.store_tensors)
+        """Bytes of the store's tensors, at most, each rounded up to the store's alignment."""
+        return sum(each.stored_bytes + -each.stored_bytes % ALIGNMENT for each in self.store_tensors)
 
     @property
     def store_tensors(self) -> tuple[PlannedTensor, ...]:
@@ -183,16 +200,19 @@ def make_plan(
     types: ExpertTypes | None = None,
     importance: Collection[MatrixKey] = (),
     dense_importance: Collection[str] = (),
+    pack: str = "none",
 ) -> ConvertPlan:
     """The plan to convert `source`, with types by name.
 
     expert_type: of the experts' high level; None keeps the source's. low_type: adds a low level of that type.
     types: in place of both, when projections or experts differ.
     dense_type: of the dense matrices; None keeps a GGUF's, and a checkpoint's unless its experts are quantized: Q8_0.
-    importance, dense_importance: the experts and dense tensors there is an importance for.
+    importance, dense_importance: the experts and dense tensors there is an importance for. pack: of PACKINGS.
     Raises UnknownName for a type we do not know, UsageError for one whose tensors lack an importance they need and for
     a level, projection or expert the model does not have, and what the architecture raises.
     """
+    if pack not in PACKINGS:
+        raise UnknownName(f"unknown packing '{pack}'; known: {', '.join(PACKINGS)}")
     assert types is None or (expert_type is None and low_type is None), "types replaces expert_type and low_type"
     if types is None:
         types = ExpertTypes(expert_type, low_type)
@@ -206,7 +226,8 @@ def make_plan(
     for each in dense:
         _check_importance(each, each.name in dense_importance)
     homes = {HIGH_NAME: types.homes, LOW_NAME: types.low_homes}
-    experts = tuple(_plan_experts(source, wanted, homes, frozenset(importance), fallbacks))
+    planned = _plan_experts(source, wanted, homes, frozenset(importance), fallbacks)
+    experts = tuple(replace(each, packed=each.type in PACKINGS[pack]) for each in planned)
     biases = tuple(PlannedTensor(e.name, e.shape, e, e.type, e.nbytes) for e in source.biases.values())
     stubs = stub_specs(source.layers, source.biases)
     return ConvertPlan(
@@ -330,7 +351,8 @@ def _planned(name: str, entry: TensorEntry, wanted: int, fallbacks: Counter[str]
 def change(tensor: PlannedTensor) -> str:
     """`BF16 -> Q4_K`, or `BF16` for a tensor that is copied."""
     found = type_name(tensor.source.type)
-    return f"{found} -> {type_name(tensor.type)}" if tensor.is_converted else found
+    changed = f"{found} -> {type_name(tensor.type)}" if tensor.is_converted else found
+    return f"{changed}, packed" if tensor.packed else changed
 
 
 def _as_json(tensor: PlannedTensor) -> dict[str, Any]:
@@ -340,6 +362,7 @@ def _as_json(tensor: PlannedTensor) -> dict[str, Any]:
         "source_type": type_name(tensor.source.type),
         "type": type_name(tensor.type),
         "bytes": tensor.nbytes,
+        **({"packed": True} if tensor.packed else {}),
     }
 
 

@@ -19,7 +19,7 @@ from moe_edge.convert.checkpoints import open_source
 from moe_edge.convert.conversion_plan import ConvertPlan, ExpertTypes, change, make_plan
 from moe_edge.convert.imatrix import fill_unused
 from moe_edge.convert.quantize import check_importance
-from moe_edge.convert.stream import converted
+from moe_edge.convert.stream import converted, packed
 from moe_edge.convert.write_store import new_store, seal_store
 from moe_edge.models.errors import MissingFile, MoeEdgeError, UsageError, printable
 from moe_edge.models.formats.files import is_present, stamp_of
@@ -64,6 +64,7 @@ class ConvertReport:
     store_bytes: int = 0
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    packed_share: float = 1.0  # stored bytes of the packed matrices over their bytes in memory
 
     def text(self) -> str:
         """The plan after a dry run, otherwise what was written."""
@@ -75,11 +76,18 @@ class ConvertReport:
             f"{printable(str(self.store))}: experts, {self.store_bytes / 2**20:.2f} MiB, id {self.store_id}",
             "experts: " + ", ".join(f"{count} x {what}" for what, count in changed.items()),
             *self.plan.level_lines(),
+            *self._packed_lines(),
             *self.plan.remarks(),
             *self.notes,
             f"written, read back and checked in {self.seconds:.1f} s",
         ]
         return "\n".join(lines)
+
+    def _packed_lines(self) -> list[str]:
+        whole = sum(each.nbytes for each in self.plan.experts if each.packed)
+        if not whole:
+            return []
+        return [f"packed without loss: {whole / 2**20:.2f} MiB in {100 * self.packed_share:.1f} % of it"]
 
     def to_json(self) -> dict[str, Any]:
         """Everything, the plan tensor by tensor, as JSON values."""
@@ -90,6 +98,7 @@ class ConvertReport:
             "skeleton_bytes": self.skeleton_bytes,
             "store_bytes": self.store_bytes,
             "seconds": self.seconds,
+            "packed_share": self.packed_share,
             "notes": list(self.notes),
             "plan": self.plan.to_json(),
         }
@@ -111,6 +120,7 @@ def convert(
     calibration: Calibration | None = None,
     overwrite: bool = False,
     prove: Callable[[Path], None] | None = None,
+    pack: str = "none",
 ) -> ConvertReport:
     """Convert a GGUF or a Hugging Face folder to `NAME.gguf` (output_path) and `NAME.experts.gguf`.
 
@@ -119,6 +129,7 @@ def convert(
     importance: (layer number, expert, projection) -> (n_cols,) mean squares of its inputs, for the quantizer at every
     level; an expert without gets its layer's mean. dense_importance: the same by name of the dense tensor.
     calibration: what the policies will use, stored with the experts.
+    pack: which experts are packed without loss, see make_plan: "none", "auto" or "planes".
     dense_type: type of the dense matrices, see make_plan. threads: to quantize with; None or 0: one each CPU.
     output_path: None only for a dry run, which writes nothing and returns the plan.
     progress: called with bytes written and bytes in all; None shows a bar when stderr is a terminal.
@@ -137,8 +148,9 @@ def convert(
     filled = fill_unused(_checked(importance or {}, source), source.layers)
     dense_weights = dense_importance or {}
     plan = make_plan(
-        source, type, dense_type, low_type, types=types, importance=filled.keys(), dense_importance=dense_weights.keys()
-    )
+        source, type, dense_type, low_type, types=types, importance=filled.keys(),
+        dense_importance=dense_weights.keys(), pack=pack,
+    )  # fmt: skip
     weights = _importance_by_name(plan, filled, dense_weights)
     if calibration is not None:
         _check_calibration(calibration, plan, source)
@@ -149,7 +161,7 @@ def convert(
     with WorkFolder(skeleton_path.parent, names) as work:
         store, skeleton = _outputs(plan, source, skeleton_path, calibration, work.path)
         check_space(skeleton_path.parent, store.total_bytes + skeleton.total_bytes, str(skeleton_path))
-        total = sum(each.nbytes for each in (*store.tensors, *skeleton.tensors))
+        total = sum(each.nbytes for each in plan.store_tensors) + sum(each.nbytes for each in skeleton.tensors)
         with _progress(progress, total, printable(skeleton_path.name)) as advance:
             identity = _write_both(plan, source, store, skeleton, weights, _n_threads(threads), advance)
         _check_written(store, skeleton, prove)
@@ -163,7 +175,13 @@ def convert(
         store_bytes=store.total_bytes,
         seconds=time.monotonic() - started,
         notes=(note,) if note else (),
+        packed_share=_packed_share(plan, store),
     )
+
+
+def _packed_share(plan: ConvertPlan, store: GGUFOutput) -> float:
+    pairs = [(each.nbytes, spec.nbytes) for each, spec in zip(plan.experts, store.tensors, strict=False) if each.packed]
+    return sum(stored for _, stored in pairs) / sum(whole for whole, _ in pairs) if pairs else 1.0
 
 
 def _prove_tokenizer(folder: Path, source: Source) -> str | None:
@@ -248,6 +266,7 @@ def _outputs(
         [each.spec for each in plan.store_tensors],
         calibration,
         folder / final.name,
+        {each.name: (each.type, each.shape[0], each.shape[1]) for each in plan.experts if each.packed},
     )
     changed = {}
     if source.is_checkpoint and plan.dense_type in FILE_TYPES:
@@ -269,7 +288,7 @@ def _write_both(
 ) -> str:
     """Write and check both files. Returns the store id."""
     with SourceFiles(source.stamps) as files, store, skeleton:
-        _fill(store, converted(plan.store_tensors, files, threads, weights), advance)
+        _fill_store(store, plan, converted(plan.store_tensors, files, threads, weights), threads, advance)
         identity = seal_store(store)
         skeleton.patch(STORE_ID, kv_string(STORE_ID, identity))
         _fill(skeleton, _skeleton_data(plan, files, weights, threads), advance)
@@ -299,6 +318,27 @@ def _fill(output: GGUFOutput, pieces: Generator[bytes, None, None], advance: Cal
         for data in pieces:
             output.write(data)
             advance(len(data))
+
+
+def _fill_store(
+    store: GGUFOutput,
+    plan: ConvertPlan,
+    pieces: Generator[bytes, None, None],
+    threads: int,
+    advance: Callable[[int], None],
+) -> None:
+    """The same for the store, whose experts may be packed."""
+    tensors = iter(plan.store_tensors)
+    current = next(tensors, None)
+    with closing(packed(plan.store_tensors, pieces, threads)) as stored:
+        for data, ends in stored:
+            assert current is not None
+            if current.packed:
+                store.write_shorter(data)
+            else:
+                store.write(data)
+            advance(current.nbytes if current.packed else len(data))
+            current = next(tensors, None) if ends else current
 
 
 def _skeleton_data(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from moe_edge.models.formats.ggml_types import row_bytes
 from moe_edge.models.formats.source_files import SourceFiles
+from moe_edge.models.store.planes import pack
 
 if TYPE_CHECKING:
     from moe_edge.convert.conversion_plan import PlannedTensor
@@ -45,6 +47,36 @@ def converted(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def packed(
+    tensors: Sequence[PlannedTensor], pieces: Generator[bytes, None, None], threads: int
+) -> Generator[tuple[bytes, bool], None, None]:
+    """The pieces of `converted`, each with whether it ends its tensor; a tensor to be packed comes whole and packed.
+
+    Packs a few tensors at a time, so memory is bounded by some `threads` of them. Closes `pieces`.
+    """
+    with ThreadPoolExecutor(threads) as pool, closing(pieces):
+        waiting: deque[tuple[Future[bytes] | bytes, bool]] = deque()
+        for tensor in tensors:
+            left, whole = tensor.nbytes, bytearray()
+            while left:
+                piece = next(pieces)
+                left -= len(piece)
+                if not tensor.packed:
+                    waiting.append((piece, not left))
+                    continue
+                whole += piece
+            if tensor.packed:
+                waiting.append((pool.submit(pack, bytes(whole), tensor.type), True))
+            while len(waiting) > threads + 1:
+                yield _result(*waiting.popleft())
+        while waiting:
+            yield _result(*waiting.popleft())
+
+
+def _result(piece: Future[bytes] | bytes, ends: bool) -> tuple[bytes, bool]:
+    return piece if isinstance(piece, bytes) else piece.result(), ends
 
 
 def _row_ranges(tensors: Iterable[PlannedTensor]) -> Iterator[tuple[PlannedTensor, int, int]]:

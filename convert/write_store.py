@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moe_edge.models.calibration import Calibration
 from moe_edge.models.formats.write import GGUFOutput, TensorSpec, kv_string, kv_strings, kv_u32, kv_u32s
 from moe_edge.models.store.calibration_keys import calibration_kvs
+from moe_edge.models.store.experts import RAW
+from moe_edge.models.store.planes import PLANES
 from moe_edge.models.store.skeleton import SOURCE, VERSION
 from moe_edge.models.store.source import FORMAT_VERSION, KIND, STORE_ID
-from moe_edge.models.store.store import ALIGNMENT, CHECKSUMS, LEVELS, SOURCE_SHA256, STORE_KIND, store_id
+from moe_edge.models.store.store import (
+    ALIGNMENT,
+    CHECKSUMS,
+    CODECS,
+    LEVELS,
+    PACKED_COLS,
+    PACKED_ROWS,
+    PACKED_TYPES,
+    PACKED_VERSION,
+    SOURCE_SHA256,
+    STORE_KIND,
+    store_id,
+)
 
 
 def new_store(
@@ -22,15 +36,17 @@ def new_store(
     tensors: Sequence[TensorSpec],
     calibration: Calibration | None = None,
     part: Path | None = None,
+    packed: Mapping[str, tuple[int, int, int]] | None = None,
 ) -> GGUFOutput:
     """The output for a store, to be filled and then closed by `seal_store`. part: as GGUFOutput has it.
 
+    packed: name -> (type, cols, rows) of the tensors that are stored with the codec `planes`.
     Raises UsageError for a calibration the format cannot hold.
     """
     kvs = {
         "general.architecture": kv_string("general.architecture", architecture),
         "general.alignment": kv_u32("general.alignment", ALIGNMENT),
-        FORMAT_VERSION: kv_u32(FORMAT_VERSION, VERSION),
+        FORMAT_VERSION: kv_u32(FORMAT_VERSION, PACKED_VERSION if packed else VERSION),
         KIND: kv_string(KIND, STORE_KIND),
         STORE_ID: kv_string(STORE_ID, "0" * 32),
         LEVELS: kv_strings(LEVELS, levels),
@@ -38,9 +54,17 @@ def new_store(
         SOURCE_SHA256: kv_string(SOURCE_SHA256, source_sha256),
         CHECKSUMS: kv_u32s(CHECKSUMS, [0] * len(tensors)),
     }
+    if packed:
+        kvs |= _packed_kvs(packed, tensors)
     if calibration is not None:
         kvs |= calibration_kvs(calibration)
     return GGUFOutput(path, kvs, tensors, ALIGNMENT, part)
+
+
+def _packed_kvs(packed: Mapping[str, tuple[int, int, int]], tensors: Sequence[TensorSpec]) -> dict[str, bytes]:
+    rows = [(PLANES, *packed[each.name]) if each.name in packed else (RAW, 0, 0, 0) for each in tensors]
+    keys = (CODECS, PACKED_TYPES, PACKED_COLS, PACKED_ROWS)
+    return {key: kv_u32s(key, column) for key, column in zip(keys, zip(*rows, strict=True), strict=True)}
 
 
 def seal_store(output: GGUFOutput) -> str:

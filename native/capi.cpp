@@ -62,6 +62,20 @@ int32_t me_register(char * error) {
     }
 }
 
+void me_set_zstd(void * create, void * free, void * decompress, void * is_error) {
+    zstd.create = reinterpret_cast<decltype(zstd.create)>(create);
+    zstd.free = reinterpret_cast<decltype(zstd.free)>(free);
+    zstd.decompress = reinterpret_cast<decltype(zstd.decompress)>(decompress);
+    zstd.is_error = reinterpret_cast<decltype(zstd.is_error)>(is_error);
+}
+
+int32_t me_unpack(const char * stored, int64_t stored_bytes, int32_t type, char * out, int64_t nbytes, char * error) {
+    const std::string wrong = decode_planes(stored, stored_bytes, type, out, nbytes);
+    if (wrong.empty()) return ME_OK;
+    say(error, wrong.c_str());
+    return ME_FAILED;
+}
+
 me_model * me_model_open(const me_model_desc * desc, char * error) {
     try {
         auto * m = new me_model(*desc);
@@ -122,6 +136,7 @@ void me_model_counters(me_model * handle, me_counters * out) {
     out->prefetch_bytes = read.soon_bytes;
     out->prefetch_busy_ns = read.soon_busy_ns;
     out->direct_files = read.direct_files;
+    out->lent_bytes = read.lent_bytes;
     out->committed_bytes = m.arena ? static_cast<int64_t>(m.arena->committed_bytes()) : 0;
     out->peak_committed_bytes = m.arena ? static_cast<int64_t>(m.arena->peak_committed_bytes()) : 0;
 }
@@ -201,5 +216,5 @@ void me_model_pace(me_model * m, int64_t bytes_per_second) { m->model.source->pa
 void me_model_set_stop(me_model * m, int32_t stop) { m->model.stop = stop != 0; }
 
 int64_t me_model_scratch_bytes(me_model * m, int64_t n_ubatch, int32_t n_used, int32_t n_threads) {
-    return Ffn::scratch_bytes(m->model, n_ubatch, n_used, n_threads);
+    return Ffn::scratch_bytes(m->model, n_ubatch, n_used, n_threads) + m->model.unpacking_bytes();
 }

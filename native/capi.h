@@ -95,14 +95,16 @@ struct me_step_view {
 //     read or not). late: useful ones that were not whole when their step began. failed: reads that failed while no step
 //     needed them. prefetch_bytes: read ahead (part of bytes_read); wasted_bytes: of those, evicted unused.
 //   look_ahead_ns: asking the routers. meanwhile_ns: scheduling while the step waited for reads; not in schedule_ns.
-//   preloaded: units read by me_model_preload.
+//   preloaded: units read by me_model_preload. unpack_ns, unpacked_bytes: of packed pieces, summed over the threads that
+//     read; the bytes are those of the matrices. lent_bytes: of the buffers that packed pieces are read into.
 #define ME_COUNTERS(X) \
     X(steps) X(tokens) X(uses) X(hits) X(low_uses) X(skipped_uses) X(loads) X(evictions) X(graphs) X(prefetched) \
     X(prefetch_useful) X(prefetch_late) X(prefetch_wasted) X(prefetch_cancelled) X(prefetch_failed) X(wasted_bytes) \
-    X(preloaded) X(stall_ns) X(compute_ns) X(schedule_ns) X(step_ns) X(look_ahead_ns) X(meanwhile_ns)
+    X(preloaded) X(stall_ns) X(compute_ns) X(schedule_ns) X(step_ns) X(look_ahead_ns) X(meanwhile_ns) \
+    X(unpack_ns) X(unpacked_bytes)
 #define ME_SOURCE_COUNTERS(X) \
     X(reads) X(bytes_read) X(read_busy_ns) X(disk_busy_ns) X(prefetch_bytes) X(prefetch_busy_ns) X(direct_files) \
-    X(committed_bytes) X(peak_committed_bytes)
+    X(committed_bytes) X(peak_committed_bytes) X(lent_bytes)
 
 #define ME_FIELD(name) int64_t name;
 struct me_counters { ME_COUNTERS(ME_FIELD) ME_SOURCE_COUNTERS(ME_FIELD) };
@@ -128,6 +130,10 @@ ME_API void me_abi(struct me_abi_info * out);
 // ggml_tensor_overhead() of the ggml that is loaded now: the size of a ggml_tensor and its header.
 ME_API int32_t me_loaded_tensor_overhead(void);
 ME_API int32_t me_register(char * error);
+// zstd's ZSTD_createDCtx, ZSTD_freeDCtx, ZSTD_decompressDCtx and ZSTD_isError; before a model with packed pieces is opened.
+ME_API void me_set_zstd(void * create, void * free, void * decompress, void * is_error);
+// Unpack one matrix of nbytes of a ggml type from `stored`; for checks.
+ME_API int32_t me_unpack(const char * stored, int64_t stored_bytes, int32_t type, char * out, int64_t nbytes, char * error);
 ME_API me_model * me_model_open(const struct me_model_desc * desc, char * error);
 // Reserve the arena; once, before the first decode. Units are loaded only after it.
 ME_API int32_t me_model_set_arena(me_model * model, int64_t arena_bytes, char * error);

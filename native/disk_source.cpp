@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdlib>
 #include <chrono>
 #include <cstring>
 #include <stdexcept>
@@ -13,8 +14,17 @@ namespace moe_edge {
 
 const std::string ExpertSource::CANCELLED = "cancelled";
 
-DiskSource::DiskSource(const std::vector<std::string> & paths, int n_threads, bool direct, Done on_done)
-    : on_done_(std::move(on_done)) {
+DiskSource::DiskSource(const std::vector<std::string> & paths, int n_threads, bool direct, int64_t largest_lent, Done on_done)
+    : on_done_(std::move(on_done)), largest_lent_(largest_lent) {
+    for (int i = 0; largest_lent > 0 && i < n_threads + 2; i++) {
+        void * p = nullptr;
+        if (posix_memalign(&p, READ_ALIGN, static_cast<size_t>(largest_lent)) != 0) {
+            throw std::runtime_error("no memory for " + std::to_string(n_threads + 2) + " read buffers of " +
+                                     std::to_string(largest_lent) + " bytes");
+        }
+        buffers_.emplace_back(static_cast<char *>(p));
+        free_buffers_.push_back(buffers_.back().get());
+    }
     files_.reserve(paths.size());
     try {
         for (const auto & p : paths) open(p, direct);
@@ -40,6 +50,21 @@ void DiskSource::open(const std::string & path, bool direct) {
     if (direct) f.direct = fcntl(f.fd, F_NOCACHE, 1) == 0;
 #endif
     files_.push_back(std::move(f));
+}
+
+void DiskSource::Free::operator()(char * p) const { std::free(p); }
+
+// There is one: each thread has at most one job, and at most two more are half read, a speculative one and one that was
+// promoted.
+void DiskSource::lend(ReadJob & job) {
+    if (job.dst) return;
+    job.lent = job.dst = free_buffers_.back();
+    free_buffers_.pop_back();
+}
+
+void DiskSource::take_back(ReadJob & job) {
+    if (job.lent) free_buffers_.push_back(job.lent);
+    job.lent = nullptr;
 }
 
 DiskSource::~DiskSource() {
@@ -83,8 +108,9 @@ std::vector<int64_t> DiskSource::cancel(int64_t first_tag, int64_t end_tag) {
     std::lock_guard<std::mutex> lock(mutex_);
     std::vector<int64_t> tags;
     std::deque<ReadJob> rest;
-    for (const ReadJob & j : soon_) {
+    for (ReadJob & j : soon_) {
         if (j.tag >= first_tag && j.tag < end_tag) {
+            take_back(j);
             tags.push_back(j.tag);
         } else {
             rest.push_back(j);
@@ -110,6 +136,7 @@ SourceTotals DiskSource::totals() {
     t.soon_bytes = soon_bytes_;
     t.soon_busy_ns = soon_busy_ns_;
     for (const File & f : files_) t.direct_files += f.direct;
+    t.lent_bytes = largest_lent_ * static_cast<int64_t>(buffers_.size());
     std::lock_guard<std::mutex> lock(mutex_);
     t.busy_ns = disk_busy_ns_ + (running_ ? duration_cast<nanoseconds>(steady_clock::now() - running_since_).count() : 0);
     return t;
@@ -178,21 +205,27 @@ void DiskSource::work() {
         std::deque<ReadJob> & from = queue_.empty() ? soon_ : queue_;
         ReadJob job = from.front();
         from.pop_front();
+        lend(job);
         if (running_++ == 0) running_since_ = steady_clock::now();
         std::string error;
         bool ended = true;
         if (job.soon) {
             ended = read_soon(job, lock, error);
-            lock.unlock();
         } else {
             const auto until = reserve(job.length);
             lock.unlock();
             int64_t got = 0;
             error = read_paced(job, until, got);
+            lock.lock();
         }
-        if (ended) on_done_(job, error);
-        lock.lock();
         if (--running_ == 0) disk_busy_ns_ += duration_cast<nanoseconds>(steady_clock::now() - running_since_).count();
+        if (soon_may_start()) wake_.notify_one();  // while this thread is busy with what came
+        if (!ended) continue;
+        lock.unlock();
+        if (job.lent) job.dst = job.lent;  // read_soon moves dst on
+        on_done_(job, error);
+        lock.lock();
+        take_back(job);
     }
 }
 

@@ -8,6 +8,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -21,8 +22,9 @@ constexpr int64_t SOON_BYTES = 512 << 10;
 
 class DiskSource final : public ExpertSource {
 public:
+    // largest_lent: the longest job that will come without a dst; 0: none will.
     // Throws std::runtime_error naming the file that cannot be opened.
-    DiskSource(const std::vector<std::string> & paths, int n_threads, bool direct, Done on_done);
+    DiskSource(const std::vector<std::string> & paths, int n_threads, bool direct, int64_t largest_lent, Done on_done);
     ~DiskSource() override;
     void submit(const ReadJob & job) override;
     void promote(int64_t first_tag, int64_t end_tag) override;
@@ -46,12 +48,19 @@ private:
     std::chrono::steady_clock::time_point reserve(int64_t length);
     bool read_soon(ReadJob & job, std::unique_lock<std::mutex> & lock, std::string & error);
     void open(const std::string & path, bool direct);
+    void lend(ReadJob & job);        // under mutex_, like the next
+    void take_back(ReadJob & job);
 
     std::vector<File> files_;
     Done on_done_;
     std::mutex mutex_;
     std::condition_variable wake_;
     std::deque<ReadJob> queue_, soon_;
+    // Buffers for jobs without a dst. A thread has at most one job, and one speculative job may wait half read.
+    struct Free { void operator()(char * p) const; };
+    std::vector<std::unique_ptr<char, Free>> buffers_;
+    std::vector<char *> free_buffers_;
+    int64_t largest_lent_;
     int running_ = 0;
     int64_t soon_tag_ = -1;  // of the speculative job that is being read, and what is to become of it
     bool soon_promoted_ = false, soon_cancelled_ = false;

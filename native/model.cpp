@@ -32,11 +32,11 @@ static std::string tensor_name(const Layer & layer, Projection projection, int e
            "_exps.weight' of expert " + std::to_string(expert);
 }
 
-Model::Model(const me_model_desc & desc) : n_levels(desc.n_levels) {
+Model::Model(const me_model_desc & desc) : n_levels(desc.n_levels), n_io_threads_(desc.n_io_threads) {
     units_ = std::vector<Unit>(static_cast<size_t>(add_layers(desc)));
     add_units(desc);
     std::vector<std::string> paths(desc.paths, desc.paths + desc.n_paths);
-    source = std::make_unique<DiskSource>(paths, desc.n_io_threads, desc.direct_io != 0,
+    source = std::make_unique<DiskSource>(paths, desc.n_io_threads, desc.direct_io != 0, largest_packed_,
                                           [this](const ReadJob & j, const std::string & e) { on_read(j, e); });
 }
 
@@ -91,9 +91,13 @@ void Model::add_piece(Piece & piece, const me_piece_desc & d, const Layer & laye
     const std::string name = tensor_name(layer, piece.projection, expert);
     if (!knows_codec(piece.codec)) {
         throw std::runtime_error(name + " is stored with codec " + std::to_string(piece.codec) +
-                                 ", which this moe-edge does not have; it has codec 0 (raw): install a newer one");
+                                 ", which this moe-edge does not have; it has 0 (raw) and 1 (planes): install a newer one");
     }
-    if (piece.stored_bytes != piece.nbytes) {
+    if (piece.packed() && !planes_of_type(piece.type)) {
+        throw std::runtime_error(name + " is packed in planes, which type " + std::to_string(d.type) + " does not have");
+    }
+    if (piece.packed() && !zstd.usable()) throw std::runtime_error(name + " is packed, and no zstd library was given");
+    if (!piece.packed() && piece.stored_bytes != piece.nbytes) {
         throw std::runtime_error(name + " is stored raw in " + std::to_string(piece.stored_bytes) + " bytes but has " +
                                  std::to_string(piece.nbytes) + "; its table of pieces is damaged");
     }
@@ -112,14 +116,16 @@ Model::~Model() {
 }
 
 void Model::lay_out(Unit & u) {
-    // Each piece keeps its offset modulo the block, so that a direct read lands in place without a copy.
+    // A raw piece keeps its offset modulo the block, so that a direct read lands in place without a copy. A packed one is
+    // read into a buffer of the source's and unpacked to the start of its place.
     int64_t at = 0;
     for (int p = 0; p < u.n_pieces; p++) {
         Piece & piece = u.pieces[p];
         piece.read_offset = floor_to(piece.offset, READ_ALIGN);
         piece.read_bytes = ceil_to(piece.offset + piece.stored_bytes, READ_ALIGN) - piece.read_offset;
         piece.slot_offset = at;
-        at += piece.read_bytes;
+        at += piece.packed() ? ceil_to(piece.nbytes, READ_ALIGN) : piece.read_bytes;
+        if (piece.packed()) largest_packed_ = std::max(largest_packed_, piece.read_bytes);
     }
     u.bytes = ceil_to(at, static_cast<int64_t>(page_bytes()));
 }
@@ -142,7 +148,7 @@ void Model::submit(int unit_id, int p, bool soon) {
     job.offset = piece.read_offset;
     job.length = piece.read_bytes;
     job.needed = piece.offset + piece.stored_bytes - piece.read_offset;
-    job.dst = arena->data(u.slot) + piece.slot_offset;
+    job.dst = piece.packed() ? nullptr : arena->data(u.slot) + piece.slot_offset;
     job.tag = static_cast<int64_t>(unit_id) * MAX_PIECES + p;
     job.soon = soon;
     u.pending |= 1u << p;
@@ -275,7 +281,22 @@ std::string Model::piece_name(int unit_id, int piece) const {
     return source->name(u.pieces[piece].file) + ": " + tensor_name(layers[l], u.pieces[piece].projection, expert);
 }
 
-void Model::on_read(const ReadJob & job, const std::string & error) {
+std::string Model::unpack(const ReadJob & job) {
+    using clock = std::chrono::steady_clock;
+    const Unit & u = unit(static_cast<int>(job.tag / MAX_PIECES));
+    const Piece & piece = u.pieces[job.tag % MAX_PIECES];
+    if (!piece.packed()) return {};
+    const auto t0 = clock::now();
+    std::string error = decode_planes(job.dst + (piece.offset - piece.read_offset), piece.stored_bytes, piece.type,
+                                      arena->data(u.slot) + piece.slot_offset, piece.nbytes);
+    counters.unpack_ns += std::chrono::duration_cast<std::chrono::nanoseconds>(clock::now() - t0).count();
+    counters.unpacked_bytes += piece.nbytes;
+    return error;
+}
+
+// Unpacking happens here, on the thread that has read, before anybody is told; `pending` keeps the slot meanwhile.
+void Model::on_read(const ReadJob & job, const std::string & read_error) {
+    const std::string error = read_error.empty() ? unpack(job) : read_error;
     std::lock_guard<std::mutex> lock(mutex_);
     Unit & u = unit(static_cast<int>(job.tag / MAX_PIECES));
     const uint32_t bit = 1u << (job.tag % MAX_PIECES);

@@ -33,14 +33,15 @@ struct Piece {
     int64_t nbytes = 0;                    // what the products read: the whole matrix
     int32_t codec = CODEC_RAW;             // what turns the one into the other
     int64_t read_offset = 0, read_bytes = 0;  // the aligned range that covers it
-    int64_t slot_offset = 0;               // where read_offset lands in the slot
-    int64_t data_offset() const { return slot_offset + (offset - read_offset); }
+    int64_t slot_offset = 0;               // where read_offset lands in the slot, or what a packed piece unpacks to
+    bool packed() const { return codec != CODEC_RAW; }
+    int64_t data_offset() const { return slot_offset + (packed() ? 0 : offset - read_offset); }
 };
 
 struct Unit {
     int n_pieces = 0;
     Piece pieces[MAX_PIECES];
-    int64_t bytes = 0;       // committed when resident: the aligned ranges, in whole pages
+    int64_t bytes = 0;       // committed when resident: the aligned ranges, or what they unpack to, in whole pages
     int slot = -1;           // -1: absent
     std::atomic<uint32_t> ready{0};  // bit p: pieces[p] is in memory
     // What follows is for units read ahead; guarded by the model's mutex. A unit with a slot that is not whole has the
@@ -117,6 +118,8 @@ public:
     bool failed();
 
     int layer_pos(int number) const;
+    // What reading packed pieces takes beside the arena: buffers, and for each thread a chunk and zstd's context.
+    int64_t unpacking_bytes() const { return largest_packed_ ? source->totals().lent_bytes + n_io_threads_ * UNPACK_BYTES : 0; }
 
     std::vector<Layer> layers;
     int n_levels = 1;
@@ -142,6 +145,7 @@ private:
     void lay_out(Unit & u);
     std::string piece_name(int unit_id, int piece) const;  // "FILE: tensor '...' of expert E"
     void on_read(const ReadJob & job, const std::string & error);
+    std::string unpack(const ReadJob & job);  // into its slot; returns what is wrong
     bool place(int unit_id);  // gives it a slot
     bool start(int unit_id);  // and reads it there
     void submit(int unit_id, int piece, bool soon);  // under mutex_
@@ -149,7 +153,8 @@ private:
     void settle(Unit & u);  // count a prefetched unit that is evicted; under mutex_
 
     std::vector<Unit> units_;
-    int64_t largest_unit_ = 0, smallest_unit_ = INT64_MAX;
+    int64_t n_io_threads_ = 0;
+    int64_t largest_unit_ = 0, smallest_unit_ = INT64_MAX, largest_packed_ = 0;
     std::mutex mutex_;
     std::condition_variable arrived_;
     int64_t arrivals_ = 0, in_flight_ = 0;

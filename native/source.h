@@ -17,9 +17,11 @@ struct ReadJob {
     int64_t offset = 0;      // multiple of READ_ALIGN
     int64_t length = 0;      // multiple of READ_ALIGN; may reach past the end of the file
     int64_t needed = 0;      // bytes from offset that must be there
-    char * dst = nullptr;    // aligned to READ_ALIGN, room for length bytes
+    char * dst = nullptr;    // aligned to READ_ALIGN, room for length bytes; null: into a buffer of the source's, which Done
+                             // finds here and may read until it returns
     int64_t tag = 0;         // the caller's
     bool soon = false;       // nobody waits for it yet: read when nothing else is to be read
+    char * lent = nullptr;   // the source's own: the buffer that dst points into
 };
 
 struct SourceTotals {        // since the source was opened
@@ -28,12 +30,14 @@ struct SourceTotals {        // since the source was opened
     int64_t busy_ns = 0;        // time in which at least one read was under way
     int64_t soon_bytes = 0, soon_busy_ns = 0;  // of them, read while nobody waited
     int64_t direct_files = 0;   // files that are read past the page cache
+    int64_t lent_bytes = 0;     // buffers for jobs without a dst
 };
 
 class ExpertSource {
 public:
     // (job, error): error is empty when every needed byte is in dst; else what is wrong, without the file's name.
-    // Of the job only file and tag are as submitted. It is called on a thread of the source's.
+    // Of the job only file and tag are as submitted, and `dst` where the source lent none. It is called on a thread of the
+    // source's, while others go on delivering: what it computes there costs no delivery.
     using Done = std::function<void(const ReadJob &, const std::string &)>;
     // What Done is told of a speculative job that was given up while it was read.
     static const std::string CANCELLED;

@@ -163,11 +163,14 @@ class Counters:
     look_ahead_seconds: float = 0.0
     meanwhile_seconds: float = 0.0
     preloaded: int = 0
+    unpack_seconds: float = 0.0
+    unpacked_bytes: int = 0
+    lent_bytes: int = 0
 
     def since(self, earlier: Counters) -> Counters:
         """The difference; the committed bytes and the number of direct files stay absolute."""
         values = {k: getattr(self, k) - getattr(earlier, k) for k in self.__dataclass_fields__}
-        for k in ("committed_bytes", "peak_committed_bytes", "direct_files"):
+        for k in ("committed_bytes", "peak_committed_bytes", "direct_files", "lent_bytes"):
             values[k] = getattr(self, k)
         return Counters(**values)
 
@@ -297,6 +300,8 @@ def _declare(lib: Any) -> None:
         "me_abi": (None, [POINTER(AbiInfo)]),
         "me_loaded_tensor_overhead": (c_int32, []),
         "me_register": (c_int32, [text]),
+        "me_set_zstd": (None, [c_void_p, c_void_p, c_void_p, c_void_p]),
+        "me_unpack": (c_int32, [text, c_int64, c_int32, c_void_p, c_int64, text]),
         "me_threadpool_new": (c_void_p, [c_int32]),
         "me_threadpool_free": (None, [c_void_p]),
         "me_model_open": (model, [POINTER(ModelDesc), text]),

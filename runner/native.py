@@ -12,9 +12,11 @@ from typing import Any, ClassVar
 import numpy as np
 from moe_edge.models.errors import BadFile, EngineError, MissingFile
 from moe_edge.models.formats.floats import FloatArray
+from moe_edge.models.formats.ggml_types import type_name
 from moe_edge.models.formats.gguf import TensorEntry
 from moe_edge.models.formats.source_files import SourceFiles
 from moe_edge.models.store.experts import RAW, Piece
+from moe_edge.models.store.planes import PLANES, can_pack
 from moe_edge.models.store.store import ExpertModel
 from moe_edge.runner.capi import (
     ERROR_BYTES,
@@ -38,6 +40,7 @@ from moe_edge.runner.capi import (
     library,
 )
 from moe_edge.runner.turns import CLOSED
+from moe_edge.runner.zstd import zstd_functions
 from moe_edge.schedulers.layout import Ahead, Prefetch, Routing, Step, StepPlan
 
 
@@ -142,6 +145,8 @@ class NativeModel:
         desc.n_io_threads, desc.direct_io = n_io_threads, int(direct_io)
         desc.schedule, desc.announce = self._callbacks
         desc.schedule_user, desc.mail = None, self.mail.struct()
+        if any(piece.codec == PLANES for piece in model.pieces):
+            self._lib.me_set_zstd(*zstd_functions())
         error = ctypes.create_string_buffer(ERROR_BYTES)
         self._handle = self._lib.me_model_open(ctypes.byref(desc), error)
         del keep
@@ -379,9 +384,11 @@ def _describe(model: ExpertModel) -> tuple[ModelDesc, list[Any]]:
 def _check_codec(model: ExpertModel, piece: Piece) -> None:
     """Refuse what the native library would, with the name of the file."""
     where = f"{model.files[piece.file]}: tensor '{piece.name}' is stored"
-    if piece.codec != RAW:
+    if piece.codec not in (RAW, PLANES):
         raise BadFile(f"{where} with codec {piece.codec}, which this moe-edge does not have; install a newer one")
-    if piece.stored_bytes != piece.nbytes:
+    if piece.codec == PLANES and not can_pack(piece.type):
+        raise BadFile(f"{where} in planes, which the type {type_name(piece.type)} does not have; convert again")
+    if piece.codec == RAW and piece.stored_bytes != piece.nbytes:
         raise BadFile(f"{where} raw in {piece.stored_bytes} bytes, but its matrix takes {piece.nbytes}; convert again")
 
 

@@ -50,7 +50,7 @@ class MachineSpeeds:
 
     disk: direct reads of an expert's size. memory: reading memory, all threads. compute: weights multiplied by one
     token, from memory. prefill: weights times tokens, many tokens at once. layer_seconds: what a layer of one token
-    takes besides its products.
+    takes besides its products. unpack: what comes out of packed experts, all threads that read together.
     """
 
     disk: float
@@ -58,13 +58,15 @@ class MachineSpeeds:
     compute: float
     prefill: float
     layer_seconds: float = LAYER_SECONDS
+    unpack: float = float("inf")
 
 
 @dataclass(frozen=True)
 class ModelWork:
     """What a token needs. dense_bytes: weights every token uses. kv_bytes: cache read by a token after the prompt.
 
-    counts: [L, E], tokens routed to each expert in a calibration; None without one.
+    counts: [L, E], tokens routed to each expert in a calibration; None without one. stored_share: what the experts take
+    in their file over what they take in memory; below 1 where they are packed.
     """
 
     layout: Layout
@@ -72,6 +74,11 @@ class ModelWork:
     dense_bytes: int
     kv_bytes: int = 0
     counts: npt.NDArray[np.int64] | None = None
+    stored_share: float = 1.0
+
+    def delivery(self, speeds: MachineSpeeds, disk_share: float = 1.0) -> float:
+        """Bytes of experts, as they are in memory, that a disk of disk_share times its speed brings in a second."""
+        return min(disk_share * speeds.disk / self.stored_share, speeds.unpack)
 
     @property
     def used_bytes(self) -> float:
@@ -239,7 +246,7 @@ def first_token_seconds(work: ModelWork, arena_bytes: int, speeds: MachineSpeeds
         touched = touched_bytes(work, n_tokens)
         share = min(1.0, arena_bytes / touched)
         for i, kept in enumerate((0.0, share / 2, share) if share < 1 else (1.0, 1.0, 1.0)):
-            read = touched * (1 - kept if number else 1.0) / (speeds.disk * DISK_BAND[i])
+            read = touched * (1 - kept if number else 1.0) / work.delivery(speeds, DISK_BAND[i])
             compute = prefill_compute_seconds(work, speeds, n_tokens) / COMPUTE_BAND[i]
             total[i] += busy_seconds(read, compute, PREFILL_OVERLAP[i])
     return Band(total[2], total[1], total[0])
@@ -260,10 +267,11 @@ def estimate(
     reads = [expert_bytes * (1 - each) for each in (hits.low, hits.expected, hits.high)]
     compute = decode_compute_seconds(work, speeds)
     rates = [
-        1 / busy_seconds(reads[i] / (speeds.disk * DISK_BAND[i]), compute / COMPUTE_BAND[i], DECODE_OVERLAP[i])
+        1 / busy_seconds(reads[i] / work.delivery(speeds, DISK_BAND[i]), compute / COMPUTE_BAND[i], DECODE_OVERLAP[i])
         for i in range(3)
     ]
-    read_seconds = reads[1] / speeds.disk
+    read_seconds = reads[1] / work.delivery(speeds)
+    reads = [each * work.stored_share for each in reads]
     return Estimate(
         arena_bytes=arena_bytes,
         resident=source == "resident",

@@ -27,7 +27,10 @@ SANITIZERS = {
 }
 SOURCES = {
     "reader": ["tests/native/disk_source_stress.cpp", "native/disk_source.cpp"],
-    "model": ["tests/native/model_stress.cpp", "native/model.cpp", "native/disk_source.cpp", "native/arena.cpp"],
+    "model": [
+        "tests/native/model_stress.cpp", "native/model.cpp", "native/codec.cpp", "native/disk_source.cpp",
+        "native/arena.cpp",
+    ],
 }
 PROGRAMS = [("reader", "plain"), ("reader", "thread"), ("reader", "address"), ("model", "thread"), ("model", "address")]
 SECONDS = 0.7  # by chance, after the small cases

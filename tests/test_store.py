@@ -92,7 +92,7 @@ def test_store_without_magic_is_refused(pair: Path) -> None:
         (b"blk.1.ffn_up_exps.2.weight", b"blk.1.ffn_xx_exps.2.weight", "is not one of an expert store"),
         (b"\x04\x00\x00\x00high", b"\x04\x00\x00\x00hihi", "levels ['hihi']"),
         (b"moe_edge.checksums", b"moe_edge.checkswms", "has 0 checksums"),
-        (b"moe_edge.format_version\x04\0\0\0\1", b"moe_edge.format_version\x04\0\0\0\2", "format version 2"),
+        (b"moe_edge.format_version\x04\0\0\0\1", b"moe_edge.format_version\x04\0\0\0\3", "format version 3"),
         (b"moe_edge.kind", b"moe_edge.kinb", "expected a moe-edge experts file"),
     ],
 )

@@ -64,7 +64,7 @@ _SIZES = {
 TYPES = {type_id: GGMLType(type_id, *sizes) for type_id, sizes in _SIZES.items()}
 BY_NAME = {entry.name: entry for entry in TYPES.values()}
 
-F32, F16, BF16 = 0, 1, 30
+F32, F16, BF16, I8 = 0, 1, 30, 24
 FLOAT_TYPES = frozenset({F32, F16, BF16})
 
 # ggml has no matrix product for weights of these on a CPU: it calls a null pointer. Into Q8_1 and Q8_K it turns the

@@ -122,7 +122,7 @@ class GGUFOutput:
     ) -> None:
         self.path = path
         self.part = part or work.part_path(path.parent)
-        self.tensors = tuple(tensors)
+        self.tensors = list(tensors)
         self.alignment = alignment
         self.checksums: list[int] = []
         self._kvs = kvs
@@ -132,11 +132,10 @@ class GGUFOutput:
         self._unsynced = 0
         self._fd = -1
         self._next = 0
-        self._is_kept = False
+        self._is_kept = self._is_shorter = False
         self.offsets = _offsets(self.tensors, alignment)
         self.header = self._encode_header()
-        last = self.offsets[-1] + self.tensors[-1].nbytes if self.tensors else 0
-        self.total_bytes = len(self.header) + last
+        self.total_bytes = self._total()
 
     def __enter__(self) -> GGUFOutput:
         work.remember(self.part)
@@ -167,6 +166,15 @@ class GGUFOutput:
         if not self._left:
             self._end_tensor()
 
+    def write_shorter(self, data: bytes) -> None:
+        """Write the current tensor whole, in fewer bytes than were planned: a list of bytes, of one dimension."""
+        spec = self.tensors[self._next]
+        assert len(spec.shape) == 1 and len(data) <= self._left == spec.nbytes, spec.name
+        self.tensors[self._next] = spec._replace(shape=(len(data),), nbytes=len(data))
+        self._left = len(data)
+        self._is_shorter = True
+        self.write(data)
+
     def patch(self, key: str, record: bytes) -> None:
         """Replace the key-value `key` by one of the same size, for what is known only after the data."""
         assert len(record) == len(self._kvs[key]), key
@@ -178,6 +186,9 @@ class GGUFOutput:
     def finish(self) -> None:
         """Sync the complete file to the disk and drop it from the page cache, so that it is read back from there."""
         assert self._next == len(self.tensors) and not self._left, f"{self.part}: tensors are missing"
+        if self._is_shorter:
+            self._list_tensors_again()
+            self.total_bytes = self._total()
         self._sync()
 
     def verify(self) -> None:
@@ -224,6 +235,19 @@ class GGUFOutput:
         header += bytes(-len(header) % self.alignment)
         return bytes(header)
 
+    def _list_tensors_again(self) -> None:
+        """The part of the header behind the key-values, with the sizes that the tensors turned out to have."""
+        start = 24 + sum(map(len, self._kvs.values()))
+        header = self._encode_header()
+        assert len(header) == len(self.header)
+        try:
+            _pwrite(self._fd, header[start:], start)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _total(self) -> int:
+        return len(self.header) + (self.offsets[-1] + self.tensors[-1].nbytes if self.tensors else 0)
+
     def _begin_tensor(self) -> None:
         if self._next < len(self.tensors):
             self._left = self.tensors[self._next].nbytes
@@ -235,7 +259,9 @@ class GGUFOutput:
         spec, offset = self.tensors[self._next], self.offsets[self._next]
         self._next += 1
         if self._next < len(self.tensors):
-            self._write_all(bytes(self.offsets[self._next] - offset - spec.nbytes))
+            padding = -spec.nbytes % self.alignment
+            self.offsets[self._next] = offset + spec.nbytes + padding
+            self._write_all(bytes(padding))
             self._begin_tensor()
 
     def _write_all(self, data: bytes | bytearray | memoryview) -> None:

@@ -176,16 +176,16 @@ def in_place_id(parts: Iterable[GGUFFile], identity: Mapping[Path, str], *more: 
     return digest.hexdigest()[:32]
 
 
-def check_version(file: GGUFFile, kind: str) -> None:
-    """Raise BadFile unless `file` is a moe-edge file of this kind and of a version we know."""
+def check_version(file: GGUFFile, kind: str, newest: int = VERSION) -> None:
+    """Raise BadFile unless `file` is a moe-edge file of this kind and of a version we know, up to `newest`."""
     found = file.kv.get(KIND)
     if found != kind:
         what = "not a moe-edge file" if found is None else str(found)[:40]
         raise BadFile(f"{file.path}: is {what}, expected a moe-edge {kind} file")
     version = file.kv.get(FORMAT_VERSION)
-    if not isinstance(version, int) or not 1 <= version <= VERSION:
+    if not isinstance(version, int) or not 1 <= version <= newest:
         raise BadFile(
-            f"{file.path}: has format version {shown(version)}; this moe-edge reads up to version {VERSION}: "
+            f"{file.path}: has format version {shown(version)}; this moe-edge reads up to version {newest}: "
             "upgrade moe-edge"
         )
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from moe_edge.models.errors import BadChecksum, BadFile, MissingFile, UsageError, WrongStore
 from moe_edge.models.formats.files import FileStamp, is_present, shown, unreadable
-from moe_edge.models.formats.ggml_types import check_product
+from moe_edge.models.formats.ggml_types import TYPES, check_product, tensor_bytes, type_name
 from moe_edge.models.formats.gguf import GGUFFile, GGUFModel, TensorEntry, open_gguf, open_parts, read_gguf
 from moe_edge.models.formats.source_files import SourceFiles
 from moe_edge.models.formats.work import whole
@@ -25,7 +25,7 @@ from moe_edge.models.formats.write import (
     crc_of_range,
     drop_cache,
 )
-from moe_edge.models.store.experts import MoELayer, Piece, find_stacked, make_layer
+from moe_edge.models.store.experts import RAW, MoELayer, Piece, find_stacked, make_layer
 from moe_edge.models.store.folder import STORE_SUFFIX, find_model
 from moe_edge.models.store.sample import dense_digest
 from moe_edge.models.store.skeleton import (
@@ -56,6 +56,10 @@ STORE_KIND = "experts"
 ALIGNMENT = 4096
 LEVELS = "moe_edge.levels"
 CHECKSUMS = "moe_edge.checksums"
+PACKED_VERSION = 2  # of a store with packed tensors
+CODECS, PACKED_TYPES, PACKED_COLS, PACKED_ROWS = (
+    f"moe_edge.packed.{name}" for name in ("codec", "type", "cols", "rows")
+)  # array of u32 each, an entry a tensor; in stores of version 2
 SOURCE_SHA256 = "moe_edge.source_sha256"
 CALIBRATION = "moe_edge.calibration.version"
 HIGH_NAME, LOW_NAME = "high", "low"
@@ -96,6 +100,11 @@ class ExpertModel:
     def expert_bytes(self) -> int:
         """Bytes of all pieces, at all levels."""
         return sum(piece.nbytes for piece in self.pieces)
+
+    @property
+    def stored_expert_bytes(self) -> int:
+        """What they take in the files."""
+        return sum(piece.stored_bytes for piece in self.pieces)
 
     @property
     def in_place(self) -> bool:
@@ -241,7 +250,7 @@ def _open_store(skeleton: GGUFFile) -> ExpertModel:
             f"again: moe-edge convert {source if len(source) < 200 else 'SOURCE'} -o {skeleton.path}"
         )
     store = read_gguf(path)
-    check_version(store, STORE_KIND)
+    check_version(store, STORE_KIND, PACKED_VERSION)
     needed, found = skeleton.kv.get(STORE_ID), store.kv.get(STORE_ID)
     if needed != found:
         raise WrongStore(
@@ -256,12 +265,12 @@ def _open_store(skeleton: GGUFFile) -> ExpertModel:
     checksums = _checksums(store)
     pieces, piece_checksums = [], []
     for key in _piece_keys(layers, levels):
-        entry = experts.pop(key, None)
+        piece = experts.pop(key, None)
         layer, expert, level, projection = key
-        if entry is None:
+        if piece is None:
             raise BadFile(f"{path}: tensor '{expert_name(layer, projection, expert, level)}' is missing")
-        pieces.append(_piece(entry))
-        piece_checksums.append(checksums[entry.name])
+        pieces.append(piece)
+        piece_checksums.append(checksums[piece.name])
     if experts:
         raise BadFile(f"{path}: tensor '{next(iter(experts.values())).name}' belongs to no expert")
     _check_shapes(layers, levels, pieces, path)
@@ -331,30 +340,54 @@ def _make_model(
     )
 
 
-def _sort_tensors(store: GGUFFile) -> tuple[dict[PieceKey, TensorEntry], dict[tuple[int, str], Piece]]:
-    experts: dict[PieceKey, TensorEntry] = {}
+def _sort_tensors(store: GGUFFile) -> tuple[dict[PieceKey, Piece], dict[tuple[int, str], Piece]]:
+    experts: dict[PieceKey, Piece] = {}
     biases = {}
-    for name, entry in store.tensors.items():
+    for number, (name, entry) in enumerate(store.tensors.items()):
         if match := _EXPERT.fullmatch(name):
-            experts[int(match[1]), int(match[3]), LOW_NAME if match[4] else HIGH_NAME, match[2]] = entry
+            piece = _stored_piece(store, number, entry)
+            experts[int(match[1]), int(match[3]), LOW_NAME if match[4] else HIGH_NAME, match[2]] = piece
         elif match := _BIAS.fullmatch(name):
-            biases[int(match[1]), match[2]] = _piece(entry)
+            piece = biases[int(match[1]), match[2]] = _stored_piece(store, number, entry)
         else:
             raise BadFile(f"{store.path}: tensor '{name}' is not one of an expert store")
-        check_product(name, entry.type, str(store.path))
-        if len(entry.shape) != 2:
-            raise BadFile(f"{store.path}: tensor '{name}' has shape {list(entry.shape)}, expected 2 dimensions")
+        check_product(name, piece.type, str(store.path))
     return experts, biases
 
 
-def _store_layers(experts: Mapping[PieceKey, TensorEntry], path: Path) -> tuple[MoELayer, ...]:
+def _stored_piece(store: GGUFFile, number: int, entry: TensorEntry) -> Piece:
+    """Where a tensor's matrix is and what it is: as the GGUF says, or as the keys for packed ones say."""
+    codec = _packed(store, CODECS)[number] if CODECS in store.kv else RAW
+    if codec == RAW:
+        if len(entry.shape) != 2:
+            raise BadFile(f"{store.path}: tensor '{entry.name}' has shape {list(entry.shape)}, expected 2 dimensions")
+        return _piece(entry)
+    type_id, cols, rows = (_packed(store, key)[number] for key in (PACKED_TYPES, PACKED_COLS, PACKED_ROWS))
+    if type_id not in TYPES or not cols or not rows or cols % TYPES[type_id].block:
+        raise BadFile(
+            f"{store.path}: tensor '{entry.name}' is packed and said to be {[cols, rows]} of {type_name(type_id)}, "
+            "which cannot be; convert or download it again"
+        )
+    nbytes = tensor_bytes(type_id, (cols, rows))
+    return Piece(0, entry.offset, nbytes, type_id, cols, rows, entry.name, codec, entry.nbytes)
+
+
+def _packed(store: GGUFFile, key: str) -> list[int]:
+    """A key of packed tensors: a number for each. Raises BadFile for anything else."""
+    values = store.kv.get(key, [])
+    if not isinstance(values, list) or len(values) != len(store.tensors) or not all(type(v) is int for v in values):
+        raise BadFile(f"{store.path}: {key} is {shown(values)}, expected {len(store.tensors)} numbers; convert again")
+    return values
+
+
+def _store_layers(experts: Mapping[PieceKey, Piece], path: Path) -> tuple[MoELayer, ...]:
     """The layers, after the shapes of each one's expert 0 and the highest expert number."""
     n_expert: dict[int, int] = {}
     shapes: dict[int, dict[str, tuple[int, int]]] = {}
-    for (layer, expert, level, projection), entry in experts.items():
+    for (layer, expert, level, projection), piece in experts.items():
         n_expert[layer] = max(n_expert.get(layer, 0), expert + 1)
         if expert == 0 and level == HIGH_NAME:
-            shapes.setdefault(layer, {})[projection] = (entry.shape[0], entry.shape[1])
+            shapes.setdefault(layer, {})[projection] = (piece.cols, piece.rows)
     return tuple(make_layer(layer, n_expert[layer], shapes.get(layer, {}), str(path)) for layer in sorted(n_expert))
 
 

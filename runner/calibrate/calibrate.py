@@ -93,6 +93,7 @@ def convert_calibrated(
     dense_type: str | None = None,
     overwrite: bool = False,
     tell: Tell = lambda _: None,
+    pack: str = "none",
 ) -> ConvertReport:
     """Convert with a calibration.
 
@@ -110,7 +111,7 @@ def convert_calibrated(
             types = replace(types, homes=calibrator.allocate(bits))
         if low_bits is not None:
             types = replace(types, low_homes=calibrator.allocate(low_bits))
-        return calibrator.convert(output, types, dense_type=dense_type, overwrite=overwrite)
+        return calibrator.convert(output, types, dense_type=dense_type, overwrite=overwrite, pack=pack)
 
 
 def _check_bits(source: Source, types: Sequence[str], bits: float) -> None:
@@ -196,8 +197,9 @@ class Calibrator:
         return allocate(self.source, self.seen, self.errors(), self.options.types, bits, how)
 
     def convert(
-        self, output: Path, types: ExpertTypes, *, dense_type: str | None = None, overwrite: bool = False
-    ) -> ConvertReport:
+        self, output: Path, types: ExpertTypes, *, dense_type: str | None = None, overwrite: bool = False,
+        pack: str = "none",
+    ) -> ConvertReport:  # fmt: skip
         """Convert with what was measured. Raises what convert() raises."""
         o = self.options
         plan = make_plan(self.source, types=types, dense_type=dense_type, importance=self.importance)
@@ -205,7 +207,7 @@ class Calibrator:
         return convert(
             self.source_path, output, types=types, importance=self.importance, dense_importance=self.dense_importance,
             calibration=calibration, dense_type=dense_type, threads=o.n_threads or None, overwrite=overwrite,
-            prove=self._prove_and_measure,
+            prove=self._prove_and_measure, pack=pack,
         )  # fmt: skip
 
     def _prove_and_measure(self, skeleton: Path) -> None:

@@ -41,6 +41,7 @@ class ConvertRequest:
     n_threads: int = 0
     dry_run: bool = False
     force: bool = False
+    pack: str = "none"
 
 
 def run_convert(r: ConvertRequest, tell: Callable[[str], None] = lambda _: None) -> ConvertReport:
@@ -62,7 +63,7 @@ def run_convert(r: ConvertRequest, tell: Callable[[str], None] = lambda _: None)
         importance, dense = _imatrix(r)
         return convert_and_prove(
             r.source, r.output, types=types, importance=importance, dense_importance=dense, dense_type=r.dense_type,
-            dry_run=r.dry_run, overwrite=r.force, threads=r.n_threads or None,
+            dry_run=r.dry_run, overwrite=r.force, threads=r.n_threads or None, pack=r.pack,
         )  # fmt: skip
     from moe_edge.runner.calibrate.calibrate import DEFAULT_TYPES, CalibrateOptions, convert_calibrated
 
@@ -72,7 +73,7 @@ def run_convert(r: ConvertRequest, tell: Callable[[str], None] = lambda _: None)
     )  # fmt: skip
     return convert_calibrated(
         r.source, r.output, types, options, bits=r.bits, low_bits=r.low_bits, dense_type=r.dense_type,
-        overwrite=r.force, tell=tell,
+        overwrite=r.force, tell=tell, pack=r.pack,
     )  # fmt: skip
 
 

@@ -35,6 +35,8 @@ def type_options(f: F) -> F:
 @click.option("--calibrate-tokens", type=click.IntRange(min=512), default=16384, show_default=True)
 @click.option("--imatrix", type=click.Path(path_type=Path), help="An importance matrix (GGUF) for the quantizer.")
 @click.option("--dense-type", help="Type of the dense matrices. Default: Q8_0 if a checkpoint's experts are quantized.")
+@click.option("--pack", type=click.Choice(["none", "auto", "planes"]), default="none", show_default=True,
+              help="Store experts packed, without loss. auto: BF16 and F16; planes: every type that gets shorter.")
 @click.option("--ram", type=Size(), default="auto", help="Memory for running the model on the text.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--force", is_flag=True, help="Replace files that exist.")
@@ -53,6 +55,7 @@ def command(source: Path, output: Path | None, dry_run: bool, as_json: bool, **o
         source, output, high=o["high"], low=o["low"], overrides=overrides, bits=o["bits"], low_bits=o["low_bits"],
         types=o["types"], calibrate=o["calibrate"], calibrate_tokens=o["calibrate_tokens"], imatrix=o["imatrix"],
         dense_type=o["dense_type"], ram_bytes=o["ram"], n_threads=o["n_threads"], dry_run=dry_run, force=o["force"],
+        pack=o["pack"],
     )  # fmt: skip
     report = run_convert(request, tell=terminal.say)
     print_result(report.to_json() if as_json else report.text())

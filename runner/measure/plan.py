@@ -11,7 +11,7 @@ import os
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from moe_edge.models.errors import BudgetTooSmall, MissingFile, UsageError, prin
 from moe_edge.models.formats.gguf import GGUFFile, GGUFModel, open_headers, read_gguf, read_header
 from moe_edge.models.formats.write import GGUFOutput, TensorSpec
 from moe_edge.models.store.folder import find_model
+from moe_edge.models.store.planes import TYPICAL_SHARE, can_pack
 from moe_edge.models.store.skeleton import IN_PLACE, file_identities, in_place_id, own_kvs, skeleton_kvs, stub_specs
 from moe_edge.models.store.source import KIND, gguf_source
 from moe_edge.models.store.store import STORE_KIND, store_path
 from moe_edge.runner.measure.doctor import Facts, Tell, doctor, machine_speeds, n_cores, with_overrides
-from moe_edge.runner.measure.probe import BLOCK_BYTES, Unmeasured
+from moe_edge.runner.measure.probe import BLOCK_BYTES, Unmeasured, unpack_bytes_per_second
 from moe_edge.runner.memory import auto_budget, usable_bytes
 from moe_edge.schedulers.budget import MemoryPlan, format_arg, format_bytes, plan_memory
 from moe_edge.schedulers.estimate import Band, Estimate, MachineSpeeds, ModelWork, enough_arena_bytes, estimate
@@ -32,6 +33,7 @@ from moe_edge.schedulers.replay.simulate import simulate_policy
 from moe_edge.schedulers.replay.trace import Trace
 
 N_PROMPT = 512
+WORTH_PACKING = 1.03  # times the speed
 WORDS = ((20.0, "FAST"), (8.0, "GOOD"), (3.0, "USABLE"), (0.0, "SLOW"))  # tok/s; reading speed is about 5
 
 
@@ -109,6 +111,9 @@ def plan(
     if speeds is None:
         found = _speeds(facts, n_threads, disk_bytes_per_second, fresh, tell)
         speeds, why_not = (None, found.why) if isinstance(found, Unmeasured) else (found, None)
+        if speeds is not None and can_pack(facts.expert_type):
+            unpack = unpack_bytes_per_second(facts.expert_type, n_threads or n_cores())
+            speeds = with_overrides(speeds, unpack=unpack)
     elif disk_bytes_per_second is not None:
         speeds = with_overrides(speeds, disk=disk_bytes_per_second)
     hits: float | Callable[[int], float] | None = hit_rate
@@ -163,6 +168,8 @@ def _decide(
     notes = []
     if will_run and not is_auto and split is not None and min(budget, resident) > auto_budget().bytes:
         notes.append(f"this is more than is free now; {auto_budget().reason}")
+    if found is not None and speeds is not None and split is not None:
+        notes += _gain_of_packing(m, found, split.arena_bytes, speeds, hits)
     if m.present_bytes < m.files_bytes:
         notes.append(f"{format_bytes(m.present_bytes)} of {format_bytes(m.files_bytes)} are on this disk; get the rest")
     verdict = "WILL NOT RUN" if not will_run else _word(found) if found else "RUNS"
@@ -170,6 +177,24 @@ def _decide(
         m.name, m.architecture, will_run, verdict, sentence, budget, reason, floor, resident, split, found, enough,
         speeds, why_not, n_prompt, m.n_ctx, m.n_ubatch, m.files_bytes, m.present_bytes, tuple(notes),
     )  # fmt: skip
+
+
+def _gain_of_packing(
+    m: _ModelFacts,
+    found: Estimate,
+    arena_bytes: int,
+    speeds: MachineSpeeds,
+    hits: float | Callable[[int], float] | None,
+) -> list[str]:
+    """What packed experts would gain on this disk, in words; nothing below WORTH_PACKING, or where they are packed."""
+    if m.work.stored_share < 1 or not can_pack(m.expert_type):
+        return []
+    work = replace(m.work, stored_share=TYPICAL_SHARE[m.expert_type])
+    packed = estimate(work, arena_bytes, speeds, hit_rate=hits)
+    gain = packed.tokens_per_second.expected / found.tokens_per_second.expected
+    if gain < WORTH_PACKING:
+        return []
+    return [f"convert --pack planes would decode {gain:.2f} times as fast on this disk, without loss"]
 
 
 def _word(found: Estimate) -> str:
@@ -216,6 +241,7 @@ def _read_model(path: Path, *, n_ctx: int, n_ubatch: int, n_threads: int) -> _Mo
             dense_bytes=dense_bytes_used(skeleton),
             kv_bytes=per_token * min(N_PROMPT, sizes.n_ctx),
             counts=None if calibration is None else calibration.counts,
+            stored_share=model.stored_expert_bytes / model.expert_bytes,
         )
         by_type: dict[int, int] = {}
         for piece in model.pieces:

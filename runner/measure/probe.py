@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,8 @@ class ProductSpeeds:
     decode_bytes_per_second: float
     prefill_bytes_per_second: float
 
+
+UNPACK_REPEATS = 8
 
 # ---- storage -----------------------------------------------------------------------------------------------
 
@@ -324,6 +327,50 @@ def product_speeds(type_id: int, n_threads: int, nbytes: int = PRODUCT_BYTES) ->
         base.ggml_free(context)
     total = n_matrices * row * PRODUCT_ROWS
     return ProductSpeeds(type_id, n_threads, total / seconds[0], total * PREFILL_ROWS / seconds[1])
+
+
+def _words(weights: Any, type_id: int) -> bytes:
+    """float32 values as F16 or BF16 (cut, not rounded)."""
+    import numpy as np
+    from moe_edge.models.formats.ggml_types import F16
+
+    if type_id == F16:
+        return bytes(weights.astype("<f2").tobytes())
+    return bytes((weights.view(np.uint32) >> 16).astype("<u2").tobytes())
+
+
+@lru_cache(maxsize=8)
+def unpack_bytes_per_second(type_id: int, n_threads: int, nbytes: int = 2 << 20) -> float:
+    """How fast packed experts of this type are unpacked by n_threads together, in bytes of the matrix.
+
+    Unpacks `nbytes` of Gaussian weights some ten times in each thread; takes about 0.1 s.
+    """
+    import numpy as np
+    from moe_edge.models.formats.ggml_types import BF16, F16, TYPES
+    from moe_edge.models.store.planes import pack
+    from moe_edge.runner.capi import library
+    from moe_edge.runner.zstd import zstd_functions
+
+    lib = library()
+    lib.me_set_zstd(*zstd_functions())
+    drawn, block_bytes = np.random.default_rng(1), TYPES[type_id].block_bytes
+    if type_id in (F16, BF16):
+        weights = drawn.normal(0, 0.02, nbytes // 2).astype(np.float32)
+        raw = _words(weights, type_id)
+    else:  # bytes as uneven as quants are
+        quants = drawn.normal(128, 45, nbytes // block_bytes * block_bytes)
+        raw = np.clip(quants, 0, 255).astype(np.uint8).tobytes()
+    packed = pack(raw, type_id)
+
+    def job() -> None:
+        out, error = ctypes.create_string_buffer(len(raw)), ctypes.create_string_buffer(1024)
+        for _ in range(UNPACK_REPEATS):
+            lib.me_unpack(packed, len(packed), type_id, out, len(raw), error)
+
+    job()
+    started = time.perf_counter()
+    _run_together([job] * n_threads)
+    return n_threads * UNPACK_REPEATS * len(raw) / (time.perf_counter() - started)
 
 
 def _time_products(

@@ -15,6 +15,7 @@
 using namespace moe_edge;
 
 constexpr int64_t PART = SOON_BYTES;
+constexpr int64_t LARGEST_LENT = 4 * PART;
 constexpr int64_t FILE_BYTES = 16 * PART + 3 * READ_ALIGN + 1234;  // ends within a part and within a block
 
 static std::string file_path;
@@ -28,25 +29,31 @@ struct Job {
     std::atomic<bool> cancel_asked{false};
     bool kept = false;                    // promoted before anybody cancelled it: must be read
     bool returned = false;                // by cancel()
+    bool lent = false;                    // read into a buffer of the reader's
+    bool live = true;                     // neither told nor returned
     std::string error;                    // of on_done
 
     ~Job() { free(); }
-    void make(int64_t tag, int64_t offset, int64_t length, int64_t needed, bool soon) {
-        void * dst = std::aligned_alloc(READ_ALIGN, static_cast<size_t>(length));
+    void make(int64_t tag, int64_t offset, int64_t length, int64_t needed, bool soon, bool in_lent = false) {
+        lent = in_lent;
+        void * dst = lent ? nullptr : std::aligned_alloc(READ_ALIGN, static_cast<size_t>(length));
         job = {0, offset, length, needed, static_cast<char *>(dst), tag, soon};
     }
     void free() {
         std::free(job.dst);
         job.dst = nullptr;
+        live = false;
     }
     bool past_end() const { return job.offset + job.needed > FILE_BYTES; }
     // On the reader's thread.
     void done(const ReadJob & said, const std::string & why) {
         CHECK(said.tag == job.tag, "tag %lld", static_cast<long long>(said.tag));
         CHECK(!told, "job %lld is told twice: %s, %s", static_cast<long long>(job.tag), error.c_str(), why.c_str());
-        CHECK(job.dst, "job %lld ends after its memory was given back", static_cast<long long>(job.tag));
+        CHECK(live, "job %lld ends after its memory was given back", static_cast<long long>(job.tag));
         if (why.empty()) {
-            CHECK(!past_end() && memcmp(job.dst, file_bytes.data() + job.offset, static_cast<size_t>(job.needed)) == 0,
+            const char * bytes = lent ? said.dst : job.dst;
+            if (lent) sleep_us(static_cast<int>(job.tag % 200));  // as if it were unpacked: nobody may write there
+            CHECK(!past_end() && memcmp(bytes, file_bytes.data() + job.offset, static_cast<size_t>(job.needed)) == 0,
                   "job %lld: wrong bytes", static_cast<long long>(job.tag));
         } else if (why == ExpertSource::CANCELLED) {
             CHECK(job.soon && cancel_asked, "job %lld was never cancelled", static_cast<long long>(job.tag));
@@ -68,7 +75,7 @@ struct Few {
     DiskSource reader;
 
     explicit Few(int n_threads = 1)
-        : reader({file_path}, n_threads, true, [this](const ReadJob & j, const std::string & e) {
+        : reader({file_path}, n_threads, true, LARGEST_LENT, [this](const ReadJob & j, const std::string & e) {
               std::lock_guard<std::mutex> lock(mutex);
               ended.push_back(j.tag);
               jobs[static_cast<size_t>(j.tag)]->done(j, e);
@@ -206,7 +213,7 @@ struct Chance {
     DiskSource reader;
 
     Chance(int n_threads, bool direct)
-        : reader({file_path}, n_threads, direct, [this](const ReadJob & j, const std::string & e) {
+        : reader({file_path}, n_threads, direct, LARGEST_LENT, [this](const ReadJob & j, const std::string & e) {
               jobs[static_cast<size_t>(j.tag)].done(j, e);
               open--;
           }) {}
@@ -218,7 +225,8 @@ struct Chance {
         const int64_t length = READ_ALIGN * (pick(random, 0, 1) ? pick(random, 1, 20) : pick(random, 1, 4 * PART / READ_ALIGN));
         const int64_t offset = READ_ALIGN * pick(random, 0, FILE_BYTES / READ_ALIGN - (pick(random, 0, 9) ? length / READ_ALIGN : 0));
         Job & j = jobs[static_cast<size_t>(tag)];
-        j.make(tag, offset, length, pick(random, std::max<int64_t>(1, length - 2 * READ_ALIGN), length), soon);
+        j.make(tag, offset, length, pick(random, std::max<int64_t>(1, length - 2 * READ_ALIGN), length), soon,
+               pick(random, 0, 1) == 1);
         if (j.past_end() && pick(random, 0, 1) && FILE_BYTES > offset) j.job.needed = FILE_BYTES - offset;
         open++;
         reader.submit(j.job);

@@ -1,0 +1,186 @@
+#include "codec.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "ggml.h"
+
+namespace moe_edge {
+
+Zstd zstd;
+
+namespace {
+
+constexpr uint32_t MAGIC = 0x4b50454d;  // "MEPK"
+constexpr int MAX_PLANES = 8;
+
+struct Header {  // then uint32_t sizes[n_planes][n_chunks], then the chunks, plane after plane
+    uint32_t magic, type, chunk_blocks, n_planes;
+    uint64_t n_blocks;
+    uint32_t n_chunks, reserved;
+};
+static_assert(sizeof(Header) == 32, "it is written by Python");
+
+// The fields of a block, one after the other: so many bytes each. A 16-bit float is one "block" of two planes, see join16.
+struct Fields {
+    int32_t type;
+    int n;
+    int bytes[MAX_PLANES];
+};
+constexpr Fields FIELDS[] = {
+    {GGML_TYPE_F16, 2, {1, 1}},
+    {GGML_TYPE_BF16, 2, {1, 1}},
+    {GGML_TYPE_Q4_0, 3, {1, 1, 16}},
+    {GGML_TYPE_Q4_1, 5, {1, 1, 1, 1, 16}},
+    {GGML_TYPE_Q5_0, 4, {1, 1, 4, 16}},
+    {GGML_TYPE_Q5_1, 6, {1, 1, 1, 1, 4, 16}},
+    {GGML_TYPE_Q8_0, 3, {1, 1, 32}},
+    {GGML_TYPE_Q2_K, 6, {16, 64, 1, 1, 1, 1}},
+    {GGML_TYPE_Q4_K, 6, {1, 1, 1, 1, 12, 128}},
+    {GGML_TYPE_IQ4_NL, 3, {1, 1, 16}},
+    {GGML_TYPE_MXFP4, 2, {1, 16}},
+    {GGML_TYPE_TQ2_0, 3, {64, 1, 1}},
+};
+
+const Fields * fields_of(int32_t type) {
+    for (const Fields & f : FIELDS) {
+        if (f.type == type) return &f;
+    }
+    return nullptr;
+}
+
+// A decompression context and a buffer for one chunk, kept by each thread that decodes.
+struct Scratch {
+    void * context = nullptr;
+    std::vector<char> bytes;
+    ~Scratch() {
+        if (context) zstd.free(context);
+    }
+};
+
+// The low plane holds seven bits of mantissa and, in the last one, the sign: the value rotated left by one.
+void join16(const uint8_t * high, const uint8_t * low, char * dst, int64_t n) {
+    auto * out = reinterpret_cast<uint16_t *>(dst);
+    for (int64_t i = 0; i < n; i++) {
+        const auto rotated = static_cast<uint16_t>(high[i] << 8 | low[i]);
+        out[i] = static_cast<uint16_t>(rotated >> 1 | rotated << 15);
+    }
+}
+
+template <int N>
+void scatter(const char * plane, char * dst, int64_t stride, int64_t n) {
+    for (int64_t i = 0; i < n; i++) memcpy(dst + i * stride, plane + i * N, N);
+}
+
+void place(const char * plane, int bytes, char * dst, int64_t stride, int64_t n) {
+    switch (bytes) {
+        case 1: return scatter<1>(plane, dst, stride, n);
+        case 4: return scatter<4>(plane, dst, stride, n);
+        case 12: return scatter<12>(plane, dst, stride, n);
+        case 16: return scatter<16>(plane, dst, stride, n);
+        case 32: return scatter<32>(plane, dst, stride, n);
+        case 64: return scatter<64>(plane, dst, stride, n);
+        default: return scatter<128>(plane, dst, stride, n);
+    }
+}
+
+// A packed piece whose header and table have been checked against its size.
+struct Packed {
+    const Fields * fields = nullptr;
+    Header header{};
+    int64_t block_bytes = 0;
+    std::vector<uint32_t> sizes;
+    std::vector<const char *> next;  // of each plane: its next chunk
+
+    std::string open(const char * stored, int64_t stored_bytes, int32_t type, int64_t nbytes);
+    int64_t blocks_of(uint32_t chunk) const {
+        const uint64_t first = static_cast<uint64_t>(chunk) * header.chunk_blocks;
+        return static_cast<int64_t>(std::min<uint64_t>(header.chunk_blocks, header.n_blocks - first));
+    }
+    std::string plane(int p, uint32_t chunk, Scratch & scratch, char * room, const char *& out);
+};
+
+std::string Packed::open(const char * stored, int64_t stored_bytes, int32_t type, int64_t nbytes) {
+    fields = fields_of(type);
+    if (!fields) return "is packed in planes, which its type does not have";
+    for (int p = 0; p < fields->n; p++) block_bytes += fields->bytes[p];
+    if (stored_bytes < static_cast<int64_t>(sizeof header)) return "is packed in fewer bytes than a header takes";
+    memcpy(&header, stored, sizeof header);
+    const auto n_blocks = static_cast<uint64_t>(nbytes / block_bytes);
+    const bool sound = header.magic == MAGIC && header.type == static_cast<uint32_t>(type) && header.n_blocks == n_blocks &&
+                       header.n_planes == static_cast<uint32_t>(fields->n) && header.chunk_blocks > 0 &&
+                       header.n_chunks == (n_blocks + header.chunk_blocks - 1) / header.chunk_blocks;
+    if (!sound) return "is packed with a header of another matrix; it is damaged: convert or download it again";
+    const int64_t n_sizes = static_cast<int64_t>(header.n_planes) * header.n_chunks;
+    int64_t at = static_cast<int64_t>(sizeof header) + n_sizes * 4;
+    if (at > stored_bytes) return "is packed with a table that is cut short; convert or download it again";
+    sizes.resize(static_cast<size_t>(n_sizes));
+    memcpy(sizes.data(), stored + sizeof header, static_cast<size_t>(n_sizes) * 4);
+    for (int64_t i = 0; i < n_sizes; i++) {
+        if (i % header.n_chunks == 0) next.push_back(stored + at);
+        at += sizes[static_cast<size_t>(i)];
+    }
+    if (at != stored_bytes) {
+        return "is packed in " + std::to_string(stored_bytes) + " bytes but its chunks take " + std::to_string(at) +
+               "; it is damaged: convert or download it again";
+    }
+    return {};
+}
+
+// A chunk of a plane: where it lies when it is raw, else unpacked into `room`.
+std::string Packed::plane(int p, uint32_t chunk, Scratch & scratch, char * room, const char *& out) {
+    const char * stored = next[static_cast<size_t>(p)];
+    const size_t size = sizes[static_cast<size_t>(p) * header.n_chunks + chunk];
+    const size_t needed = static_cast<size_t>(blocks_of(chunk) * fields->bytes[p]);
+    next[static_cast<size_t>(p)] += size;
+    out = stored;
+    if (size == needed) return {};
+    out = room;
+    const size_t got = zstd.decompress(scratch.context, room, needed, stored, size);
+    if (!zstd.is_error(got) && got == needed) return {};
+    return "does not unpack: plane " + std::to_string(p) + ", chunk " + std::to_string(chunk) + " should give " +
+           std::to_string(needed) + " bytes; it is damaged: convert or download it again";
+}
+
+}  // namespace
+
+bool planes_of_type(int32_t type) { return fields_of(type) != nullptr; }
+
+std::string decode_planes(const char * stored, int64_t stored_bytes, int32_t type, char * dst, int64_t nbytes) {
+    static thread_local Scratch scratch;
+    Packed packed;
+    std::string error = packed.open(stored, stored_bytes, type, nbytes);
+    if (!error.empty()) return error;
+    if (!scratch.context) scratch.context = zstd.usable() ? zstd.create() : nullptr;
+    if (!scratch.context) return "is packed, and zstd could not be started to unpack it";
+    const int64_t chunk_bytes = static_cast<int64_t>(packed.header.chunk_blocks) * packed.block_bytes;
+    if (static_cast<int64_t>(scratch.bytes.size()) < std::min(chunk_bytes, nbytes)) {
+        scratch.bytes.resize(static_cast<size_t>(std::min(chunk_bytes, nbytes)));
+    }
+    const bool is_16_bit = type == GGML_TYPE_F16 || type == GGML_TYPE_BF16;
+    for (uint32_t c = 0; c < packed.header.n_chunks; c++) {
+        const int64_t n = packed.blocks_of(c);
+        const char * planes[MAX_PLANES];
+        char * room = scratch.bytes.data();
+        for (int p = 0; p < packed.fields->n; p++) {
+            error = packed.plane(p, c, scratch, room, planes[p]);
+            if (!error.empty()) return error;
+            room += n * packed.fields->bytes[p];
+        }
+        if (is_16_bit) {
+            join16(reinterpret_cast<const uint8_t *>(planes[0]), reinterpret_cast<const uint8_t *>(planes[1]), dst, n);
+        } else {
+            int offset = 0;
+            for (int p = 0; p < packed.fields->n; p++) {
+                place(planes[p], packed.fields->bytes[p], dst + offset, packed.block_bytes, n);
+                offset += packed.fields->bytes[p];
+            }
+        }
+        dst += n * packed.block_bytes;
+    }
+    return {};
+}
+
+}  // namespace moe_edge
