@@ -7,6 +7,7 @@ touched.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -76,12 +77,19 @@ class ChatTemplate:
         prepared = self.format.prepare([plain_message(message) for message in messages])
         first: Exception | None = None
         no_tools = (None, []) if not tools else (list(tools),)  # some templates ask for the one, some for the other
-        for form in forms_of(prepared):
+        python: str | None = None  # a prompt in which arguments stand as Python writes them
+        for form in forms_of(with_names(prepared)):
             for given in no_tools:
                 try:
-                    return str(self._jinja(messages=form, tools=given, **kwargs).prompt)
+                    prompt = str(self._jinja(messages=form, tools=given, **kwargs).prompt)
                 except Exception as e:  # a template is a program of the model's author: it may raise anything
                     first = first or e
+                    continue
+                if not shows_python(form, prompt):
+                    return prompt
+                python = python or prompt
+        if python is not None:
+            return python
         raise UsageError(f"the model's chat template refuses this conversation: {first}") from first
 
     def tokens(
@@ -118,9 +126,15 @@ def plain_message(message: Message) -> Message:
 def forms_of(messages: list[Message]) -> Iterable[list[Message]]:
     """The messages as they are, then in forms for templates that are strict.
 
+    Arguments of tool calls are objects, then JSON text: some templates go through them, some write them as they are.
     Without a system role: its text heads the first message of the user. With strict turns: messages of one role in a
     row are one.
     """
+    for given in forms_of_arguments(messages):
+        yield from _forms_of_turns(given)
+
+
+def _forms_of_turns(messages: list[Message]) -> Iterable[list[Message]]:
     yield messages
     merged = merge_turns(messages)
     if merged != messages:
@@ -132,6 +146,65 @@ def forms_of(messages: list[Message]) -> Iterable[list[Message]]:
             first["content"] = f"{messages[0]['content']}\n\n{first['content']}"
             yield rest
             yield merge_turns(rest)
+
+
+def forms_of_arguments(messages: list[Message]) -> Iterable[list[Message]]:
+    """The messages with the arguments of tool calls as objects, then as text; once where nobody calls."""
+    yield [_with_arguments(message, _as_object) for message in messages]
+    if any(message.get("tool_calls") for message in messages):
+        yield [_with_arguments(message, _as_text) for message in messages]
+
+
+def _with_arguments(message: Message, form: Callable[[Any], Any]) -> Message:
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    changed = [
+        {**call, "function": {**call["function"], "arguments": form(call["function"].get("arguments"))}}
+        if isinstance(call.get("function"), Mapping) else call
+        for call in calls
+    ]  # fmt: skip
+    return {**message, "tool_calls": changed}
+
+
+def _as_object(arguments: Any) -> Any:
+    if not isinstance(arguments, str):
+        return {} if arguments is None else arguments
+    try:
+        found = json.loads(arguments) if arguments.strip() else {}
+    except (ValueError, RecursionError):
+        return arguments  # what a model wrote that is no JSON stays what it wrote
+    return found if isinstance(found, dict) else arguments
+
+
+def _as_text(arguments: Any) -> Any:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments or {}, ensure_ascii=False)
+
+
+def shows_python(messages: Sequence[Message], prompt: str) -> bool:
+    """Whether arguments of a call stand in the prompt as Python writes a dictionary: no model was trained on that."""
+    for message in messages:
+        for call in message.get("tool_calls") or ():
+            arguments = call.get("function", {}).get("arguments")
+            if isinstance(arguments, Mapping) and arguments and str(dict(arguments)) in prompt:
+                return True
+    return False
+
+
+def with_names(messages: list[Message]) -> list[Message]:
+    """Results of tools with the name of their tool, which some templates ask for and clients leave out."""
+    called = {
+        call.get("id"): call["function"].get("name")
+        for message in messages
+        for call in message.get("tool_calls") or ()
+        if isinstance(call.get("function"), Mapping)
+    }
+    named = []
+    for message in messages:
+        name = called.get(message.get("tool_call_id"))
+        lacks_one = message["role"] == "tool" and not message.get("name")
+        named.append({**message, "name": name} if lacks_one and name else message)
+    return named
 
 
 def merge_turns(messages: Sequence[Message]) -> list[Message]:

@@ -80,6 +80,44 @@ class Scanner:
         return False
 
 
+class JsonEnd:
+    """Finds where a JSON value that comes piece by piece ends. A number or a word ends before what cannot be of it."""
+
+    def __init__(self) -> None:
+        self.is_over = self.is_scalar = False
+        self._depth, self._in_string, self._escaped = 0, False, False
+
+    def feed(self, text: str) -> int:
+        """How many of these characters belong to the value."""
+        for at, character in enumerate(text):
+            if self.is_over:
+                return at
+            if self._in_string:
+                self._inside_string(character)
+            elif self.is_scalar and character in ",]} \t\r\n":
+                self.is_over = True
+                return at
+            elif character == '"':
+                self._in_string = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                self.is_over = self._depth <= 0
+            elif self._depth == 0 and not character.isspace():
+                self.is_scalar = True
+        return len(text)
+
+    def _inside_string(self, character: str) -> None:
+        if self._escaped:
+            self._escaped = False
+        elif character == "\\":
+            self._escaped = True
+        elif character == '"':
+            self._in_string = False
+            self.is_over = self._depth == 0
+
+
 class StreamParser:
     """Base of the parsers: `_parts` is a generator that yields parts, and None when it needs more text."""
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from moe_edge.runner.chatformat.format import ChatFormat, Message, StreamParser
+from moe_edge.runner.chatformat.format import ChatFormat, Message, StreamParser, held_back
 from moe_edge.runner.chatformat.parts import Part, Reasoning, Text, ToolArguments, ToolEnd, ToolStart
 
 START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
@@ -53,6 +53,8 @@ class HarmonyParser(StreamParser):
             yield ToolStart(index, f"call_{index}", recipient or "")
         while True:
             text, mark = self.scan.until([END, CALL, RETURN, START, CHANNEL])
+            if tool and mark is None and self.scan.ended:
+                text = text[: len(text) - held_back(text, TAGS)]  # a tag that was cut is no argument
             if text:
                 yield ToolArguments(index, text) if tool else Reasoning(text) if channel == "analysis" else Text(text)
             if mark is not None or self.scan.ended:

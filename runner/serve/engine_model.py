@@ -334,7 +334,8 @@ def _facts(engine: Engine, name: str, template: ChatTemplate | None, d: Sampling
     can = ["completion"]
     if "tools" in text:
         can.append("tools")
-    if template is not None and {"</think>", "<|channel|>"} & set(template.format.tags):
+    marks = template.format.tags if template is not None else ()
+    if any(tag in text for tag in marks if "think" in tag.lower() or "channel" in tag):
         can.append("thinking")
     return ModelFacts(
         name=name,

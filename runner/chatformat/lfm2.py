@@ -1,0 +1,80 @@
+"""LFM2: calls as Python writes them, `<|tool_call_start|>[get_weather(city="Paris")]<|tool_call_end|>`."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from moe_edge.runner.chatformat.calls import CallParser, NotACall, Tools, Waiting
+from moe_edge.runner.chatformat.format import ChatFormat
+from moe_edge.runner.chatformat.think import CLOSE, OPEN, opened_by, without_thinking
+
+BEGIN, END = "<|tool_call_start|>", "<|tool_call_end|>"
+_JSON_WORDS = {"true": True, "false": False, "null": None}
+
+
+class Lfm2Parser(CallParser):
+    """A list of calls is told when it is whole: Python's values are no JSON."""
+
+    marks = (BEGIN,)
+
+    def __init__(self, opened: bool, tools: Tools) -> None:
+        super().__init__(opened, tools)
+
+    def read_calls(self, mark: str) -> Waiting:
+        text, _ = yield from self.until(END)
+        for name, arguments in calls_of(text):
+            yield from self.whole(name, arguments)
+
+
+def calls_of(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, arguments) of each call in `[f(x=1), g()]`. Raises NotACall for anything else."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        calls = tree.elts if isinstance(tree, ast.List | ast.Tuple) else [tree]
+        found = [_call(each) for each in calls]
+    except (SyntaxError, ValueError, MemoryError, RecursionError, TypeError) as error:
+        raise NotACall from error
+    if not found:
+        raise NotACall
+    yield from found
+
+
+def _call(node: ast.expr) -> tuple[str, dict[str, Any]]:
+    if isinstance(node, ast.Dict):  # some write JSON between the tags
+        call = _value(node)
+        return str(call["name"]), dict(call.get("arguments") or {})
+    if not isinstance(node, ast.Call) or node.args:
+        raise ValueError("not a call by names")
+    arguments = {}
+    for keyword in node.keywords:
+        if keyword.arg is None:
+            raise ValueError("a mapping in the place of a name")
+        arguments[keyword.arg] = _value(keyword.value)
+    json.dumps(arguments)
+    return ast.unparse(node.func), arguments
+
+
+def _value(node: ast.expr) -> Any:
+    if isinstance(node, ast.Name):
+        if node.id in _JSON_WORDS:
+            return _JSON_WORDS[node.id]
+        raise ValueError(node.id)
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_value(each) for each in node.elts]
+    if isinstance(node, ast.Dict):
+        pairs = zip(node.keys, node.values, strict=True)
+        return {str(_value(key)): _value(value) for key, value in pairs if key is not None}
+    return ast.literal_eval(node)
+
+
+def make_parser(prompt: str, tools: Sequence[Mapping[str, Any]]) -> Lfm2Parser:
+    return Lfm2Parser(opened_by(prompt), tools)
+
+
+FORMAT = ChatFormat(
+    "lfm2", 80, lambda template: BEGIN in template or "<|tool_list_start|>" in template, make_parser,
+    tags=(OPEN, CLOSE, BEGIN, END), prepare=without_thinking,
+)  # fmt: skip
