@@ -10,28 +10,23 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 from moe_edge.models.errors import MoeEdgeError, Stopped, printable, sentence
 from moe_edge.runner import terminal
+from moe_edge.runner.chat_commands import run_command
+from moe_edge.runner.chatformat.format import Message
 from moe_edge.runner.chatformat.parts import Part, Reasoning, Text, ToolArguments, ToolStart
 from moe_edge.runner.chatformat.plain import PlainParser
 from moe_edge.runner.conversation import Conversation, Prompt
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.generate import Generation, LookAheadState, Sampling, generate
+from moe_edge.runner.message_input import read_message
 from moe_edge.runner.template import ChatTemplate, template_text
 from moe_edge.runner.tokens import find_tokens
-
-HELP = """\
-/help          this list
-/clear         forget the conversation
-/stats         what the last reply and the whole session read and hit
-/exit          leave (also Ctrl-D)
-\"\"\"            begin and end a message of several lines
-Ctrl-C         stop the reply"""
 
 
 def chat_template(engine: Engine) -> ChatTemplate | None:
@@ -103,9 +98,13 @@ class Chat:
     out: TextIO = field(default_factory=lambda: sys.stdout)
     err: TextIO = field(default_factory=lambda: sys.stderr)
     last: Generation | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    last_question: str | None = None
+    before_last: tuple[list[Message], str] = field(default_factory=lambda: ([], ""))  # for /retry
 
     def __post_init__(self) -> None:
-        self.conversation = Conversation(self.engine, chat_template(self.engine))
+        template = chat_template(self.engine)
+        self.conversation = Conversation(self.engine, template, template_kwargs=dict(self.template_kwargs))
 
     def say(self, text: str) -> None:
         with contextlib.suppress(OSError):  # that it cannot be said is no reason to stop
@@ -118,6 +117,7 @@ class Chat:
         """
         c = self.conversation
         before = c.saved()
+        self.last_question, self.before_last = message, before
         c.add("user", message)
         interrupt, shown = Interrupt(self.engine), Shown(self.out)
         result: Generation | None = None
@@ -160,21 +160,12 @@ class Chat:
         return result
 
     def command(self, line: str) -> bool:
-        """Run a /command; False to leave."""
-        name = line.split()[0]
-        if name in ("/exit", "/quit", "/bye"):
-            return False
-        if name == "/clear":
-            self.conversation.clear()
-            self.engine.new_conversation()
-            self.say("(forgotten)")
-        elif name == "/stats":
-            self.say(self.stats())
-        elif name == "/help":
-            self.say(HELP)
-        else:
-            self.say(f"unknown command {name}; /help lists them")
-        return True
+        """Run a /command; False to leave. What is wrong with it is said."""
+        try:
+            return run_command(self, line)
+        except MoeEdgeError as error:
+            self.say(f"error: {sentence(error)}")
+            return True
 
     def stats(self) -> str:
         total = self.engine.counters()
@@ -215,17 +206,3 @@ class Chat:
                 self.reply(message)
             except MoeEdgeError as e:
                 self.say(f"error: {sentence(e)}")
-
-
-def read_message() -> str:
-    """One message from the terminal; a line of \"\"\" begins a message of several lines, another ends it."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (line editing and history for input())
-    line = input("> ")
-    if not line.startswith('"""'):
-        return line
-    lines = [line[3:]]
-    while not lines[-1].rstrip().endswith('"""'):
-        lines.append(input("... "))
-    lines[-1] = lines[-1].rstrip()[:-3]
-    return "\n".join(lines).strip("\n")

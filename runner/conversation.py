@@ -25,13 +25,14 @@ class Prompt:
 
 @dataclass
 class Conversation:
-    """Messages so far. template None: a base model, whose text goes on."""
+    """Messages so far. template None: a base model, whose text goes on. template_kwargs: what the template is told."""
 
     engine: Engine
     template: ChatTemplate | None = None
     messages: list[Message] = field(default_factory=list)
     text: str = ""
     tools: Sequence[Mapping[str, Any]] = ()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def add(self, role: str, content: str) -> None:
         if self.template is None:
@@ -76,7 +77,7 @@ class Conversation:
 
     def _tokens(self, messages: Sequence[Message]) -> tuple[list[int], str]:
         assert self.template is not None
-        return self.template.tokens(messages, self.tools)
+        return self.template.tokens(messages, self.tools, **self.template_kwargs)
 
 
 def without_oldest_turn(messages: list[Message]) -> list[Message]:

@@ -10,25 +10,25 @@
 Importing this costs nothing: what runs a model is imported by load().
 """
 
-from typing import TYPE_CHECKING, Any
-
-from moe_edge.models.errors import (
-    BadChecksum,
-    BadFile,
-    BudgetTooSmall,
-    CannotRun,
-    CutFile,
-    EngineError,
-    MissingFile,
-    MoeEdgeError,
-    NotMoE,
-    Stopped,
-    UnknownName,
-    UsageError,
-    WorkError,
-)
-
+TYPE_CHECKING = False  # `typing` takes its time, in which Ctrl-C would meet nobody who says "interrupted"
 if TYPE_CHECKING:
+    from typing import Any
+
+    from moe_edge.models.errors import (
+        BadChecksum,
+        BadFile,
+        BudgetTooSmall,
+        CannotRun,
+        CutFile,
+        EngineError,
+        MissingFile,
+        MoeEdgeError,
+        NotMoE,
+        Stopped,
+        UnknownName,
+        UsageError,
+        WorkError,
+    )
     from moe_edge.runner.api import Done, Event, Model, Reply, load
 
 __all__ = [
@@ -54,8 +54,12 @@ __all__ = [
 _OF_API = ("Done", "Event", "Model", "Reply", "load")
 
 
-def __getattr__(name: str) -> Any:
-    """What runs a model, imported when it is first asked for; and the version."""
+def __getattr__(name: str) -> "Any":
+    """What is in __all__, imported when it is first asked for; and the version."""
+    if name in __all__ and name not in _OF_API:
+        from moe_edge.models import errors
+
+        return getattr(errors, name)
     if name in _OF_API:
         from moe_edge.runner import api
 

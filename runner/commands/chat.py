@@ -22,17 +22,33 @@ from moe_edge.runner.commands.parameters import (
 @click.argument("model", required=False)
 @click.option("-m", "--model", "model_option", help="The model, as an option.")
 @click.option("-n", "--max-tokens", "n_tokens", type=SOME_TOKENS, default=512, show_default=True)
+@click.option("--think", type=click.Choice(["on", "off", "auto"]), default="auto", show_default=True,
+              help="Whether a model that can is to think before it answers; auto: as it is used to.")
+@click.option("--reasoning-effort", type=click.Choice(["low", "medium", "high"]),
+              help="How hard, where the model has degrees.")
+@click.option("--chat-template-kwargs", metavar="JSON", help="More for the chat template, as a JSON object.")
+@click.option("--system", "system_text", help="What the model is told before all.")
 @model_options
 @sampling_options
-def command(model: str | None, model_option: str | None, n_tokens: int, **o: Any) -> None:
+def command(
+    model: str | None, model_option: str | None, n_tokens: int, think: str, reasoning_effort: str | None,
+    chat_template_kwargs: str | None, system_text: str | None, **o: Any,
+) -> None:  # fmt: skip
     """Talk to MODEL: a converted model, or a stock GGUF as it is. Without MODEL, the embedded tiny one.
 
     A pipe on standard input is one shot: its text is the message.
     """
     from moe_edge.runner.chat import Chat
+    from moe_edge.runner.chat_commands import THINK, run_command
+    from moe_edge.runner.thinking import parse_settings, thinking_settings
 
+    told = thinking_settings(THINK[think], reasoning_effort)
+    if chat_template_kwargs is not None:
+        told |= parse_settings(chat_template_kwargs, "--chat-template-kwargs")
     with open_engine(model or model_option, o) as engine:
-        session = Chat(engine, n_tokens, sampling_of(o))
+        session = Chat(engine, n_tokens, sampling_of(o), template_kwargs=told)
+        if system_text:
+            run_command(session, f"/system {system_text}")
         if sys.stdin.isatty():
             session.loop()
             return

@@ -39,11 +39,11 @@ from moe_edge.runner.sampling import ROOT, Sampling, check_grammar
 from moe_edge.runner.serve import grammar
 from moe_edge.runner.serve.forced_call import ForcedCallParser
 from moe_edge.runner.template import ChatTemplate
+from moe_edge.runner.thinking import checked_settings, thinking_settings
 from moe_edge.runner.tokens import find_tokens, token_bytes, tokenize
 
 BYTES_A_TOKEN = 32  # on average, which no language and no program reaches; a text of more is not even tokenized
 NEW_BELOW = 16  # tokens that a prompt shares with the last one; with fewer it is taken for another conversation
-RESERVED = ("messages", "tools", "functions", "function_call", "tool_choice", "bos_token", "eos_token")
 
 
 @dataclass(frozen=True)
@@ -301,16 +301,8 @@ class _Reply:
 
 def template_kwargs(request: Request) -> dict[str, Any]:
     """What the template is told besides messages and tools. Raises UsageError for names that are not the client's."""
-    if wrong := [name for name in request.template_kwargs if name in RESERVED]:
-        raise UsageError(f"chat_template_kwargs has '{wrong[0]}', which the server gives to the template itself")
-    told: dict[str, Any] = {}
-    if request.think is not None:
-        told |= {"enable_thinking": request.think, "thinking": request.think}
-    if request.effort in ("none", "minimal"):  # the templates know three efforts, and thinking or not
-        told |= {"enable_thinking": False, "thinking": False, "reasoning_effort": "low"}
-    elif request.effort is not None:
-        told["reasoning_effort"] = "high" if request.effort in ("xhigh", "max") else request.effort
-    return told | dict(request.template_kwargs)
+    given = checked_settings(request.template_kwargs, "chat_template_kwargs")
+    return thinking_settings(request.think, request.effort) | given
 
 
 def _chosen(choice: SamplingChoice, d: Sampling, form: str | None, root: str, logprobs: int | None) -> Sampling:
