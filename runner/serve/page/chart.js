@@ -1,6 +1,6 @@
-// A line over time, of the last few minutes.
+// A line over time, of the last minute or more.
 
-const KEPT = 240; // values; two minutes while a reply is written
+const KEPT = 120; // values; a minute while a reply is written
 
 /** A canvas at the resolution of the screen: {context, width, height} in CSS pixels. */
 export function prepared(canvas, height = null) {

@@ -100,7 +100,7 @@ export class ConsolePanel {
     const numbers = live.numbers;
     byId("queue").textContent = live.running + live.waiting === 0 ? "idle"
       : `answering ${live.running}, ${live.waiting} of ${live.queue_limit} waiting`;
-    byId("budget").textContent = `budget ${format.bytes(numbers.budget_bytes ?? 0)}, process peak ${format.bytes(live.peak_rss_bytes)}`;
+    byId("budget").textContent = `budget ${format.bytes(numbers.budget_bytes ?? 0)} · peak ${format.bytes(live.peak_rss_bytes)}`;
     this.map.setBytes(Uint8Array.from(atob(live.recency), (character) => character.charCodeAt(0)));
     this.takeChange(numbers);
     this.drawTraded(numbers);
