@@ -262,8 +262,9 @@ async function reply(conversation) {
   conversation.messages.push(message);
   running = { conversation, controller: new AbortController() };
   thread.show(conversation);
-  await keep(conversation);
+  const kept = keep(conversation);
   draw();
+  await kept;
   consolePanel.setWriting(true);
   let saved = performance.now();
   const failed = await fillReply(message, body, running.controller.signal, () => {
