@@ -45,6 +45,16 @@ def test_the_console_draws_experts_memory_and_figures(seen: Opened) -> None:
     expect(page.locator("#map-tip")).to_have_text("layer 2, expert 0: on disk")
 
 
+def test_before_the_server_answers_the_console_shows_no_empty_figures(browser: Browser) -> None:
+    with serving(None) as server, opened(browser, server.url) as seen:
+        page = seen.page
+        expect(page.locator("#console-notice")).to_have_text("Waiting for the server.")
+        expect(page.locator("#map")).to_be_hidden()
+        server.running.service.ready(Fake())
+        expect(page.locator("#map-count")).to_have_text("3,072 of 6,144")
+        seen.complaints.clear()  # Chromium's own line about the status 503
+
+
 def test_the_console_asks_only_while_it_is_seen(seen: Opened, model: Fake) -> None:
     page = seen.page
     expect(page.locator("#hit-rate")).to_have_text("75 %")
@@ -74,5 +84,9 @@ def test_chat_and_console_on_the_embedded_model(browser: Browser) -> None:
             expect(page.locator("#map-count")).to_have_text(re.compile(r"^[1-9]\d* of \d+$"))
             expect(page.locator("#hit-rate")).to_have_text(re.compile("%"))
             assert colours_of_map(page) > 20
+        recency = model.recency()
+        assert [unit for unit, each in enumerate(recency) if each] == engine.native.resident_units()
+        last_layer = engine.layout.layer_units(engine.layout.n_layers - 1)
+        assert max(recency) == 255 and recency.index(255) in last_layer
     finally:
         engine.close()

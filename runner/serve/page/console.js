@@ -36,6 +36,7 @@ export class ConsolePanel {
 
   /** The server answers, perhaps with another model than before. */
   connected() {
+    byId("console-notice").hidden = true;
     this.isConnected = true;
     this.picture = null;
     this.last = null;
@@ -79,6 +80,7 @@ export class ConsolePanel {
 
   takePicture(picture) {
     this.picture = picture;
+    byId("console").classList.add("known");
     this.map.setShape(picture.layers, picture.resident.map((row) => row.length), picture.levels);
     byId("policy").textContent = picture.policy ?? "";
     const parts = [...picture.memory];
@@ -100,7 +102,8 @@ export class ConsolePanel {
     const numbers = live.numbers;
     byId("queue").textContent = live.running + live.waiting === 0 ? "idle"
       : `answering ${live.running}, ${live.waiting} of ${live.queue_limit} waiting`;
-    byId("budget").textContent = `budget ${format.bytes(numbers.budget_bytes ?? 0)} · peak ${format.bytes(live.peak_rss_bytes)}`;
+    byId("budget").textContent = `budget ${format.bytes(numbers.budget_bytes ?? 0)} · process ${format.bytes(live.peak_rss_bytes)}`;
+    byId("budget").title = "The budget is the model’s. The process is the most that it has held, with Python and libraries.";
     this.map.setBytes(Uint8Array.from(atob(live.recency), (character) => character.charCodeAt(0)));
     this.takeChange(numbers);
     this.drawTraded(numbers);
@@ -112,7 +115,10 @@ export class ConsolePanel {
     const now = performance.now();
     const before = this.last;
     this.last = { numbers, time: now };
-    if (before === null) return;
+    if (before === null) {
+      this.showSoFar(numbers);
+      return;
+    }
     const grown = (name) => (numbers[name] ?? 0) - (before.numbers[name] ?? 0);
     const seconds = (now - before.time) / 1000;
     const [tokens, uses, read] = [grown("tokens"), grown("expert_uses"), grown("expert_bytes_read")];
@@ -129,6 +135,14 @@ export class ConsolePanel {
       this.charts.bytes.add(read / tokens);
       byId("bytes-token").textContent = format.bytes(Math.round(read / tokens));
     }
+  }
+
+  /** What is known before anything has changed: the mean since the model was loaded. */
+  showSoFar(numbers) {
+    if (!numbers.expert_uses) return;
+    byId("hit-rate").textContent = format.percent(numbers.expert_hits / numbers.expert_uses);
+    if (numbers.tokens) byId("bytes-token").textContent = format.bytes(Math.round(numbers.expert_bytes_read / numbers.tokens));
+    byId("disk").textContent = "idle";
   }
 
   /** Since the model was loaded. */
