@@ -1,4 +1,5 @@
 # make demo    set up in .venv, convert the embedded tiny model, answer under a budget that forces evictions
+# make browser find or install the Chromium that tests of the server's page need
 # make test    set up in .venv, run the tests against the installed package
 # make check   ruff, and mypy --strict over everything
 # make bench   moe-edge against stock llama.cpp on a random model of 2.85 GB; BENCH_CAPS, BENCH_DISKS; root for the caps
@@ -11,7 +12,7 @@ export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
 SOURCES := $(shell find convert models schedulers runner native pyproject.toml -type f -not -name '*.pyc' -not -name '*.so')
 DEMO := build/demo
 
-.PHONY: setup reference demo test check fuzz bench clean
+.PHONY: setup reference browser demo test check fuzz bench clean
 setup: $(VENV)/.installed
 
 $(VENV)/.dependencies: pyproject.toml
@@ -51,7 +52,14 @@ $(LLAMA_SOURCE)/.unpacked: $(VENV)/.dependencies
 	$(BIN)/python tests/llama_source.py build/sdist/llama_cpp_python-0.3.36.tar.gz $(LLAMA_SOURCE)
 	touch $@
 
-test: setup reference
+# Tests of the server's page need a Chromium: the machine's, or Debian's where we may install it.
+browser: setup
+	@cd tests && ../$(BIN)/python -c "import browser; print('browser:', browser.browser_path())" 2>/dev/null || \
+	    { test "$$(id -u)" = 0 && apt-get update -qq && \
+	      DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
+	    { echo "no Chromium: install one (apt-get install chromium), or name it in MOE_EDGE_CHROMIUM" >&2; exit 1; }
+
+test: setup reference browser
 	$(BIN)/python -m pytest
 
 check: setup

@@ -145,11 +145,15 @@ class FakeModel:
         return [bytes([token]) for token in tokens]
 
     def numbers(self) -> Mapping[str, float]:
-        return {"expert_hits": 3.0, "expert_misses": 1.0, "expert_bytes_read": 100.0, "budget_bytes": 1e6}
+        return {"expert_uses": 4.0, "expert_hits": 3.0, "expert_misses": 1.0, "expert_bytes_read": 100.0,
+                "tokens": 1.0, "budget_bytes": 1e6}  # fmt: skip
 
     def picture(self) -> Mapping[str, Any]:
-        return {"memory": [{"name": "dense", "bytes": 1}, {"name": "experts", "bytes": 2}], "experts": [2, 2],
-                "resident": [[0, 1], [0]], "levels": 1}  # fmt: skip
+        return {"memory": [{"name": "dense", "bytes": 1}, {"name": "experts", "bytes": 2}], "layers": [0, 1],
+                "resident": [[0, 1], [0]], "levels": ["high"]}  # fmt: skip
+
+    def recency(self) -> bytes:
+        return bytes([0, 255, 0])
 
     def close(self) -> None:
         self.closed = True

@@ -200,6 +200,11 @@ class ServedModel(Protocol):
         """What the console draws. See docs/SERVER.md, /moe-edge/picture."""
         ...
 
+    def recency(self) -> bytes:
+        """A byte for each level of each expert of each MoE layer, in this order: 0 when it is not in memory, else 1 to
+        255, the one that was used or read last having the highest."""
+        ...
+
     def close(self) -> None: ...
 
 

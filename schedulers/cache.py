@@ -72,6 +72,11 @@ class ExpertCache:
         """Units in memory, the one to evict first coming first; protection is not looked at."""
         return tuple(self._rule.order(self._units))
 
+    def oldest_use_first(self) -> tuple[int, ...]:
+        """Units in memory, the one used or added last at the end. Safe from any thread: copying the keys is one
+        operation of the interpreter, which no step comes between."""
+        return tuple(self._units)
+
     def __contains__(self, unit: int) -> bool:
         return unit in self._units
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from moe_edge.models.calibration import Calibration
+from moe_edge.schedulers.cache import ExpertCache
 from moe_edge.schedulers.layout import Layout, Prefetch, Step, StepPlan
 from moe_edge.schedulers.lookahead.around import with_lookahead
 from moe_edge.schedulers.options import PolicyOptions
@@ -37,6 +38,9 @@ class Policy(Protocol):
     def stats(self) -> PolicyStats:
         """Counts since the policy was made; copy() them to keep them."""
         ...
+
+    @property
+    def cache(self) -> ExpertCache: ...
 
     @property
     def resident(self) -> tuple[int, ...]:

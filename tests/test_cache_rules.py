@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+import threading
 from dataclasses import dataclass
 
 import pytest
@@ -261,3 +263,31 @@ def test_no_plan_breaks_what_the_engine_needs_and_no_eviction_is_more_than_the_b
         seen["skip"] += stats.skipped_uses
     assert seen["evictions"] > 1000  # the property was tested on something
     assert name == "exact" or min(seen.values()) > 100
+
+
+def test_the_order_of_use_can_be_read_from_another_thread() -> None:
+    """As the console of the server's page does while a reply is decoded."""
+    cache = ExpertCache(Layout((256,), 1, (1,) * 256), 200)
+    for unit in range(200):
+        cache.add(unit)
+    cache.renew(0)
+    assert cache.oldest_use_first() == (*range(1, 200), 0)
+    over, before = threading.Event(), sys.getswitchinterval()
+
+    def use() -> None:
+        at = 0
+        while not over.is_set():
+            at = (at + 97) % 256
+            cache.renew(at) if at in cache else cache.add(at)
+
+    thread = threading.Thread(target=use)
+    sys.setswitchinterval(1e-6)
+    try:
+        thread.start()
+        for _ in range(3000):
+            seen = cache.oldest_use_first()
+            assert len(set(seen)) == len(seen) and 199 <= len(seen) <= 200
+    finally:
+        over.set()
+        thread.join()
+        sys.setswitchinterval(before)

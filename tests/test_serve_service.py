@@ -9,6 +9,7 @@ import random
 import socket
 import threading
 import time
+from base64 import b64decode
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,9 @@ def test_llama_servers_small_paths() -> None:
         assert prompt == "<user>Hello</user><assistant>"
         assert server.get("/").text == "Ollama is running" and server.get("/moe-edge/facts").json()["name"] == "fake"
         assert server.get("/moe-edge/picture").json()["resident"] == [[0, 1], [0]]
+        live = server.get("/moe-edge/live").json()
+        assert b64decode(live["recency"]) == bytes([0, 255, 0]) and live["numbers"]["expert_hits"] == 3
+        assert (live["running"], live["waiting"], live["queue_limit"]) == (0, 0, 8) and live["peak_rss_bytes"] > 1 << 20
         assert request("HEAD", server.url + "/").status_code == 200
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from moe_edge.models.errors import printable
 from moe_edge.runner.protocol import End
 
-QUIET = ("/health", "/v1/health", "/metrics", "/moe-edge/picture")  # asked by machines all the time
+QUIET = ("/health", "/v1/health", "/metrics", "/moe-edge/picture", "/moe-edge/live")  # asked by machines all the time
 
 
 @dataclass

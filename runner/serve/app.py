@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from moe_edge.runner.serve.access_log import AccessLog
 from moe_edge.runner.serve.body import Left, read_body, send_bytes, send_json
+from moe_edge.runner.serve.browser_page import PAGE, page_routes
 from moe_edge.runner.serve.dialects import all_questions, all_routes
 from moe_edge.runner.serve.dialects.dialect import Question
 from moe_edge.runner.serve.dialects.openai_chat import error_json as openai_error
@@ -16,6 +16,7 @@ from moe_edge.runner.serve.faults import as_api_error, loading_error
 from moe_edge.runner.serve.fields import ApiError, parse_json
 from moe_edge.runner.serve.generating import Context, Generating, send_error
 from moe_edge.runner.serve.guards import Access, Guard, Log
+from moe_edge.runner.serve.live import live_json
 from moe_edge.runner.serve.llama_server import LOADING_JSON, POSTS, Answer, props
 from moe_edge.runner.serve.metrics import CONTENT_TYPE, Metrics
 from moe_edge.runner.serve.openapi import description
@@ -24,13 +25,9 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
-
-PAGE = Path(__file__).with_name("page")  # index.html and what it needs
-RUNNING = "Ollama is running"  # what Ollama's clients look for at /
 
 
 def build_app(context: Context, access: Access, log: AccessLog) -> ASGIApp:
@@ -71,16 +68,15 @@ def _not_found(error_json: Callable[[str, ApiError], Mapping[str, Any]]) -> Any:
 
 def _routes(context: Context) -> list[Route | Mount]:
     routes: list[Route | Mount] = [
-        Route("/", _root, methods=["GET"]),
+        *page_routes(PAGE),
         Route("/openapi.json", _openapi, methods=["GET"]),
         *(Route(path, _health(context), methods=["GET"]) for path in ("/health", "/v1/health")),
         Route("/metrics", _Metrics(context), methods=["GET"]),
         Route("/props", _Asked(context, props), methods=["GET"]),
         Route("/moe-edge/facts", _Asked(context, lambda model, body: facts_json(model)), methods=["GET"]),
         Route("/moe-edge/picture", _Asked(context, lambda model, body: dict(model.picture())), methods=["GET"]),
+        Route("/moe-edge/live", _Asked(context, lambda model, _: live_json(context.service, model)), methods=["GET"]),
     ]
-    if PAGE.is_dir():
-        routes.append(Mount("/page", StaticFiles(directory=PAGE)))
     routes += [Route(path, _Asked(context, answer), methods=["POST"]) for path, (answer, *_) in POSTS.items()]
     routes += [Route(route.path, Generating(route, context), methods=["POST"]) for route in all_routes()]
     for question in all_questions():
@@ -101,13 +97,6 @@ def facts_json(model: Any) -> dict[str, Any]:
 
 async def _openapi(request: HttpRequest) -> Response:
     return JSONResponse(description())
-
-
-async def _root(request: HttpRequest) -> Response:
-    index = PAGE / "index.html"
-    if "text/html" in request.headers.get("accept", "") and index.is_file():
-        return FileResponse(index)
-    return Response(RUNNING, media_type="text/plain")
 
 
 def _health(context: Context) -> Any:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from moe_edge.models.errors import ContextFull, EngineError, Stopped, UsageError
 from moe_edge.models.formats.ggml_types import type_name
 from moe_edge.runner.chat import chat_template
@@ -207,6 +208,8 @@ class EngineModel:
     def numbers(self) -> Mapping[str, float]:
         c, plan = self._engine.counters(), self._engine.plan
         return {
+            "tokens": c.tokens,
+            "expert_uses": c.uses,
             "expert_hits": c.hits,
             "expert_misses": c.loads,
             "expert_bytes_read": c.bytes_read,
@@ -253,6 +256,13 @@ class EngineModel:
             "low_uses": c.low_uses,
             "skipped_uses": c.skipped_uses,
         }
+
+    def recency(self) -> bytes:
+        """From the policy, not from the native library: that one would make whoever asks wait for a step's reads."""
+        packed = np.zeros(len(self._engine.layout.unit_bytes), np.uint8)
+        units = np.array(self._engine.policy.cache.oldest_use_first(), np.int64)
+        packed[units] = np.linspace(1, 255, len(units)) if len(units) > 1 else 255
+        return packed.tobytes()
 
     def close(self) -> None:
         self._engine.close()

@@ -16,6 +16,7 @@ PLAIN = {
     "/metrics": "counts for Prometheus",
     "/moe-edge/facts": "the model and its memory",
     "/moe-edge/picture": "which experts are in memory now",
+    "/moe-edge/live": "counters, queue and experts, packed for the page",
 }
 
 
