@@ -1,11 +1,10 @@
-// A reply's Markdown as nodes. marked takes the text apart; the nodes are made here, one kind at a time, so that HTML in
-// a reply is shown as the text it is, and no picture is ever fetched.
+// A reply's Markdown as nodes. lexer.js takes the text apart; the nodes are made here, one kind at a time, so that HTML
+// in a reply is shown as the text it is, and no picture is ever fetched.
 
 import { copyText, el, icon } from "./dom.js";
 import { highlightInto } from "./highlight.js";
-import { marked } from "./vendor/marked.js";
+import { blocksOf } from "./lexer.js";
 
-const OPTIONS = { gfm: true, breaks: true };
 const SAFE_LINK = /^(?:https?:|mailto:)/i;
 const ENTITY = /&(amp|lt|gt|quot|#39|apos|nbsp|hellip|ndash|mdash|rarr|larr|times|le|ge|ne|copy|deg|middot);/g;
 const CHARACTERS = {
@@ -18,7 +17,7 @@ const CHARACTERS = {
  * and with them what the reader has selected or scrolled.
  */
 export function renderMarkdown(target, text) {
-  const tokens = marked.lexer(text, OPTIONS).filter((token) => token.type !== "space" && token.type !== "def");
+  const tokens = blocksOf(text);
   const shown = target.renderedBlocks ?? [];
   let same = 0;
   while (same < tokens.length && same < shown.length && isSame(shown[same], tokens[same])) same += 1;
@@ -32,7 +31,7 @@ function isSame(shown, token) {
 }
 
 function blocks(tokens) {
-  return tokens.filter((token) => token.type !== "space" && token.type !== "def").map(block);
+  return tokens.map(block);
 }
 
 function block(token) {
@@ -51,15 +50,13 @@ function block(token) {
       return table(token);
     case "hr":
       return el("hr");
-    case "html":
-      return el("p", { class: "as-text" }, token.raw.trimEnd());
-    default: // within a list item, a line without a paragraph of its own, and whatever marked may add
+    default: // within a list item: a checkbox, or a line without a paragraph of its own
       return el("span", {}, ...(token.tokens ? inlines(token.tokens) : [plain(token)]));
   }
 }
 
 function list(token) {
-  const start = token.ordered && token.start !== 1 && token.start !== "" ? token.start : null;
+  const start = token.ordered && token.start !== 1 ? token.start : null;
   const items = token.items.map((item) => el("li", { class: item.task ? "task" : null }, ...blocks(item.tokens)));
   return el(token.ordered ? "ol" : "ul", { start }, ...items);
 }
@@ -109,14 +106,8 @@ function inline(token) {
       return link(token.href, inlines(token.tokens));
     case "image":
       return link(token.href, [`[picture: ${token.text || token.href}]`]);
-    case "checkbox":
-      return checkbox(token.checked);
-    case "text":
-      return token.tokens ? el("span", {}, ...inlines(token.tokens)) : plain(token);
     case "escape":
       return token.text;
-    case "html":
-      return token.raw;
     default:
       return plain(token);
   }
