@@ -57,7 +57,7 @@ browser: setup
 	@cd tests && ../$(BIN)/python -c "import browser; print('browser:', browser.browser_path())" 2>/dev/null || \
 	    { test "$$(id -u)" = 0 && apt-get update -qq && \
 	      DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
-	    { echo "no Chromium: install one (apt-get install chromium), or name it in MOE_EDGE_CHROMIUM" >&2; exit 1; }
+	    { echo "no Chromium: install one (apt-get install chromium), or name it in MOE_EDGE_CHROMIUM" >&2; test -z "$$CI"; }
 
 test: setup reference browser
 	$(BIN)/python -m pytest

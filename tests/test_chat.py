@@ -76,7 +76,7 @@ def tiny_engine(**more: object) -> Engine:
 def test_a_new_conversation_restarts_the_counts_and_the_kv_cache_and_keeps_the_experts() -> None:
     with tiny_engine(policy=PolicyOptions(cache="hobbit"), warm_start=True) as engine:
         chat, _ = chat_with(engine, n_tokens=20, sampling=Sampling(temp=0))
-        rule = engine.policy.cache._rule  # type: ignore[attr-defined]
+        rule: Any = engine.policy.cache._rule
         first = chat.reply("In the beginning God created")
         assert first is not None and max(rule.score) > 0 and engine.llama.n_tokens > 0
         warm = engine._warm

@@ -176,7 +176,7 @@ def test_a_failed_read_ahead_fails_no_step_that_does_not_need_it_and_is_counted(
         def meanwhile(step: Step) -> list[Prefetch]:
             nonlocal done
             done = True
-            assert unit not in engine.policy.cache and engine.policy.cache.add(unit) == []  # type: ignore[attr-defined]
+            assert unit not in engine.policy.cache and engine.policy.cache.add(unit) == []
             return [Prefetch(unit, [])]
 
         engine.native.schedule, engine.native.meanwhile = plan, meanwhile

@@ -95,7 +95,7 @@ def test_code_is_coloured_and_copied_and_tables_and_lists_are_drawn(browser: Bro
     with opened(browser, server.url, permissions=["clipboard-read", "clipboard-write"]) as seen:
         page = seen.page
         say(page, "code")
-        expect(page.locator("figure.code .hljs-string").first).to_have_text("'a'")
+        expect(page.locator("figure.code .code-string").first).to_have_text("'a'")
         expect(page.locator("figure.code code")).to_have_text("x = 'a' < 'b'  # & more")
         page.click("figure.code .copy")
         expect(page.locator("figure.code .copy")).to_have_text("Copied")
@@ -204,3 +204,55 @@ def test_a_page_that_comes_before_the_model_waits_for_it(browser: Browser) -> No
         server.running.service.ready(Fake())
         expect(seen.page.locator("#model-name")).to_have_text("fake")
         expect(seen.page.locator("#banner")).to_be_hidden()
+
+
+MARKDOWN = [  # (text, the first block's HTML as the page draws it, without classes)
+    ("a **b** *c* ~~d~~ `e*f`", "<p>a <strong>b</strong> <em>c</em> <del>d</del> <code>e*f</code></p>"),
+    ("***both***", "<p><strong><em>both</em></strong></p>"),
+    ("snake_case and 2 * 3 * 4 \\* x", "<p>snake_case and 2 * 3 * 4 * x</p>"),
+    ("one\ntwo", "<p>one<br>two</p>"),
+    ("- a\n- b\n  1. c\n\n1) d",
+     "<ul><li><span>a</span></li><li><span>b</span><ol><li><span>c</span></li></ol></li></ul>"),
+    ("> q\n> - x", "<blockquote><p>q</p><ul><li><span>x</span></li></ul></blockquote>"),
+    ("### t ###", "<h5>t</h5>"),
+    ("a **b", "<p>a **b</p>"),
+    ("[x](javascript:alert(1))", '<p><span title="javascript:alert(1)">x</span></p>'),
+]  # fmt: skip
+
+
+def test_markdown_is_drawn_as_it_is_meant(seen: Opened) -> None:
+    draw = """async (text) => {
+        const { renderMarkdown } = await import('/page/markdown.js');
+        const target = document.createElement('div');
+        renderMarkdown(target, text);
+        target.querySelectorAll('[class]').forEach((each) => each.removeAttribute('class'));
+        return target.firstChild.outerHTML;
+    }"""
+    for text, expected in MARKDOWN:
+        assert seen.page.evaluate(draw, text) == expected, text
+
+
+def test_no_text_brings_the_page_down_and_growing_it_draws_the_same(seen: Opened) -> None:
+    """Marks without end, blocks within blocks, and a reply drawn after each of its characters."""
+    draw = """async (text) => {
+        const { renderMarkdown } = await import('/page/markdown.js');
+        const whole = document.createElement('div'), grown = document.createElement('div');
+        for (let n = 1; n <= Math.min(text.length, 200); n += 1) renderMarkdown(grown, text.slice(0, n));
+        renderMarkdown(grown, text);
+        renderMarkdown(whole, text);
+        return grown.innerHTML === whole.innerHTML;
+    }"""
+    more = "| a | b |\n|---|--:|\n| 1 | 2 |\n\n```py\nx = 1\n```\nend"
+    everything = "\n\n".join([*(text for text, _ in MARKDOWN), more])
+    for text in (everything, *(mark * 5000 for mark in ("*", "_", "`", "[", "![", "> ", "- ", "|", "**a", "<", "~~"))):
+        assert seen.page.evaluate(draw, text), text[:40]
+
+
+def test_colouring_never_changes_the_code(seen: Opened) -> None:
+    code = "def f(x): # 'hi'\n  return \"a\\\"b\" + `t` + 1.5e3 <b>&amp;</b> -- x\n/* open\n+ 'never closed"
+    check = """async (code) => {
+        const { piecesOf, languageOf } = await import('/page/highlight.js');
+        const names = 'py js sh c++ html json toml yml diff sql rs go css ts java c'.split(' ');
+        return names.filter((name) => piecesOf(code, languageOf(name)).map((piece) => piece[1]).join('') !== code);
+    }"""
+    assert seen.page.evaluate(check, code) == []

@@ -74,14 +74,15 @@ function goesOn(lines, at) {
 }
 
 function list(lines, at, depth) {
-  const [, , mark] = ITEM.exec(lines[at]);
-  const kind = /\d/.test(mark) ? mark.at(-1) : mark;
+  const first = ITEM.exec(lines[at]);
+  const mark = first[2];
+  const kind = kindOf(first);
   const found = { type: "list", ordered: /\d/.test(mark), start: parseInt(mark, 10) || 0, items: [] };
   let next = at;
   let isLoose = false;
   while (next < lines.length) {
     const item = ITEM.exec(lines[next]);
-    if (!item || RULE.test(lines[next]) || (/\d/.test(item[2]) ? item[2].at(-1) : item[2]) !== kind) break;
+    if (!item || RULE.test(lines[next]) || kindOf(item) !== kind) break;
     const width = item[1].length + item[2].length + (item[3]?.length ?? 1);
     const inner = [lines[next].slice(width)];
     next += 1;
@@ -101,13 +102,19 @@ function list(lines, at, depth) {
         break;
       }
     }
-    isLoose ||= blank > 0 && next < lines.length && ITEM.test(lines[next]);
+    isLoose ||= blank > 0 && next < lines.length && kindOf(ITEM.exec(lines[next])) === kind;
     found.items.push(listItem(inner, depth));
     if (blank > 1) break;
   }
   if (!isLoose) for (const item of found.items) item.tokens.forEach(tighten);
   while (next > at && lines[next - 1].trim() === "") next -= 1;
   return [found, next];
+}
+
+/** What tells a list from the next: its bullet, or what stands behind its numbers. */
+function kindOf(item) {
+  if (!item) return "";
+  return /\d/.test(item[2]) ? item[2].at(-1) : item[2];
 }
 
 function listItem(inner, depth) {
@@ -174,9 +181,10 @@ const ADDRESS = /<(https?:\/\/[^\s<>]+|mailto:[^\s<>]+)>/y;
 const BARE = /https?:\/\/[^\s<>"]+/y;
 const TARGET = /\(\s*<?((?:[^\s()<>]|\([^\s()<>]*\))*)>?(?:\s+(?:"[^"]*"|'[^']*'))?\s*\)/y;
 // Bounded, so that a text full of stars takes no longer than another.
+const BOTH = /\*\*\*(?=[^\s*])([^*]{1,2000}?[^\s*]?)\*\*\*(?!\*)/y;
 const EMPHASIS = [
   ["strong", /\*\*(?=[^\s*])([^]{1,2000}?[^\s])\*\*(?!\*)/y], ["strong", /__(?=[^\s_])([^]{1,2000}?[^\s])__(?!\w)/y],
-  ["strong", /\*\*([^\s*])\*\*/y], ["del", /~~(?=\S)([^]{1,2000}?\S)~~/y],
+  ["strong", /\*\*([^\s*])\*\*/y], ["del", /~~(\S|\S[^]{0,2000}?\S)~~/y],
   ["em", /\*(?=[^\s*])((?:[^*]|\*\*[^*]+\*\*){1,2000}?)(?<!\s)\*(?!\*)/y], ["em", /_(?=[^\s_])([^_]{1,2000}?)(?<!\s)_(?!\w)/y],
 ];
 
@@ -225,12 +233,15 @@ function inlineAt(text, at, depth) {
     return [{ type: "codespan", text: trimmed }, at + found[0].length];
   }
   if ((found = match(ADDRESS, text, at))) return [linkTo(found[1], found[1]), at + found[0].length];
-  if (text[at] === "h" && (found = match(BARE, text, at))) {
+  if (text[at] === "h" && /^$|[\s(*_:]/.test(text.slice(Math.max(0, at - 1), at)) && (found = match(BARE, text, at))) {
     const address = found[0].replace(/[.,;:!?'*_~)\]]+$/, "");
     return [linkTo(address, address), at + address.length];
   }
   if (text[at] === "[" || text.startsWith("![", at)) return bracket(text, at, depth);
   if (text[at] === "_" && at > 0 && /\w/.test(text[at - 1])) return null;
+  if ((found = match(BOTH, text, at))) {
+    return [{ type: "strong", tokens: [{ type: "em", tokens: inlinesOf(found[1], depth + 1) }] }, at + found[0].length];
+  }
   for (const [type, pattern] of EMPHASIS) {
     if ((found = match(pattern, text, at))) return [{ type, tokens: inlinesOf(found[1], depth + 1) }, at + found[0].length];
   }
