@@ -16,7 +16,10 @@ from moe_edge.runner.commands import (
     doctor,
     evaluate,
     generate,
+    ls,
     plan,
+    pull,
+    rm,
     serve,
     show,
     simulate,
@@ -42,5 +45,5 @@ def main() -> None:
     """Run Mixture-of-Experts language models on machines whose memory is too small for them."""
 
 
-for module in (chat, generate, serve, convert, show, plan, doctor, bench, evaluate, trace, simulate):
+for module in (chat, generate, serve, pull, ls, rm, convert, show, plan, doctor, bench, evaluate, trace, simulate):
     main.add_command(module.command)

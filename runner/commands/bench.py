@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import click
 from moe_edge.runner import terminal
-from moe_edge.runner.commands.parameters import THREADS, TOKENS, SectionedCommand, Size, parse_disk_speed, print_result
+from moe_edge.runner.commands.parameters import (
+    MODEL,
+    THREADS,
+    TOKENS,
+    SectionedCommand,
+    Size,
+    parse_disk_speed,
+    print_result,
+)
 
 
 @click.command("bench", cls=SectionedCommand)
-@click.argument("model", required=False)
+@click.argument("model", required=False, type=MODEL)
 @click.option("--ram", "--budget", "ram", multiple=True, type=Size(), help="A budget to run at; may be given again. "
               "Default: a quarter of the experts, a half, and all where they fit.")
 @click.option("-n", "--max-tokens", "n_tokens", type=click.IntRange(min=2), default=256, show_default=True)

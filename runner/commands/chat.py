@@ -9,6 +9,7 @@ import click
 from moe_edge.models.errors import UsageError
 from moe_edge.runner import terminal
 from moe_edge.runner.commands.parameters import (
+    MODEL,
     SOME_TOKENS,
     SectionedCommand,
     model_options,
@@ -19,8 +20,8 @@ from moe_edge.runner.commands.parameters import (
 
 
 @click.command("chat", cls=SectionedCommand)
-@click.argument("model", required=False)
-@click.option("-m", "--model", "model_option", help="The model, as an option.")
+@click.argument("model", required=False, type=MODEL)
+@click.option("-m", "--model", "model_option", type=MODEL, help="The model, as an option.")
 @click.option("-n", "--max-tokens", "n_tokens", type=SOME_TOKENS, default=512, show_default=True)
 @click.option("--think", type=click.Choice(["on", "off", "auto"]), default="auto", show_default=True,
               help="Whether a model that can is to think before it answers; auto: as it is used to.")

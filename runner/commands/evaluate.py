@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 from moe_edge.runner import terminal
-from moe_edge.runner.commands.parameters import SectionedCommand, engine_options, model_options, print_result
+from moe_edge.runner.commands.parameters import MODEL, SectionedCommand, engine_options, model_options, print_result
 
 
 @click.command("eval", cls=SectionedCommand)
-@click.argument("model", required=False)
-@click.option("-m", "--model", "model_option", help="The model, as an option.")
+@click.argument("model", required=False, type=MODEL)
+@click.option("-m", "--model", "model_option", type=MODEL, help="The model, as an option.")
 @click.option("-f", "--text", type=click.Path(path_type=Path), required=True, help="The text to predict.")
 @click.option("--reference", default="exact", show_default=True,
               help="What KLD is measured against: exact, the same model under the exact policy; or another model.")

@@ -7,6 +7,7 @@ from typing import Any
 import click
 from moe_edge.runner import terminal
 from moe_edge.runner.commands.parameters import (
+    MODEL,
     SOME_TOKENS,
     SectionedCommand,
     model_options,
@@ -17,8 +18,8 @@ from moe_edge.runner.commands.parameters import (
 
 
 @click.command("generate", cls=SectionedCommand)
-@click.argument("model", required=False)
-@click.option("-m", "--model", "model_option", help="The model, as an option.")
+@click.argument("model", required=False, type=MODEL)
+@click.option("-m", "--model", "model_option", type=MODEL, help="The model, as an option.")
 @click.option("-p", "--prompt", required=True, help="The text to continue; - reads standard input.")
 @click.option("-n", "--max-tokens", "n_tokens", type=SOME_TOKENS, default=128, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")

@@ -6,6 +6,7 @@ reading ahead.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -67,6 +68,29 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
             return parse_bytes(value)
         except UsageError as e:
             self.fail(str(e), param, ctx)
+
+
+class ModelName(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A path, or `user/repo[:QUANT]` of the hub, which becomes its path in the cache: downloaded after a yes."""
+
+    name = "MODEL"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from moe_edge.runner.hub.names import hub_name
+
+        if hub_name(str(value)) is None:
+            return str(value)
+        from moe_edge.runner.hub.pull import resolve_model
+
+        can_ask = sys.stdin.isatty() and sys.stderr.isatty()
+        return resolve_model(str(value), _ask if can_ask else None, terminal.say)
+
+
+def _ask(question: str) -> bool:
+    return click.confirm(question, default=True, err=True)
+
+
+MODEL = ModelName()
 
 
 class Number(click.ParamType):  # type: ignore[type-arg,unused-ignore]

@@ -7,11 +7,19 @@ from pathlib import Path
 
 import click
 from moe_edge.runner import terminal
-from moe_edge.runner.commands.parameters import THREADS, TOKENS, SectionedCommand, Size, parse_disk_speed, print_result
+from moe_edge.runner.commands.parameters import (
+    MODEL,
+    THREADS,
+    TOKENS,
+    SectionedCommand,
+    Size,
+    parse_disk_speed,
+    print_result,
+)
 
 
 @click.command("plan", cls=SectionedCommand)
-@click.argument("model", required=False)
+@click.argument("model", required=False, type=MODEL)
 @click.option("--ram", "--budget", "ram", type=Size(), default="auto", show_default=True)
 @click.option("-c", "--ctx-size", "n_ctx", type=TOKENS, default=0)
 @click.option("-ub", "--ubatch-size", "n_ubatch", type=TOKENS, default=0)

@@ -10,6 +10,7 @@ import click
 from moe_edge.runner import terminal
 from moe_edge.runner.commands.parameters import (
     EVERYDAY,
+    MODEL,
     TOKENS,
     Number,
     SectionedCommand,
@@ -22,8 +23,8 @@ from moe_edge.runner.commands.parameters import (
 
 
 @click.command("serve", cls=SectionedCommand)
-@click.argument("model", required=False)
-@click.option("-m", "--model", "model_option", help="The model, as an option.")
+@click.argument("model", required=False, type=MODEL)
+@click.option("-m", "--model", "model_option", type=MODEL, help="The model, as an option.")
 @option(EVERYDAY, "--host", default="127.0.0.1", show_default=True,
         help="Address to listen at; one that others can reach needs --api-key.")
 @option(EVERYDAY, "--port", type=Number(0, 65535, whole=True), default=8080, show_default=True, help="0: any free one.")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from moe_edge.runner.commands.parameters import THREADS, TOKENS, SectionedCommand, print_result
+from moe_edge.runner.commands.parameters import MODEL, THREADS, TOKENS, SectionedCommand, print_result
 
 
 @click.command("show", cls=SectionedCommand)
-@click.argument("model", required=False)
+@click.argument("model", required=False, type=MODEL)
 @click.option("--json", "as_json", is_flag=True)
 @click.option("-c", "--ctx-size", "n_ctx", type=TOKENS, default=0)
 @click.option("-ub", "--ubatch-size", "n_ubatch", type=TOKENS, default=0)

@@ -8,11 +8,11 @@ from typing import Any
 import click
 from moe_edge.models.errors import UsageError, printable
 from moe_edge.runner import terminal
-from moe_edge.runner.commands.parameters import SOME_TOKENS, SectionedCommand, model_options, open_engine
+from moe_edge.runner.commands.parameters import MODEL, SOME_TOKENS, SectionedCommand, model_options, open_engine
 
 
 @click.command("trace", cls=SectionedCommand)
-@click.argument("model", required=False)
+@click.argument("model", required=False, type=MODEL)
 @click.option("-f", "--text", type=click.Path(path_type=Path), required=True, help="The text to route.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The trace to write, .npz.")
 @click.option("-n", "--max-tokens", "n_tokens", type=SOME_TOKENS, help="At most so many tokens of the text.")
