@@ -18,12 +18,9 @@ from moe_edge.models.store.watch import check_replaced
 from moe_edge.runner import signals
 from moe_edge.runner.capi import Counters
 from moe_edge.runner.engine_options import EngineOptions
-from moe_edge.runner.llama import (
-    captured_log,
-    clear_memory,
-    keep_evaluated,
-    set_threads,
-)
+from moe_edge.runner.kv.prefix import keep_evaluated
+from moe_edge.runner.kv.rollback import Checkpoints
+from moe_edge.runner.llama import captured_log, clear_memory, set_threads
 from moe_edge.runner.loading import Loading
 from moe_edge.runner.memory import auto_budget_bytes, current_rss_bytes
 from moe_edge.runner.native import NativeModel, ThreadPool
@@ -111,6 +108,7 @@ class Engine:
         self.native.pace(self.options.disk_bytes_per_second or 0)
         self.llama, _ = self._loading.llama(self.native, no_alloc=False)
         check_replaced(self.model)
+        self.checkpoints = Checkpoints(self.llama)
         self.llama._moe_edge = self  # whoever keeps the Llama keeps the engine its experts come from
         if self.native.bound_tensors == 0:
             raise EngineError(f"{self.name}: llama.cpp offered no expert tensor of it to the engine")
@@ -223,7 +221,7 @@ class Engine:
         said = self.native.take_error()
         raised, self.native.schedule_error = self.native.schedule_error, None
         self.policy.reset(self.native.resident_units())
-        keep_evaluated(self.llama)
+        keep_evaluated(self.llama, self.checkpoints)
         if raised is not None and (isinstance(raised, MoeEdgeError) or not isinstance(raised, Exception)):
             return raised
         if raised is not None:
@@ -239,6 +237,7 @@ class Engine:
         """
         self._turns.check_open()
         clear_memory(self.llama)
+        self.checkpoints.clear()
         self.policy.new_conversation()
 
     def check_open(self) -> None:
@@ -265,6 +264,7 @@ class Engine:
             self._crowd.close()
             self._crowd = None
         if self.llama is not None:
+            self.checkpoints.clear()
             self.llama.close()
             self.llama = None
         if self._pool is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from moe_edge.models.store.watch import check_unchanged
 from moe_edge.runner.capi import Counters
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.events import Piece, Progress
+from moe_edge.runner.kv.prefix import keep_prefix, prefill
 from moe_edge.runner.memory import peak_rss_bytes
 from moe_edge.runner.sampling import Sampler
 from moe_edge.runner.sampling import Sampling as Sampling
@@ -246,10 +247,10 @@ def stream(
     asked = should_stop or (lambda: False)
     try:
         with engine.decoding(), Sampler(engine.llama, sampling or Sampling()) as sampler:
-            out.reused_tokens = keep_prefix(engine, tokens)
+            out.reused_tokens = keep_prefix(engine.llama, engine.checkpoints, tokens)
             before, stats_before = engine.counters(), engine.policy.stats.copy()
             started = first = time.monotonic()
-            for done in prefill(engine, tokens, asked):
+            for done in prefill(engine.llama, engine.checkpoints, tokens, asked):
                 yield Progress(done, len(tokens))
             while True:
                 token = sampler.draw()
@@ -305,45 +306,6 @@ def prompt_tokens(engine: Engine, prompt: str | Sequence[int], n_tokens: int, *,
             f"try --ctx-size {len(tokens) + n_tokens}"
         )
     return tokens
-
-
-def prefill(engine: Engine, tokens: Sequence[int], should_stop: Callable[[], bool]) -> Iterator[int]:
-    """Evaluate what the KV cache lacks of the prompt, a micro-batch at a time; after each, how many tokens it has.
-
-    Raises Stopped when should_stop() turns true between two of them.
-    """
-    llama = engine.llama
-    yield llama.n_tokens
-    while llama.n_tokens < len(tokens):
-        if should_stop():
-            raise Stopped("stopped")
-        llama.eval(tokens[llama.n_tokens : llama.n_tokens + llama.n_batch])
-        yield llama.n_tokens
-
-
-def keep_prefix(engine: Engine, tokens: Sequence[int]) -> int:
-    """Cut the KV cache down to what the prompt begins with; how many tokens of it are kept.
-
-    All but the last token at most, which is evaluated for its logits. Recurrent and hybrid models cannot forget a part:
-    unless the prompt goes on where the cache ends, all of it is evaluated again.
-    """
-    llama, n = engine.llama, shared_prefix(engine, tokens)
-    if n == llama.n_tokens or (n > 0 and llama._ctx.kv_cache_seq_rm(-1, n, -1)):
-        llama.n_tokens = n
-        return n
-    llama.reset()
-    llama._ctx.kv_cache_clear()
-    return 0
-
-
-def shared_prefix(engine: Engine, tokens: Sequence[int]) -> int:
-    """How many tokens at the beginning of a prompt are in the KV cache; not the last one."""
-    llama, n = engine.llama, 0
-    for have, want in zip(llama.input_ids[: llama.n_tokens].tolist(), tokens[:-1], strict=False):
-        if have != want:
-            break
-        n += 1
-    return n
 
 
 class _TextWriter:

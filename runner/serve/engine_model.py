@@ -22,7 +22,8 @@ from moe_edge.runner.chatformat.plain import PlainParser
 from moe_edge.runner.chatformat.think import opened_by
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.events import Piece, TokenLogprob
-from moe_edge.runner.generate import Generation, shared_prefix, stream
+from moe_edge.runner.generate import Generation, stream
+from moe_edge.runner.kv.prefix import shared_prefix
 from moe_edge.runner.protocol import (
     Emit,
     End,
@@ -154,7 +155,7 @@ class EngineModel:
 
     def run(self, prepared: Prepared, emit: Emit, should_stop: Callable[[], bool]) -> End:
         plan: ReplyPlan = prepared.extra
-        if shared_prefix(self._engine, prepared.tokens) < NEW_BELOW:
+        if shared_prefix(self._engine.llama, prepared.tokens) < NEW_BELOW:
             self._engine.policy.new_conversation()
         reply = _Reply(emit, plan.parser(), prepared.request.one_tool)
         events = stream(
