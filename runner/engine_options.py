@@ -44,6 +44,7 @@ class EngineOptions:
     command line does; a program that embeds the engine knows better what else it holds. map_dense: map the skeleton
     instead of reading it into anonymous memory; for the converter's proof, which decodes one token only.
     warm_start: read the experts that earlier runs used most before the first token, and keep the usage of this one.
+    prompt_cache_bytes: how much of the disk conversations may take, to be gone on with in later runs; 0: none are kept.
     verbose: let llama.cpp write to standard error while it loads.
     proof: what a child process must have shown before this one gives the model to llama.cpp, see runner/prove.py.
     """
@@ -62,6 +63,7 @@ class EngineOptions:
     charge_program: bool = False
     map_dense: bool = False
     warm_start: bool = False
+    prompt_cache_bytes: int = 0
     verbose: bool = False
     proof: str = DECODES
 

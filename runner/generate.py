@@ -18,7 +18,7 @@ from moe_edge.models.store.watch import check_unchanged
 from moe_edge.runner.capi import Counters
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.events import Piece, Progress
-from moe_edge.runner.kv.prefix import keep_prefix, prefill
+from moe_edge.runner.kv.prefix import prefill
 from moe_edge.runner.memory import peak_rss_bytes
 from moe_edge.runner.sampling import Sampler
 from moe_edge.runner.sampling import Sampling as Sampling
@@ -247,7 +247,7 @@ def stream(
     asked = should_stop or (lambda: False)
     try:
         with engine.decoding(), Sampler(engine.llama, sampling or Sampling()) as sampler:
-            out.reused_tokens = keep_prefix(engine.llama, engine.checkpoints, tokens)
+            out.reused_tokens = engine.keep_prefix(tokens)
             before, stats_before = engine.counters(), engine.policy.stats.copy()
             started = first = time.monotonic()
             for done in prefill(engine.llama, engine.checkpoints, tokens, asked):
@@ -258,6 +258,8 @@ def stream(
                 if out.generated_tokens == 0:
                     first, out.ttft_seconds = now, now - started
                     out.prefill_counters = engine.counters().since(before)
+                    if engine.prompts is not None:
+                        engine.prompts.measure(out.ttft_seconds, len(tokens) - out.reused_tokens)
                 out.decode_seconds = now - first
                 out.generated_tokens += 1
                 logprob = sampler.logprob(token)

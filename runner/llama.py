@@ -193,13 +193,8 @@ def cut_memory(llama: Any, n_tokens: int) -> bool:
     A recurrent state cannot go back. A sliding window can only while the cells before the cut are there: a state that
     came from a file has none that the window had left, and llama.cpp would compute on without them in silence.
     """
-    import llama_cpp
-
-    if n_tokens < llama.n_tokens:
-        first = llama_cpp.llama_memory_seq_pos_min(llama._ctx.memory, 0)
-        window = llama_cpp.llama_model_n_swa(llama._model.model)
-        if window > 0 and first > max(0, n_tokens - window):
-            return False
+    if n_tokens < llama.n_tokens and not can_cut(sliding_window(llama), first_position(llama), n_tokens):
+        return False
     if not llama._ctx.kv_cache_seq_rm(-1, n_tokens, -1):
         return False
     llama.n_tokens = n_tokens
@@ -241,6 +236,72 @@ def set_partial_state(llama: Any, copy: Any, n_tokens: int) -> bool:
     llama.n_tokens = n_tokens
     llama._requires_eval = True
     return True
+
+
+def sequence_bytes(llama: Any) -> int:
+    """How large the state of the conversation is in a file, in bytes."""
+    import llama_cpp
+
+    return int(llama_cpp.llama_state_seq_get_size(llama._ctx.ctx, 0))
+
+
+def save_sequence(llama: Any, path: str | os.PathLike[str]) -> int:
+    """Write tokens and state of the conversation to a file, as llama.cpp does it; its size, 0 when that failed.
+
+    llama.cpp writes one layer's keys or values at a time, so there is no second copy of the whole in memory.
+    """
+    import llama_cpp
+
+    n = llama.n_tokens
+    tokens = (llama_cpp.llama_token * n)(*llama.input_ids[:n].tolist())
+    return int(llama_cpp.llama_state_seq_save_file(llama._ctx.ctx, os.fsencode(path), 0, tokens, n))
+
+
+def load_sequence(llama: Any, path: str | os.PathLike[str]) -> bool:
+    """Take the conversation of such a file in place of the present one; False, with an empty KV cache, if refused.
+
+    The file's bytes must have been checked before: llama.cpp ends the process on some damage. There are no logits
+    afterwards, so the next prompt must be longer, or be cut.
+    """
+    import llama_cpp
+
+    clear_memory(llama)
+    room = llama.n_ctx()
+    tokens, count = (llama_cpp.llama_token * room)(), ctypes.c_size_t()
+    done = llama_cpp.llama_state_seq_load_file(
+        llama._ctx.ctx, os.fsencode(path), 0, tokens, room, ctypes.byref(count)
+    )
+    if not done:
+        clear_memory(llama)
+        return False
+    llama.n_tokens = count.value
+    llama.input_ids[: llama.n_tokens] = tokens[: llama.n_tokens]
+    llama._requires_eval = True
+    return True
+
+
+def first_position(llama: Any) -> int:
+    """The first position of the conversation that the KV cache still has, in every layer. -1: it is empty."""
+    import llama_cpp
+
+    return int(llama_cpp.llama_memory_seq_pos_min(llama._ctx.memory, 0))
+
+
+def state_from_bytes(data: bytes) -> Any:
+    """What partial_state() gave, from a file."""
+    return (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
+
+
+def sliding_window(llama: Any) -> int:
+    """Tokens that the layers with a sliding window look back; 0 for a model without such layers."""
+    import llama_cpp
+
+    return int(llama_cpp.llama_model_n_swa(llama._model.model))
+
+
+def can_cut(window: int, first: int, n_tokens: int) -> bool:
+    """Whether a KV cache whose cells begin at position `first` can be cut to n_tokens and gone on with."""
+    return window == 0 or first <= max(0, n_tokens - window)
 
 
 def knows_architecture(name: str) -> bool:

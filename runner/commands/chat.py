@@ -13,6 +13,7 @@ from moe_edge.runner.commands.parameters import (
     SectionedCommand,
     model_options,
     open_engine,
+    prompt_cache_options,
     sampling_of,
     sampling_options,
 )
@@ -23,6 +24,7 @@ from moe_edge.runner.commands.parameters import (
 @click.option("-m", "--model", "model_option", help="The model, as an option.")
 @click.option("-n", "--max-tokens", "n_tokens", type=SOME_TOKENS, default=512, show_default=True)
 @model_options
+@prompt_cache_options
 @sampling_options
 def command(model: str | None, model_option: str | None, n_tokens: int, **o: Any) -> None:
     """Talk to MODEL: a converted model, or a stock GGUF as it is. Without MODEL, the embedded tiny one.

@@ -86,6 +86,7 @@ class Number(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return number
 
 
+PROMPT_CACHE_BYTES = 2 << 30
 MOST = 2**31 - 1  # llama.cpp counts tokens in 32 bits
 TOKENS = Number(0, MOST, whole=True)
 SOME_TOKENS = Number(1, MOST, whole=True)
@@ -139,6 +140,20 @@ def model_options(f: F) -> F:
     return f
 
 
+def prompt_cache_options(f: F) -> F:
+    """Of the commands that answer; those that measure begin every text anew."""
+    for each in reversed(
+        [
+            option(CACHING, "--prompt-cache", type=click.Choice(["on", "off"]), default="on", show_default=True,
+                   help="Keep long conversations on disk, and start a prompt that an earlier run knew from there."),
+            option(CACHING, "--prompt-cache-size", type=Size(), default="2GiB", show_default=True,
+                   help="Disk space for them; the one used longest ago goes first."),
+        ]
+    ):  # fmt: skip
+        f = each(f)
+    return f
+
+
 def sampling_options(f: F) -> F:
     for each in reversed(
         [
@@ -172,12 +187,20 @@ def policy_of(o: dict[str, Any]) -> PolicyOptions:
     return PolicyOptions(o["policy"], cache=o["cache"], lookahead=o["lookahead"], max_kld=o["max_kld"], **turned)
 
 
+def _prompt_cache_bytes(o: dict[str, Any]) -> int:
+    if o.get("prompt_cache", "off") == "off":
+        return 0
+    size = o["prompt_cache_size"]
+    return int(PROMPT_CACHE_BYTES if size is None else size)
+
+
 def engine_options(o: dict[str, Any]) -> Any:
     from moe_edge.runner.engine_options import EngineOptions
 
     return EngineOptions(
         ram_bytes=o["ram"], n_ctx=o["n_ctx"], n_ubatch=o["n_ubatch"], n_threads=o["n_threads"], policy=policy_of(o),
         seed=o.get("seed"), flash_attn=o["flash_attn"], charge_program=True, warm_start=o["warm_start"],
+        prompt_cache_bytes=_prompt_cache_bytes(o),
     )  # fmt: skip
 
 
