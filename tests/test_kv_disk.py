@@ -69,6 +69,22 @@ def test_a_later_run_goes_on_where_an_earlier_one_ended(
     )
 
 
+@pytest.mark.parametrize("arch", RECURRENT + ATTENTION)
+def test_going_on_from_a_file_gives_the_bits_of_going_on_in_memory(tmp_path: Path, arch: str) -> None:
+    """At every budget: the state was written with all experts in memory, and is gone on with at the floor too."""
+    path = tmp_path / "state"
+    with opened(tmp_path, arch) as engine, engine.decoding():
+        engine.llama.eval(words(0, 70))
+        write_state(path, engine.llama, engine.checkpoints, {})
+        engine.llama.eval(words(1, 20))
+        want, floor = last_logits(engine), engine.plan.floor_bytes
+    for ram_bytes in (floor, 1 << 30):
+        with opened(tmp_path, arch, ram_bytes=ram_bytes) as engine, engine.decoding():
+            load_state(read_header(path), engine.llama, engine.checkpoints)
+            engine.llama.eval(words(1, 20))
+            assert np.array_equal(last_logits(engine), want)
+
+
 @pytest.mark.parametrize("arch", ["gpt-oss", "step35"])
 def test_a_state_without_what_the_window_left_is_not_cut(
     tmp_path: Path, arch: str, monkeypatch: pytest.MonkeyPatch
