@@ -21,8 +21,8 @@ from moe_edge.runner.prove import NOTHING
 GREEDY = Sampling(temp=0)
 
 
-def tiny(**more: int) -> Engine:
-    return Engine(tiny_model_path(), EngineOptions(ram_bytes=1 << 30, n_threads=1, proof=NOTHING, **more))
+def tiny(n_ctx: int = 0) -> Engine:
+    return Engine(tiny_model_path(), EngineOptions(ram_bytes=1 << 30, n_ctx=n_ctx, n_threads=1, proof=NOTHING))
 
 
 def chat_on(engine: Engine) -> Chat:
