@@ -140,7 +140,7 @@ class Engine:
         """What must be the same for a conversation's state to be gone on with: it changes what is in the KV cache."""
         return identity_of(
             self.model.store_id, self.options.policy.to_json(DEFAULTS), n_ctx=self.n_ctx, n_ubatch=self.n_ubatch,
-            flash_attn=self.flash_attn,
+            flash_attn=self.flash_attn, cache_types=(self.options.cache_type_k, self.options.cache_type_v),
         )  # fmt: skip
 
     def keep_prefix(self, tokens: Sequence[int]) -> int:
@@ -192,6 +192,8 @@ class Engine:
         if o.max_kld is not None:
             lines.append(describe_setting(choose_setting(calibration, o.max_kld), o.max_kld))
         o = resolve_options(o, calibration)
+        if self.options.lossy_cache:
+            lines.append(f"lossy: {self.options.lossy_cache}")
         if o.name != "exact":
             known = "" if calibration else "; its damage is not known: convert with --calibrate to have it measured"
             lines.append(f"lossy: policy {describe_options(o, calibration)}{known}")

@@ -93,6 +93,7 @@ class Generation:
     policy_stats: PolicyStats = field(default_factory=PolicyStats)
     damage_scale: float = 1.0
     lookahead: LookAheadState | None = None
+    lossy_cache: str = ""
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -129,12 +130,13 @@ class Generation:
 
     def lossy_text(self) -> str:
         """What was traded, for the last line of a reply; empty when nothing was."""
-        c = self.counters
+        c, cache = self.counters, f", {self.lossy_cache}" if self.lossy_cache else ""
         if c.low_uses + c.skipped_uses == 0:
-            return ""
+            return cache
         total = c.uses + c.skipped_uses
         expected = "not calibrated" if self.expected_kld is None else f"{self.expected_kld:.2g} nats/token expected"
-        return f", {100 * c.low_uses / total:.0f} % low, {100 * c.skipped_uses / total:.0f} % skipped ({expected})"
+        experts = f", {100 * c.low_uses / total:.0f} % low, {100 * c.skipped_uses / total:.0f} % skipped ({expected})"
+        return experts + cache
 
     def line(self) -> str:
         """The last line of a reply; another one behind it when there is look-ahead."""
@@ -181,6 +183,8 @@ class Generation:
             "arena_bytes": engine.plan.arena_bytes,
             "peak_rss_bytes": peak_rss_bytes(),
             "warm_start": asdict(engine.preloaded) if engine.preloaded is not None else None,
+            "cache_type_k": engine.options.cache_type_k,
+            "cache_type_v": engine.options.cache_type_v,
             "policy": engine.policy.name,
             "policy_options": engine.options.policy.to_json(DEFAULTS),
         }
@@ -242,7 +246,7 @@ def stream(
     engine.check_open()
     tokens = prompt_tokens(engine, prompt, n_tokens, special=special)
     check_unchanged(engine.model)
-    out = Generation(prompt_tokens=len(tokens))
+    out = Generation(prompt_tokens=len(tokens), lossy_cache=engine.options.lossy_cache)
     writer = _TextWriter(stop)
     asked = should_stop or (lambda: False)
     try:

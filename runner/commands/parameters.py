@@ -128,6 +128,9 @@ def model_options(f: F) -> F:
                    help=f"Which expert goes when another needs its place. {_words(RULE_ENTRIES)}"),
             option(CACHING, "--lookahead", default="off", show_default=True,
                    help=f"Read experts of the next layers early: off, auto. {_words(LOOKAHEAD_ENTRIES)}"),
+            *(option(PRECISION, f"--cache-type-{part}", type=click.Choice(["f16", "q8_0", "q4_0"]), default="f16",
+                     show_default=True, help=f"How the {what} of the KV cache are kept; q8_0 and q4_0 are lossy.")
+              for part, what in (("k", "keys"), ("v", "values"))),
             option(PRECISION, "--max-kld", type=Number(-1e30, 1e30),
                    help="The fastest measured setting with at most this KLD (nats a token)."),
             option(CACHING, "--warm-start/--no-warm-start", "warm_start", default=False, show_default=True,
@@ -200,7 +203,7 @@ def engine_options(o: dict[str, Any]) -> Any:
     return EngineOptions(
         ram_bytes=o["ram"], n_ctx=o["n_ctx"], n_ubatch=o["n_ubatch"], n_threads=o["n_threads"], policy=policy_of(o),
         seed=o.get("seed"), flash_attn=o["flash_attn"], charge_program=True, warm_start=o["warm_start"],
-        prompt_cache_bytes=_prompt_cache_bytes(o),
+        prompt_cache_bytes=_prompt_cache_bytes(o), cache_type_k=o["cache_type_k"], cache_type_v=o["cache_type_v"],
     )  # fmt: skip
 
 

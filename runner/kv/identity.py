@@ -17,7 +17,7 @@ def prompt_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
 
 def identity_of(
-    store_id: str, policy: Mapping[str, Any], *, n_ctx: int, n_ubatch: int, flash_attn: bool
+    store_id: str, policy: Mapping[str, Any], *, n_ctx: int, n_ubatch: int, flash_attn: bool, cache_types: tuple[str, str]
 ) -> dict[str, Any]:
     """What changes the bits of a KV cache, or its form. The rope's settings are in the skeleton, so in the store's id.
 
@@ -30,8 +30,8 @@ def identity_of(
         "n_ctx": n_ctx,
         "n_ubatch": n_ubatch,
         "flash_attn": flash_attn,
-        "cache_type_k": "f16",
-        "cache_type_v": "f16",
+        "cache_type_k": cache_types[0],
+        "cache_type_v": cache_types[1],
         "llama_cpp_python": version("llama-cpp-python"),
     }
 

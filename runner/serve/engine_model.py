@@ -184,6 +184,8 @@ class EngineModel:
             hits=g.counters.hits, uses=g.counters.uses, bytes_read=g.counters.bytes_read, low=g.counters.low_uses,
             skipped=g.counters.skipped_uses, expected_kld=g.expected_kld, policy=self._engine.policy.name,
         )  # fmt: skip
+        if self._engine.options.lossy_cache:
+            traded["kv_cache"] = self._engine.options.lossy_cache
         return Usage(
             g.prompt_tokens, g.reused_tokens, g.generated_tokens, reply.n_reasoning, 0.0, g.ttft_seconds,
             g.decode_seconds, traded,
