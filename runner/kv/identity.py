@@ -17,8 +17,9 @@ def prompt_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
 
 def identity_of(
-    store_id: str, policy: Mapping[str, Any], *, n_ctx: int, n_ubatch: int, flash_attn: bool, cache_types: tuple[str, str]
-) -> dict[str, Any]:
+    store_id: str, policy: Mapping[str, Any], *, n_ctx: int, n_ubatch: int, flash_attn: bool,
+    cache_types: tuple[str, str],
+) -> dict[str, Any]:  # fmt: skip
     """What changes the bits of a KV cache, or its form. The rope's settings are in the skeleton, so in the store's id.
 
     The memory budget is not part of it: the bits are the same at every budget. Neither is the number of threads, by
