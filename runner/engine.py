@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,11 @@ from moe_edge.models.store.watch import check_replaced
 from moe_edge.runner import signals
 from moe_edge.runner.capi import Counters
 from moe_edge.runner.engine_options import EngineOptions
-from moe_edge.runner.llama import (
-    captured_log,
-    clear_memory,
-    keep_evaluated,
-    set_threads,
-)
+from moe_edge.runner.kv.identity import identity_of, prompt_folder
+from moe_edge.runner.kv.prefix import keep_evaluated, keep_prefix
+from moe_edge.runner.kv.prompt_cache import PromptCache
+from moe_edge.runner.kv.rollback import Checkpoints
+from moe_edge.runner.llama import captured_log, clear_memory, set_threads
 from moe_edge.runner.loading import Loading
 from moe_edge.runner.memory import auto_budget_bytes, current_rss_bytes
 from moe_edge.runner.native import NativeModel, ThreadPool
@@ -37,6 +36,7 @@ from moe_edge.schedulers.crowd import CrowdControl
 from moe_edge.schedulers.lookahead.around import LookAheadPolicy
 from moe_edge.schedulers.lookahead.controller import Measured
 from moe_edge.schedulers.options import RENORMALISE, PolicyOptions
+from moe_edge.schedulers.policies import DEFAULTS
 from moe_edge.schedulers.policy import Policy, make_policy
 from moe_edge.schedulers.settings import choose_setting, describe_options, describe_setting, resolve_options
 
@@ -73,6 +73,7 @@ class Engine:
             self.model, n_io_threads=self.options.n_io_threads, direct_io=self.options.direct_io
         )
         self.llama: Any = None
+        self.prompts: PromptCache | None = None
         self._pool: ThreadPool | None = None
         self._crowd: CrowdWatch | None = None
         self._last_counters = Counters()
@@ -111,6 +112,8 @@ class Engine:
         self.native.pace(self.options.disk_bytes_per_second or 0)
         self.llama, _ = self._loading.llama(self.native, no_alloc=False)
         check_replaced(self.model)
+        self.checkpoints = Checkpoints(self.llama)
+        self._open_prompts()
         self.llama._moe_edge = self  # whoever keeps the Llama keeps the engine its experts come from
         if self.native.bound_tensors == 0:
             raise EngineError(f"{self.name}: llama.cpp offered no expert tensor of it to the engine")
@@ -121,6 +124,31 @@ class Engine:
             self._tell(self._warm.preload(self.native, self.policy, self.plan.arena_bytes))
         self.load_seconds = time.monotonic() - self.started
         return self.llama
+
+    def _open_prompts(self) -> None:
+        if self.options.prompt_cache_bytes == 0:
+            return
+        try:
+            self.prompts = PromptCache(
+                prompt_folder(), self.options.prompt_cache_bytes, self.identity(), self.llama, self.checkpoints,
+                self._tell,
+            )  # fmt: skip
+        except MoeEdgeError as e:  # a read-only home is no reason not to run
+            self._tell(f"prompt cache: {e}")
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a conversation's state to be gone on with: it changes what is in the KV cache."""
+        return identity_of(
+            self.model.store_id, self.options.policy.to_json(DEFAULTS), n_ctx=self.n_ctx, n_ubatch=self.n_ubatch,
+            flash_attn=self.flash_attn, cache_types=(self.options.cache_type_k, self.options.cache_type_v),
+        )  # fmt: skip
+
+    def keep_prefix(self, tokens: Sequence[int]) -> int:
+        """Cut the KV cache down to what a prompt begins with, or load a conversation that has more of it; how many
+        tokens need no evaluation."""
+        if self.prompts is not None:
+            return self.prompts.keep_prefix(tokens)
+        return keep_prefix(self.llama, self.checkpoints, tokens)
 
     def _watch_neighbours(self) -> None:
         """Let other programs have their cores: fewer threads, or threads that sleep, while they are busy.
@@ -164,6 +192,8 @@ class Engine:
         if o.max_kld is not None:
             lines.append(describe_setting(choose_setting(calibration, o.max_kld), o.max_kld))
         o = resolve_options(o, calibration)
+        if self.options.lossy_cache:
+            lines.append(f"lossy: {self.options.lossy_cache}")
         if o.name != "exact":
             known = "" if calibration else "; its damage is not known: convert with --calibrate to have it measured"
             lines.append(f"lossy: policy {describe_options(o, calibration)}{known}")
@@ -223,7 +253,7 @@ class Engine:
         said = self.native.take_error()
         raised, self.native.schedule_error = self.native.schedule_error, None
         self.policy.reset(self.native.resident_units())
-        keep_evaluated(self.llama)
+        keep_evaluated(self.llama, self.checkpoints)
         if raised is not None and (isinstance(raised, MoeEdgeError) or not isinstance(raised, Exception)):
             return raised
         if raised is not None:
@@ -238,7 +268,10 @@ class Engine:
         The experts in memory stay.
         """
         self._turns.check_open()
+        if self.prompts is not None:
+            self.prompts.store()
         clear_memory(self.llama)
+        self.checkpoints.clear()
         self.policy.new_conversation()
 
     def check_open(self) -> None:
@@ -265,6 +298,9 @@ class Engine:
             self._crowd.close()
             self._crowd = None
         if self.llama is not None:
+            if self.prompts is not None:
+                self.prompts.store()
+            self.checkpoints.clear()
             self.llama.close()
             self.llama = None
         if self._pool is not None:

@@ -28,6 +28,7 @@ def attention_defaults(n_ctx: int, n_head: int, expert_bytes: int) -> tuple[bool
 
 
 EXACT = PolicyOptions()
+CACHE_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}  # ggml's numbers
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class EngineOptions:
     command line does; a program that embeds the engine knows better what else it holds. map_dense: map the skeleton
     instead of reading it into anonymous memory; for the converter's proof, which decodes one token only.
     warm_start: read the experts that earlier runs used most before the first token, and keep the usage of this one.
+    prompt_cache_bytes: how much of the disk conversations may take, to be gone on with in later runs; 0: none are kept.
+    cache_type_k, cache_type_v: how keys and values are kept, of CACHE_TYPES; all but f16 are lossy, and need flash
+    attention.
     verbose: let llama.cpp write to standard error while it loads.
     proof: what a child process must have shown before this one gives the model to llama.cpp, see runner/prove.py.
     """
@@ -62,8 +66,17 @@ class EngineOptions:
     charge_program: bool = False
     map_dense: bool = False
     warm_start: bool = False
+    prompt_cache_bytes: int = 0
+    cache_type_k: str = "f16"
+    cache_type_v: str = "f16"
     verbose: bool = False
     proof: str = DECODES
+
+    @property
+    def lossy_cache(self) -> str:
+        """What a lossy KV cache is, for the last line of a reply; empty when it is not lossy."""
+        k, v = self.cache_type_k, self.cache_type_v
+        return "" if (k, v) == ("f16", "f16") else f"KV cache in {k if k == v else f'{k} and {v}'}"
 
     def threads(self) -> int:
         if self.n_threads > 0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from moe_edge.models.store.watch import check_unchanged
 from moe_edge.runner.capi import Counters
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.events import Piece, Progress
+from moe_edge.runner.kv.prefix import prefill
 from moe_edge.runner.memory import peak_rss_bytes
 from moe_edge.runner.sampling import Sampler
 from moe_edge.runner.sampling import Sampling as Sampling
@@ -92,6 +93,7 @@ class Generation:
     policy_stats: PolicyStats = field(default_factory=PolicyStats)
     damage_scale: float = 1.0
     lookahead: LookAheadState | None = None
+    lossy_cache: str = ""
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -128,12 +130,13 @@ class Generation:
 
     def lossy_text(self) -> str:
         """What was traded, for the last line of a reply; empty when nothing was."""
-        c = self.counters
+        c, cache = self.counters, f", {self.lossy_cache}" if self.lossy_cache else ""
         if c.low_uses + c.skipped_uses == 0:
-            return ""
+            return cache
         total = c.uses + c.skipped_uses
         expected = "not calibrated" if self.expected_kld is None else f"{self.expected_kld:.2g} nats/token expected"
-        return f", {100 * c.low_uses / total:.0f} % low, {100 * c.skipped_uses / total:.0f} % skipped ({expected})"
+        experts = f", {100 * c.low_uses / total:.0f} % low, {100 * c.skipped_uses / total:.0f} % skipped ({expected})"
+        return experts + cache
 
     def line(self) -> str:
         """The last line of a reply; another one behind it when there is look-ahead."""
@@ -180,6 +183,8 @@ class Generation:
             "arena_bytes": engine.plan.arena_bytes,
             "peak_rss_bytes": peak_rss_bytes(),
             "warm_start": asdict(engine.preloaded) if engine.preloaded is not None else None,
+            "cache_type_k": engine.options.cache_type_k,
+            "cache_type_v": engine.options.cache_type_v,
             "policy": engine.policy.name,
             "policy_options": engine.options.policy.to_json(DEFAULTS),
         }
@@ -241,15 +246,15 @@ def stream(
     engine.check_open()
     tokens = prompt_tokens(engine, prompt, n_tokens, special=special)
     check_unchanged(engine.model)
-    out = Generation(prompt_tokens=len(tokens))
+    out = Generation(prompt_tokens=len(tokens), lossy_cache=engine.options.lossy_cache)
     writer = _TextWriter(stop)
     asked = should_stop or (lambda: False)
     try:
         with engine.decoding(), Sampler(engine.llama, sampling or Sampling()) as sampler:
-            out.reused_tokens = keep_prefix(engine, tokens)
+            out.reused_tokens = engine.keep_prefix(tokens)
             before, stats_before = engine.counters(), engine.policy.stats.copy()
             started = first = time.monotonic()
-            for done in prefill(engine, tokens, asked):
+            for done in prefill(engine.llama, engine.checkpoints, tokens, asked):
                 yield Progress(done, len(tokens))
             while True:
                 token = sampler.draw()
@@ -257,6 +262,8 @@ def stream(
                 if out.generated_tokens == 0:
                     first, out.ttft_seconds = now, now - started
                     out.prefill_counters = engine.counters().since(before)
+                    if engine.prompts is not None:
+                        engine.prompts.measure(out.ttft_seconds, len(tokens) - out.reused_tokens)
                 out.decode_seconds = now - first
                 out.generated_tokens += 1
                 logprob = sampler.logprob(token)
@@ -305,45 +312,6 @@ def prompt_tokens(engine: Engine, prompt: str | Sequence[int], n_tokens: int, *,
             f"try --ctx-size {len(tokens) + n_tokens}"
         )
     return tokens
-
-
-def prefill(engine: Engine, tokens: Sequence[int], should_stop: Callable[[], bool]) -> Iterator[int]:
-    """Evaluate what the KV cache lacks of the prompt, a micro-batch at a time; after each, how many tokens it has.
-
-    Raises Stopped when should_stop() turns true between two of them.
-    """
-    llama = engine.llama
-    yield llama.n_tokens
-    while llama.n_tokens < len(tokens):
-        if should_stop():
-            raise Stopped("stopped")
-        llama.eval(tokens[llama.n_tokens : llama.n_tokens + llama.n_batch])
-        yield llama.n_tokens
-
-
-def keep_prefix(engine: Engine, tokens: Sequence[int]) -> int:
-    """Cut the KV cache down to what the prompt begins with; how many tokens of it are kept.
-
-    All but the last token at most, which is evaluated for its logits. Recurrent and hybrid models cannot forget a part:
-    unless the prompt goes on where the cache ends, all of it is evaluated again.
-    """
-    llama, n = engine.llama, shared_prefix(engine, tokens)
-    if n == llama.n_tokens or (n > 0 and llama._ctx.kv_cache_seq_rm(-1, n, -1)):
-        llama.n_tokens = n
-        return n
-    llama.reset()
-    llama._ctx.kv_cache_clear()
-    return 0
-
-
-def shared_prefix(engine: Engine, tokens: Sequence[int]) -> int:
-    """How many tokens at the beginning of a prompt are in the KV cache; not the last one."""
-    llama, n = engine.llama, 0
-    for have, want in zip(llama.input_ids[: llama.n_tokens].tolist(), tokens[:-1], strict=False):
-        if have != want:
-            break
-        n += 1
-    return n
 
 
 class _TextWriter:

@@ -101,6 +101,12 @@ def log_megabytes(log: str, what: str) -> int:
     return sum(int((float(size) + 0.01) * MIB) for size in found)
 
 
+def recurrent_bytes(log: str) -> int:
+    """Bytes of one recurrent state, by llama.cpp's log of a load; 0 for a model without one."""
+    found = re.findall(r"llama_memory_recurrent\w*: size =\s+([0-9.]+) MiB", log)
+    return sum(int((float(size) + 0.01) * MIB) for size in found)
+
+
 @contextlib.contextmanager
 def _defaults(
     *, direct: bool, no_alloc: bool, n_outputs_max: int, metadata: Mapping[str, Any], go_on: Callable[[], bool]
@@ -175,20 +181,127 @@ def set_threads(llama: Any, n: int) -> None:
     llama_cpp.llama_set_n_threads(llama._ctx.ctx, n, n)
 
 
-def keep_evaluated(llama: Any) -> None:
-    """After a decode that failed: the micro-batches before it stay in the KV cache, the rest is forgotten.
-
-    Where a part cannot be forgotten, as by recurrent models, all of it is.
-    """
-    llama._requires_eval = True  # the logits are of no use
-    if not llama._ctx.kv_cache_seq_rm(-1, llama.n_tokens, -1):
-        clear_memory(llama)
-
-
 def clear_memory(llama: Any) -> None:
     """Empty the KV cache."""
     llama.reset()
     llama._ctx.kv_cache_clear()
+
+
+def cut_memory(llama: Any, n_tokens: int) -> bool:
+    """Forget all but the first n_tokens of the KV cache; False, and nothing changed, where the model cannot.
+
+    A recurrent state cannot go back. A sliding window can only while the cells before the cut are there: a state that
+    came from a file has none that the window had left, and llama.cpp would compute on without them in silence.
+    """
+    if n_tokens < llama.n_tokens and not can_cut(sliding_window(llama), first_position(llama), n_tokens):
+        return False
+    if not llama._ctx.kv_cache_seq_rm(-1, n_tokens, -1):
+        return False
+    llama.n_tokens = n_tokens
+    return True
+
+
+def cannot_go_back(llama: Any) -> bool:
+    """Whether the model keeps a recurrent state, which has no past: alone, or beside attention."""
+    return bool(llama._is_recurrent or llama._is_hybrid)
+
+
+def partial_state(llama: Any) -> Any:
+    """A copy of what cannot go back: the recurrent state, without the cells of the attention, as uint8.
+
+    Raises EngineError when llama.cpp does not give it.
+    """
+    import llama_cpp
+
+    flags = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+    n = llama_cpp.llama_state_seq_get_size_ext(llama._ctx.ctx, 0, flags)
+    copy = (ctypes.c_uint8 * n)()
+    if n == 0 or llama_cpp.llama_state_seq_get_data_ext(llama._ctx.ctx, copy, n, 0, flags) != n:
+        raise EngineError("llama.cpp did not give the recurrent state of the model")
+    return copy
+
+
+def set_partial_state(llama: Any, copy: Any, n_tokens: int) -> bool:
+    """Go back to where partial_state() was taken, after n_tokens; the attention forgets what came later.
+
+    False when llama.cpp refuses; then the KV cache is of no use and must be emptied.
+    """
+    import llama_cpp
+
+    flags = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+    if llama_cpp.llama_state_seq_set_data_ext(llama._ctx.ctx, copy, len(copy), 0, flags) != len(copy):
+        return False
+    if not llama._ctx.kv_cache_seq_rm(-1, n_tokens, -1):
+        return False
+    llama.n_tokens = n_tokens
+    llama._requires_eval = True
+    return True
+
+
+def sequence_bytes(llama: Any) -> int:
+    """How large the state of the conversation is in a file, in bytes."""
+    import llama_cpp
+
+    return int(llama_cpp.llama_state_seq_get_size(llama._ctx.ctx, 0))
+
+
+def save_sequence(llama: Any, path: str | os.PathLike[str]) -> int:
+    """Write tokens and state of the conversation to a file, as llama.cpp does it; its size, 0 when that failed.
+
+    llama.cpp writes one layer's keys or values at a time, so there is no second copy of the whole in memory.
+    """
+    import llama_cpp
+
+    n = llama.n_tokens
+    tokens = (llama_cpp.llama_token * n)(*llama.input_ids[:n].tolist())
+    return int(llama_cpp.llama_state_seq_save_file(llama._ctx.ctx, os.fsencode(path), 0, tokens, n))
+
+
+def load_sequence(llama: Any, path: str | os.PathLike[str]) -> bool:
+    """Take the conversation of such a file in place of the present one; False, with an empty KV cache, if refused.
+
+    The file's bytes must have been checked before: llama.cpp ends the process on some damage. There are no logits
+    afterwards, so the next prompt must be longer, or be cut.
+    """
+    import llama_cpp
+
+    clear_memory(llama)
+    room = llama.n_ctx()
+    tokens, count = (llama_cpp.llama_token * room)(), ctypes.c_size_t()
+    done = llama_cpp.llama_state_seq_load_file(
+        llama._ctx.ctx, os.fsencode(path), 0, tokens, room, ctypes.byref(count)
+    )
+    if not done:
+        clear_memory(llama)
+        return False
+    llama.n_tokens = count.value
+    llama.input_ids[: llama.n_tokens] = tokens[: llama.n_tokens]
+    llama._requires_eval = True
+    return True
+
+
+def first_position(llama: Any) -> int:
+    """The first position of the conversation that the KV cache still has, in every layer. -1: it is empty."""
+    import llama_cpp
+
+    return int(llama_cpp.llama_memory_seq_pos_min(llama._ctx.memory, 0))
+
+
+def state_from_bytes(data: bytes) -> Any:
+    """What partial_state() gave, from a file."""
+    return (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
+
+
+def sliding_window(llama: Any) -> int:
+    """Tokens that the layers with a sliding window look back; 0 for a model without such layers."""
+    import llama_cpp
+
+    return int(llama_cpp.llama_model_n_swa(llama._model.model))
+
+
+def can_cut(window: int, first: int, n_tokens: int) -> bool:
+    """Whether a KV cache whose cells begin at position `first` can be cut to n_tokens and gone on with."""
+    return window == 0 or first <= max(0, n_tokens - window)
 
 
 def knows_architecture(name: str) -> bool:

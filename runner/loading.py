@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_edge.models.errors import CannotRun, UnknownArchitecture
+from moe_edge.models.errors import CannotRun, UnknownArchitecture, UnknownName, UsageError
 from moe_edge.models.formats.gguf import read_gguf
 from moe_edge.models.store.store import ExpertModel, open_model
 from moe_edge.runner import signals
-from moe_edge.runner.engine_options import EngineOptions, attention_defaults
+from moe_edge.runner.engine_options import CACHE_TYPES, EngineOptions, attention_defaults
 from moe_edge.runner.llama import LOAD_LOCK, captured_log, explained, load_llama
 from moe_edge.runner.native import NativeModel
 from moe_edge.runner.paths import AnyPath
@@ -91,6 +91,13 @@ class Loading:
         flash, n_ubatch = attention_defaults(self.n_ctx, self.n_head, self.model.expert_bytes)
         o = self.options
         n_ubatch = min(o.n_ubatch or n_ubatch, self.n_ctx)
+        for kind in (o.cache_type_k, o.cache_type_v):
+            if kind not in CACHE_TYPES:
+                raise UnknownName(f"unknown type '{kind}' of the KV cache; known: {', '.join(CACHE_TYPES)}")
+        if o.lossy_cache and o.flash_attn is False:
+            raise UsageError(f"{o.lossy_cache} needs flash attention; leave out --no-flash-attn")
+        if o.lossy_cache:
+            return True, n_ubatch
         return flash if o.flash_attn is None else o.flash_attn, n_ubatch
 
     def _arguments(self) -> dict[str, Any]:
@@ -106,6 +113,8 @@ class Loading:
             "use_mmap": o.map_dense,
             "logits_all": o.logits_all,
             "flash_attn": self.flash_attn,
+            "type_k": CACHE_TYPES[o.cache_type_k],
+            "type_v": CACHE_TYPES[o.cache_type_v],
             "verbose": o.verbose,
         }
         if o.seed is not None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from moe_edge.models.store.store import ExpertModel
 from moe_edge.runner import signals
 from moe_edge.runner.engine_options import EngineOptions
-from moe_edge.runner.llama import log_megabytes
+from moe_edge.runner.kv.rollback import checkpoints_bytes
+from moe_edge.runner.llama import log_megabytes, recurrent_bytes
 from moe_edge.runner.loading import Loading
 from moe_edge.runner.native import NativeModel
 from moe_edge.schedulers.budget import PROGRAM_ALLOWANCE_BYTES, FixedSizes, MemoryPlan, plan_memory
@@ -77,7 +78,7 @@ def fixed_sizes(loading: Loading, native: NativeModel, program_bytes: int = 0) -
     work = loading.n_ubatch * max(4 * widest, 0 if loading.flash_attn else 2 * loading.n_ctx * loading.n_head)
     return FixedSizes(
         dense_bytes=model.dense_bytes + vocabulary,
-        kv_bytes=log_megabytes(log, "KV"),
+        kv_bytes=log_megabytes(log, "KV") + checkpoints_bytes(recurrent_bytes(log)),
         compute_bytes=log_megabytes(log, "compute") + log_megabytes(log, "output") + n_vocab * 16 + work,
         scratch_bytes=scratch,
         program_excess_bytes=max(0, program_bytes - PROGRAM_ALLOWANCE_BYTES) if o.charge_program else 0,

@@ -18,6 +18,8 @@ from moe_edge.runner import llama as door
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.generate import Sampling, generate
+from moe_edge.runner.kv.prefix import keep_evaluated
+from moe_edge.runner.kv.rollback import Checkpoints
 from moe_edge.runner.turns import Turns
 from moe_edge.schedulers.options import PolicyOptions
 
@@ -243,11 +245,13 @@ def test_where_memory_cannot_forget_a_part_all_of_it_goes() -> None:
             def kv_cache_clear() -> None:
                 Hybrid.cleared += 1
 
+        _is_recurrent = _is_hybrid = True
+
         def reset(self) -> None:
             self.n_tokens = 0
 
     llama = Hybrid()
-    door.keep_evaluated(llama)
+    keep_evaluated(llama, Checkpoints(llama))
     assert (llama.n_tokens, Hybrid.cleared, llama._requires_eval) == (0, 1, True)
 
 

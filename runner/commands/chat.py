@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
 from moe_edge.models.errors import UsageError
 from moe_edge.runner import terminal
 from moe_edge.runner.commands.parameters import (
+    EVERYDAY,
     MODEL,
     SOME_TOKENS,
     SectionedCommand,
     model_options,
     open_engine,
+    option,
+    prompt_cache_options,
     sampling_of,
     sampling_options,
 )
@@ -29,11 +35,13 @@ from moe_edge.runner.commands.parameters import (
               help="How hard, where the model has degrees.")
 @click.option("--chat-template-kwargs", metavar="JSON", help="More for the chat template, as a JSON object.")
 @click.option("--system", "system_text", help="What the model is told before all.")
+@option(EVERYDAY, "--session", metavar="FILE", help="Go on with the conversation in FILE; keep it there.")
 @model_options
+@prompt_cache_options("on")
 @sampling_options
 def command(
     model: str | None, model_option: str | None, n_tokens: int, think: str, reasoning_effort: str | None,
-    chat_template_kwargs: str | None, system_text: str | None, **o: Any,
+    chat_template_kwargs: str | None, system_text: str | None, session: str | None, **o: Any,
 ) -> None:  # fmt: skip
     """Talk to MODEL: a converted model, or a stock GGUF as it is. Without MODEL, the embedded tiny one.
 
@@ -46,14 +54,38 @@ def command(
     told = thinking_settings(THINK[think], reasoning_effort)
     if chat_template_kwargs is not None:
         told |= parse_settings(chat_template_kwargs, "--chat-template-kwargs")
+    path = Path(session) if session else None
+    before = None
+    if path is not None:
+        from moe_edge.runner.kv.session import check_session
+
+        before = check_session(path)
+        o["prompt_cache"] = "off"  # the session is where this conversation is kept
     with open_engine(model or model_option, o) as engine:
-        session = Chat(engine, n_tokens, sampling_of(o), template_kwargs=told)
-        if system_text:
-            run_command(session, f"/system {system_text}")
-        if sys.stdin.isatty():
-            session.loop()
-            return
-        message = terminal.read_stdin().rstrip("\n")
-        if not message.strip():
-            raise UsageError("nothing on standard input; type a message, or run it in a terminal")
-        session.reply(message)
+        chat = Chat(engine, n_tokens, sampling_of(o), template_kwargs=told)
+        with _kept(path, before, chat):
+            if system_text:
+                run_command(chat, f"/system {system_text}")
+            if sys.stdin.isatty():
+                chat.loop()
+                return
+            message = terminal.read_stdin().rstrip("\n")
+            if not message.strip():
+                raise UsageError("nothing on standard input; type a message, or run it in a terminal")
+            chat.reply(message)
+
+
+@contextlib.contextmanager
+def _kept(path: Path | None, before: Any, chat: Any) -> Iterator[None]:
+    """A session is gone on with at the beginning, and kept however the conversation ends."""
+    if path is None:
+        yield
+        return
+    from moe_edge.runner.kv.session import keep, resume
+
+    if before is not None:
+        resume(before, chat.engine, chat.conversation, terminal.say)
+    try:
+        yield
+    finally:
+        keep(path, chat.engine, chat.conversation)

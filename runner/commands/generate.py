@@ -12,6 +12,7 @@ from moe_edge.runner.commands.parameters import (
     SectionedCommand,
     model_options,
     open_engine,
+    prompt_cache_options,
     sampling_of,
     sampling_options,
 )
@@ -26,6 +27,7 @@ from moe_edge.runner.commands.parameters import (
 @click.option("--special/--no-special", default=True, show_default=True,
               help="Whether names of control tokens in the prompt, like <|im_start|>, are those tokens, or letters.")
 @model_options
+@prompt_cache_options("off")
 @sampling_options
 def command(
     model: str | None, model_option: str | None, prompt: str, n_tokens: int, as_json: bool, special: bool, **o: Any

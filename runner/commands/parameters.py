@@ -110,6 +110,7 @@ class Number(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return number
 
 
+PROMPT_CACHE_BYTES = 2 << 30
 MOST = 2**31 - 1  # llama.cpp counts tokens in 32 bits
 TOKENS = Number(0, MOST, whole=True)
 SOME_TOKENS = Number(1, MOST, whole=True)
@@ -151,6 +152,9 @@ def model_options(f: F) -> F:
                    help=f"Which expert goes when another needs its place. {_words(RULE_ENTRIES)}"),
             option(CACHING, "--lookahead", default="off", show_default=True,
                    help=f"Read experts of the next layers early: off, auto. {_words(LOOKAHEAD_ENTRIES)}"),
+            *(option(PRECISION, f"--cache-type-{part}", type=click.Choice(["f16", "q8_0", "q4_0"]), default="f16",
+                     show_default=True, help=f"How the {what} of the KV cache are kept; q8_0 and q4_0 are lossy.")
+              for part, what in (("k", "keys"), ("v", "values"))),
             option(PRECISION, "--max-kld", type=Number(-1e30, 1e30),
                    help="The fastest measured setting with at most this KLD (nats a token)."),
             option(CACHING, "--warm-start/--no-warm-start", "warm_start", default=False, show_default=True,
@@ -161,6 +165,28 @@ def model_options(f: F) -> F:
     ):  # fmt: skip
         f = each(f)
     return f
+
+
+def prompt_cache_options(default: str) -> Callable[[F], F]:
+    """Of the commands that answer; those that measure begin every text anew. default: on or off.
+
+    Off where a command answers once: what an earlier run left behind would decide how a prompt is split, and with it
+    the last bits of its logits.
+    """
+
+    def add(f: F) -> F:
+        for each in reversed(
+            [
+                option(CACHING, "--prompt-cache", type=click.Choice(["on", "off"]), default=default, show_default=True,
+                       help="Keep long conversations on disk, and start a prompt that an earlier run knew from there."),
+                option(CACHING, "--prompt-cache-size", type=Size(), default="2GiB", show_default=True,
+                       help="Disk space for them; the one used longest ago goes first."),
+            ]
+        ):  # fmt: skip
+            f = each(f)
+        return f
+
+    return add
 
 
 def sampling_options(f: F) -> F:
@@ -196,12 +222,20 @@ def policy_of(o: dict[str, Any]) -> PolicyOptions:
     return PolicyOptions(o["policy"], cache=o["cache"], lookahead=o["lookahead"], max_kld=o["max_kld"], **turned)
 
 
+def _prompt_cache_bytes(o: dict[str, Any]) -> int:
+    if o.get("prompt_cache", "off") == "off":
+        return 0
+    size = o["prompt_cache_size"]
+    return int(PROMPT_CACHE_BYTES if size is None else size)
+
+
 def engine_options(o: dict[str, Any]) -> Any:
     from moe_edge.runner.engine_options import EngineOptions
 
     return EngineOptions(
         ram_bytes=o["ram"], n_ctx=o["n_ctx"], n_ubatch=o["n_ubatch"], n_threads=o["n_threads"], policy=policy_of(o),
         seed=o.get("seed"), flash_attn=o["flash_attn"], charge_program=True, warm_start=o["warm_start"],
+        prompt_cache_bytes=_prompt_cache_bytes(o), cache_type_k=o["cache_type_k"], cache_type_v=o["cache_type_v"],
     )  # fmt: skip
 
 

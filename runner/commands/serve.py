@@ -17,6 +17,7 @@ from moe_edge.runner.commands.parameters import (
     model_options,
     open_engine,
     option,
+    prompt_cache_options,
     sampling_of,
     sampling_options,
 )
@@ -38,6 +39,7 @@ from moe_edge.runner.commands.parameters import (
 @option(EVERYDAY, "--cors", multiple=True, metavar="ORIGIN", help="Pages of this origin may ask; several times, or *.")
 @option(EVERYDAY, "--log-json", is_flag=True, help="One JSON object for each request, instead of a line.")
 @model_options
+@prompt_cache_options("on")
 @sampling_options
 def command(
     model: str | None, model_option: str | None, host: str, port: int, alias: str | None, n_tokens: int, queue: int,

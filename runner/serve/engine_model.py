@@ -23,7 +23,8 @@ from moe_edge.runner.chatformat.plain import PlainParser
 from moe_edge.runner.chatformat.think import opened_by
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.events import Piece, TokenLogprob
-from moe_edge.runner.generate import Generation, shared_prefix, stream
+from moe_edge.runner.generate import Generation, stream
+from moe_edge.runner.kv.prefix import shared_prefix
 from moe_edge.runner.protocol import (
     Emit,
     End,
@@ -155,7 +156,7 @@ class EngineModel:
 
     def run(self, prepared: Prepared, emit: Emit, should_stop: Callable[[], bool]) -> End:
         plan: ReplyPlan = prepared.extra
-        if shared_prefix(self._engine, prepared.tokens) < NEW_BELOW:
+        if shared_prefix(self._engine.llama, prepared.tokens) < NEW_BELOW:
             self._engine.policy.new_conversation()
         reply = _Reply(emit, plan.parser(), prepared.request.one_tool)
         events = stream(
@@ -184,6 +185,8 @@ class EngineModel:
             hits=g.counters.hits, uses=g.counters.uses, bytes_read=g.counters.bytes_read, low=g.counters.low_uses,
             skipped=g.counters.skipped_uses, expected_kld=g.expected_kld, policy=self._engine.policy.name,
         )  # fmt: skip
+        if self._engine.options.lossy_cache:
+            traded["kv_cache"] = self._engine.options.lossy_cache
         return Usage(
             g.prompt_tokens, g.reused_tokens, g.generated_tokens, reply.n_reasoning, 0.0, g.ttft_seconds,
             g.decode_seconds, traded,

@@ -1,0 +1,45 @@
+"""Whether a state on disk belongs to this model, run in this way; and the folder of such states."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from moe_edge.models.store.skeleton import cache_folder
+
+
+def prompt_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Where the prompt cache is; cache_dir as in models/store/skeleton.py, beside whose folder it stands."""
+    return cache_folder(cache_dir).with_name("prompts")
+
+
+def identity_of(
+    store_id: str, policy: Mapping[str, Any], *, n_ctx: int, n_ubatch: int, flash_attn: bool,
+    cache_types: tuple[str, str],
+) -> dict[str, Any]:  # fmt: skip
+    """What changes the bits of a KV cache, or its form. The rope's settings are in the skeleton, so in the store's id.
+
+    The memory budget is not part of it: the bits are the same at every budget. Neither is the number of threads, by
+    which flash attention over 512 cells rounds differently; docs/CONVERSATIONS.md says so.
+    """
+    return {
+        "store": store_id,
+        "policy": dict(policy),
+        "n_ctx": n_ctx,
+        "n_ubatch": n_ubatch,
+        "flash_attn": flash_attn,
+        "cache_type_k": cache_types[0],
+        "cache_type_v": cache_types[1],
+        "llama_cpp_python": version("llama-cpp-python"),
+    }
+
+
+def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """The first thing in which two identities differ, for a sentence; empty when they are the same."""
+    for name in {**ours, **theirs}:
+        if ours.get(name) != theirs.get(name):
+            return f"{name} is {theirs.get(name)!r} there and {ours.get(name)!r} here"
+    return ""
