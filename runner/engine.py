@@ -159,7 +159,10 @@ class Engine:
         if n_threads < 2 or ThreadPool.is_needed():
             return
         control = CrowdControl(n_threads, len(cores), may_drop=not self.flash_attn)
-        self._crowd = CrowdWatch(control, cores, lambda n: set_threads(self.llama, n))
+        self._crowd = CrowdWatch(
+            control, cores, lambda n: set_threads(self.llama, n),
+            unpacked=lambda: self.native.counters().unpack_seconds,
+        )  # fmt: skip
         self.native.each_step = self._crowd.look
 
     @property

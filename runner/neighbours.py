@@ -80,12 +80,19 @@ class CrowdWatch:
     """Looks at the machine every WINDOW_SECONDS of decoding and sets the threads. Not for several threads at once.
 
     set_threads: called on the decoding thread, before the next graph. look() is cheap between two windows.
+    unpacked: seconds that our readers have unpacked packed experts in all, summed over their threads.
     """
 
     def __init__(
-        self, control: CrowdControl, cores: set[int], set_threads: Callable[[int], None], root: Path = Path("/")
+        self,
+        control: CrowdControl,
+        cores: set[int],
+        set_threads: Callable[[int], None],
+        root: Path = Path("/"),
+        unpacked: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._control, self._cores, self._set_threads, self._root = control, cores, set_threads, root
+        self._read_unpacked, self._unpacked = unpacked, unpacked()
         self._breaker = SpinBreaker(len(cores))
         self._applied: ThreadSetting = control.setting
         self._at = self._next = time.monotonic()
@@ -101,13 +108,15 @@ class CrowdWatch:
         now = time.monotonic()
         if now < self._next or self._busy is None:
             return
-        busy, own = busy_seconds(self._cores, self._root), time.process_time()
+        busy, own, unpacked = busy_seconds(self._cores, self._root), time.process_time(), self._read_unpacked()
         seconds = now - self._at
         # A window far longer than asked for spans an idle time of ours, whose load is no longer news.
         if busy is not None and WINDOW_SECONDS <= seconds < 20 * WINDOW_SECONDS:
             others = (busy - self._busy - (own - self._own)) / seconds
-            self._apply(self._control.update(min(max(others, 0.0), float(len(self._cores)))))
+            unpacking = (unpacked - self._unpacked) / seconds
+            self._apply(self._control.update(min(max(others, 0.0), float(len(self._cores))), unpacking))
         self._at, self._next, self._busy, self._own = now, now + WINDOW_SECONDS, busy, own
+        self._unpacked = unpacked
 
     def _apply(self, setting: ThreadSetting) -> None:
         if setting == self._applied:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SLACK_CORES = 0.25  # interrupts, our own readers' kernel work and rounding look like a neighbour of this size
+UNPACKING_CORES = 0.1  # of our own readers: threads that spin meanwhile keep them from unpacking (docs/LOG.md)
 CALM_WINDOWS = 2  # so many quiet windows in a row before the threads come back
 
 
@@ -35,12 +36,19 @@ class CrowdControl:
         self._calm = 0
         self.setting = self.alone = ThreadSetting(n_threads, sleep=False)
 
-    def update(self, others: float) -> ThreadSetting:
-        """others: cores that other programs used on average since the last call, 0 to n_cores."""
+    def update(self, others: float, unpacking: float = 0.0) -> ThreadSetting:
+        """What is right now. others: cores that other programs used on average since the last call, 0 to n_cores.
+
+        unpacking: cores that our readers unpacked experts on. They work while the threads that compute wait, so those
+        must sleep; there is no need for fewer of them.
+        """
         if self._n_threads + others > self._n_cores + SLACK_CORES:
             self._calm = 0
             free = max(1, min(self._n_threads, round(self._n_cores - others)))
             self.setting = ThreadSetting(free if self._may_drop else self._n_threads, sleep=True)
+        elif unpacking > UNPACKING_CORES:
+            self._calm = 0
+            self.setting = ThreadSetting(self._n_threads, sleep=True)
         else:
             self._calm += 1
             if self._calm >= CALM_WINDOWS:

@@ -31,6 +31,14 @@ def test_a_neighbour_on_a_core_that_is_not_needed_changes_nothing() -> None:
     assert CrowdControl(2, 4, may_drop=True).update(2.0) == ThreadSetting(2, False)
 
 
+def test_while_experts_are_unpacked_waiting_threads_sleep_and_none_is_taken_away() -> None:
+    control = CrowdControl(2, 2, may_drop=True)
+    assert control.update(0.0, 0.05) == ThreadSetting(2, False)
+    assert control.update(0.0, 0.5) == ThreadSetting(2, True)
+    assert [control.update(0.0).sleep for _ in range(2)] == [True, False]
+    assert control.update(1.0, 0.5) == ThreadSetting(1, True)
+
+
 def test_where_fewer_threads_would_change_bits_they_only_sleep() -> None:
     assert CrowdControl(2, 2, may_drop=False).update(1.0) == ThreadSetting(2, True)
 
