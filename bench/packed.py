@@ -69,8 +69,8 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
-        path, share, pace, n_prompt, n_tokens = sys.argv[2:]
-        print(json.dumps(work(Path(path), int(share), int(pace), int(n_prompt), int(n_tokens))))
+        path, *numbers = sys.argv[2:]
+        print(json.dumps(work(Path(path), *map(int, numbers))))
         return
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("raw", type=Path)
