@@ -11,6 +11,7 @@ import json
 import re
 import secrets
 import string
+import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from moe_edge.runner.chatformat.think import THINK, ThinkParser, ThinkTags
 
 Tools = Sequence[Mapping[str, Any]]
 Waiting = Iterator[Part | None]
-_NAME = re.compile(r"[^\s<>{}\[\]\"']{1,200}")
+_NAME = re.compile(r"[^\s<>{}\[\]\"'\ud800-\udfff]{1,200}")  # surrogates are no characters: they cannot be sent
 _LETTERS = string.ascii_lowercase + string.digits
 
 
@@ -98,9 +99,12 @@ class CallParser(ThinkParser):
         return ToolStart(self._n_calls - 1, new_call_id(), name)
 
     def name(self, text: str) -> str:
-        """A tool's name without the space around it. Raises NotACall for what can be none."""
+        """A tool's name without the space around it. Raises NotACall for what can be none.
+
+        A name that was offered is one, whatever it is made of.
+        """
         name = text.strip()
-        if not _NAME.fullmatch(name):
+        if name not in self.tools and not _NAME.fullmatch(name):
             raise NotACall
         return name
 
@@ -112,9 +116,10 @@ class CallParser(ThinkParser):
         return ToolEnd(self._n_calls - 1)
 
     def whole(self, name: str, arguments: Mapping[str, Any]) -> Iterator[Part]:
-        """A call that is known in one piece."""
+        """A call that is known in one piece. Raises NotACall for arguments that JSON cannot say."""
+        text = as_json(arguments)
         yield self.start(name)
-        yield self.arguments(json.dumps(arguments, ensure_ascii=False))
+        yield self.arguments(text)
         yield self.end()
 
     def take(self, n: int) -> str:
@@ -205,16 +210,46 @@ _NOTHING = object()
 
 
 def _read_value(text: str) -> Any:
+    for read in (json.loads, python_value):
+        try:
+            found = read(text)
+            as_json(found)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, NotACall):
+            continue
+        return found
+    return _NOTHING
+
+
+def python_value(text: str) -> Any:
+    """What a literal of Python means. Raises ValueError, SyntaxError, MemoryError or RecursionError."""
+    return ast.literal_eval(python_expression(text))
+
+
+def python_expression(text: str) -> ast.expr:
+    """The syntax of one expression; as python_value(). Python's advice on a model's spelling goes to nobody."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(text.strip(), mode="eval").body
+
+
+def as_json(value: Any) -> str:
+    """A value as JSON that every client reads. Raises NotACall for NaN, for infinity and for what is no JSON.
+
+    Letters stay as they are, but for half a pair of UTF-16, which no encoding can send: that one is escaped.
+    """
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        return text if _is_sendable(text) else json.dumps(value)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise NotACall from error
+
+
+def _is_sendable(text: str) -> bool:
     try:
-        found = ast.literal_eval(text.strip())
-        json.dumps(found)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return _NOTHING
-    return found
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _types(schema: Any, key: str) -> set[str]:

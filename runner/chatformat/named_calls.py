@@ -60,10 +60,7 @@ class NamedCallParser(CallParser):
             line, found = yield from self.until("{")
             name = line.split("```")[0].strip() or name
             self.scan.text, self._raw = found + self.scan.text, self._raw[:-1]
-        name = style.clean(name)
-        if not name or any(character in name for character in '<>{}"\\n'):
-            raise NotACall
-        yield self.start(name)
+        yield self.start(self.name(style.clean(name)))
         yield from self.json_object()
         yield self.end()
         yield from self.optional("```")

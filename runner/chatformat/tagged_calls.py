@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_edge.runner.chatformat.calls import CallParser, NotACall, Tools, Waiting, without_line_ends
+from moe_edge.runner.chatformat.calls import CallParser, NotACall, Tools, Waiting, as_json, without_line_ends
 from moe_edge.runner.chatformat.parts import Part
 from moe_edge.runner.chatformat.think import THINK, ThinkTags, opened_by
 
@@ -74,7 +74,7 @@ class TaggedCallParser(CallParser):
         while mark != style.call_end and (yield from self.optional(style.key, style.call_end)) == style.key:
             key, value = yield from self._argument(style, name)
             separator = ", " if n else "{"
-            yield self.arguments(separator + json.dumps(key) + ": " + json.dumps(value, ensure_ascii=False))
+            yield self.arguments(separator + json.dumps(key) + ": " + as_json(value))
             n += 1
         yield self.arguments("}" if n else "{}")
         yield self.end()
