@@ -11,7 +11,7 @@ from moe_edge.runner.chatformat import FORMATS
 from moe_edge.runner.chatformat.calls import new_call_id, typed_value
 from moe_edge.runner.chatformat.format import JsonEnd
 from moe_edge.runner.chatformat.parts import Reasoning, ToolArguments, ToolEnd, ToolStart
-from moe_edge.runner.template import forms_of, shows_python, with_names
+from moe_edge.runner.messages import forms_of, shows_python, with_names
 
 
 def test_every_format_has_its_calls_here() -> None:
