@@ -6,7 +6,7 @@ import json
 import random
 
 import pytest
-from family_calls import BEHIND_WORDS, BOTH, NAMES, TOOLS, WITHOUT_CALLS, F, G, J, both, calls, parse, words
+from family_calls import BEHIND_WORDS, BOTH, NAMES, TOOLS, WITHOUT_CALLS, F, G, J, S, both, calls, parse, words
 from moe_edge.runner.chatformat import FORMATS
 from moe_edge.runner.chatformat.calls import new_call_id, typed_value
 from moe_edge.runner.chatformat.format import JsonEnd
@@ -92,6 +92,40 @@ def test_chance_raises_nothing_and_loses_no_words(name: str) -> None:
         everything = "".join(getattr(part, "text", "") + getattr(part, "name", "") for part in parts)
         if not any(isinstance(part, ToolStart) for part in parts) and name not in ("harmony", "cohere", "solar"):
             assert all(mark in everything for mark in marks), (case, text)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_words_between_the_tags_of_a_call_are_not_lost(name: str) -> None:
+    text = BOTH[name]
+    borders = [at for at in range(1, len(text)) if text[at - 1] in ">]" or text[at] in "<["]
+    for at in [0, *borders, len(text)]:
+        for size in (1, 1000):
+            parts = parse(name, text[:at] + " lost words " + text[at:], size)
+            everything = "".join(getattr(part, "text", "") + getattr(part, "name", "") for part in parts)
+            within = text[:at].endswith(("[CALL_ID]", "<|tool_call:begin|>", "<|start|>", "<function=", 'name="g'))
+            assert "lost words" in everything or within or text[at:].startswith(WITHIN), (text[:at], text[at:])
+
+
+# In these places the words stand within a tag, or are an id, which is of no use to anybody.
+WITHIN = ("<|tool_call:name|>", "[ARGS]")
+
+
+def test_without_tools_a_call_of_gpt_oss_is_words() -> None:
+    parts = parse("harmony", "<|channel|>commentary to=functions.f<|message|>{}<|call|>", 3, tools=[])
+    assert not calls(parts) and words(parts) == "{}"
+
+
+@pytest.mark.parametrize("name", ["qwen_coder", "seed", "glm", "invoke", "deepseek_dsml", "hunyuan"])
+def test_a_string_between_tags_is_told_as_it_comes(name: str) -> None:
+    """It may be a whole file, and a client that hears nothing for minutes hangs up."""
+    text = BOTH[name]
+    at = text.index(S) + len(S)
+    parser = FORMATS[name].parser("", TOOLS)
+    begun = "".join(part.text for part in parser.feed(text[: at - 3]) if isinstance(part, ToolArguments))
+    assert begun == json.dumps(F[1])[: len(begun)] and len(begun) > 20
+    parts = parse(name, text.replace(S, "\n\nif x < 1:\n\n\ty = '</par'\n\n"), 1)
+    assert calls(parts)[0][1]["s"].strip("\n") == "if x < 1:\n\n\ty = '</par'"
+    assert calls(parse(name, text.replace(S, ""), 1))[0][1] == {"x": 1, "s": ""}
 
 
 def test_thinking_comes_before_calls_and_a_tag_within_it_is_thought() -> None:

@@ -46,6 +46,8 @@ class CallParser(ThinkParser):
     def __init__(self, opened: bool, tools: Tools, tags: ThinkTags = THINK) -> None:
         self.tools = {str(t.get("function", t).get("name")): t.get("function", t) for t in tools}
         self._raw = ""  # taken since the mark
+        self._n_told = 0  # characters of it that have been told as a call
+        self._strays: list[str] = []  # words between the tags of a call that belong to none
         self._n_calls = 0
         self._open = False  # a call has been begun and not ended
         super().__init__(opened, tags)
@@ -81,20 +83,25 @@ class CallParser(ThinkParser):
                 yield None
 
     def _attempt(self, mark: str, space: str) -> Waiting:
-        self._raw = mark
+        self._raw, self._n_told = mark, 0
         told = self._n_calls
         try:
             yield from self.read_calls(mark)
         except NotACall:
             if self._n_calls == told:
                 yield Text(space + self._raw)
+                return
+            self._strays.append(_without_a_begun_word(self._raw[self._n_told :]))
         if self._open:  # cut off within its arguments
             yield self.end()
+        strays, self._strays = "".join(self._strays), []
+        if strays:
+            yield Text(strays)
 
     # ---- for read_calls
 
     def start(self, name: str) -> ToolStart:
-        self._open = True
+        self._open, self._n_told = True, len(self._raw)
         self._n_calls += 1
         return ToolStart(self._n_calls - 1, new_call_id(), name)
 
@@ -109,11 +116,17 @@ class CallParser(ThinkParser):
         return name
 
     def arguments(self, text: str) -> ToolArguments:
+        self._n_told = len(self._raw)
         return ToolArguments(self._n_calls - 1, text)
 
     def end(self) -> ToolEnd:
-        self._open = False
+        self._open, self._n_told = False, len(self._raw)
         return ToolEnd(self._n_calls - 1)
+
+    def stray(self, text: str) -> None:
+        """Words where there should be none: they are shown behind the call."""
+        if text.strip():
+            self._strays.append(text)
 
     def whole(self, name: str, arguments: Mapping[str, Any]) -> Iterator[Part]:
         """A call that is known in one piece. Raises NotACall for arguments that JSON cannot say."""
@@ -121,6 +134,10 @@ class CallParser(ThinkParser):
         yield self.start(name)
         yield self.arguments(text)
         yield self.end()
+
+    def took(self, text: str) -> None:
+        """To be told of text that was read from `scan` itself."""
+        self._raw += text
 
     def take(self, n: int) -> str:
         text, self.scan.text = self.scan.text[:n], self.scan.text[n:]
@@ -193,6 +210,17 @@ class CallParser(ThinkParser):
     def value(self, tool: str, key: str, text: str) -> Any:
         """A value that a tag holds as text, in the type that the tool's schema gives it; a string where it is one."""
         return typed_value(self.tools.get(tool, {}).get("parameters"), key, text)
+
+    def is_string(self, tool: str, key: str) -> bool:
+        """Whether the tool's schema says that this can be nothing but a string."""
+        return _types(self.tools.get(tool, {}).get("parameters"), key) == {"string"}
+
+
+def _without_a_begun_word(rest: str) -> str:
+    """What is left of a call that was cut off: one word is the beginning of a tag or a key, and tells nobody
+    anything."""
+    words = re.sub(r"<[^<>]*>?", " ", rest).split()
+    return rest if len(words) > 1 else ""
 
 
 def typed_value(schema: Any, key: str, text: str) -> Any:
