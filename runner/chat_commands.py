@@ -15,6 +15,7 @@ from moe_edge.runner.chatformat.format import Message
 from moe_edge.runner.conversation import Conversation
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.generate import Sampling
+from moe_edge.runner.messages import content_text
 from moe_edge.runner.thinking import thinking_settings
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -178,10 +179,15 @@ def _messages_of(data: Any, path: Path) -> list[dict[str, Any]]:
     found = data.get("messages") if isinstance(data, dict) else data
     if not isinstance(found, list):
         raise BadFile(f"{path}: has no list of messages")
+    messages = []
     for number, each in enumerate(found):
-        good = isinstance(each, dict) and each.get("role") in ROLES and isinstance(each.get("content"), str)
-        if not good:
+        says = isinstance(each, dict) and (each.get("content") is not None or each.get("tool_calls"))
+        if not says or each.get("role") not in ROLES:
             raise BadFile(
                 f"{path}: message {number} is {shown(each)}; it needs a role ({', '.join(ROLES)}) and a content"
             )
-    return found
+        try:
+            messages.append({**each, "content": content_text(each)})
+        except UsageError as error:
+            raise BadFile(f"{path}: message {number}: {error}") from error
+    return messages

@@ -14,6 +14,9 @@ from moe_edge.runner.chatformat.think import without_thinking
 Whole = tuple[str, str, tuple[tuple[str, str], ...]]  # reasoning, answer, (tool, arguments)
 
 
+TOOLS = [{"type": "function", "function": {"name": name}} for name in ("f", "get_weather")]
+
+
 def put_together(parts: list[Part]) -> Whole:
     reasoning = "".join(p.text for p in parts if isinstance(p, Reasoning))
     answer = "".join(p.text for p in parts if isinstance(p, Text))
@@ -28,7 +31,7 @@ def put_together(parts: list[Part]) -> Whole:
 
 
 def parse(name: str, pieces: list[str], prompt: str = "") -> list[Part]:
-    parser = FORMATS[name].parser(prompt, ())
+    parser = FORMATS[name].parser(prompt, TOOLS)
     parts: list[Part] = []
     for piece in pieces:
         parts += parser.feed(piece)
@@ -63,6 +66,14 @@ CASES: list[tuple[str, str, str, Whole]] = [
     ("harmony", "", "<|channel|>final<|message|>one<|return|>", ("", "one", ())),
     ("harmony", "", "<|channel|>analysis<|message|>cut o", ("cut o", "", ())),
     ("harmony", "", "just words", ("", "just words", ())),
+    ("harmony", "", "just words<|return|>", ("", "just words", ())),
+    (
+        "harmony", "", "<|channel|>analysis<|message|>a<|end|>b<|start|>assistant<|channel|>final<|message|>c",
+        ("a", "bc", ()),
+    ),
+    ("harmony", "", "<|channel|>final<|message|>one<|end|><|start|>assista", ("", "one", ())),
+    ("harmony", "", "<|channel|>final<|mess", ("", "", ())),
+    ("harmony", "", " to=functions.f<|channel|>commentary json<|mes", ("", "", ())),
 ]  # fmt: skip
 
 

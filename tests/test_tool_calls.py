@@ -4,91 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from typing import Any
 
 import pytest
+from family_calls import BEHIND_WORDS, BOTH, NAMES, TOOLS, WITHOUT_CALLS, F, G, J, S, both, calls, parse, words
 from moe_edge.runner.chatformat import FORMATS
 from moe_edge.runner.chatformat.calls import new_call_id, typed_value
 from moe_edge.runner.chatformat.format import JsonEnd
-from moe_edge.runner.chatformat.parts import Part, Reasoning, Text, ToolArguments, ToolEnd, ToolStart
-from moe_edge.runner.template import forms_of, shows_python, with_names
-
-F: tuple[str, dict[str, Any]] = ("f", {"x": 1, "s": 'a "b" \\ {c}\n<d>'})
-G: tuple[str, dict[str, Any]] = ("g", {})
-TOOLS: list[dict[str, Any]] = [
-    {"type": "function", "function": {"name": "f", "parameters": {
-        "type": "object", "properties": {"x": {"type": "integer"}, "s": {"type": "string"}}}}},
-    {"type": "function", "function": {"name": "g", "parameters": {"type": "object", "properties": {}}}},
-]  # fmt: skip
-S = F[1]["s"]
-J = json.dumps(F[1])
-K = "<｜tool▁call▁end｜>"
-
-# format -> what a model of the family writes to call f(x=1, s=S) and then g().
-BOTH = {
-    "hermes": f'<tool_call>\n{{"name": "f", "arguments": {J}}}\n</tool_call>\n'
-              '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>',
-    "json_lists": f'<TOOLCALL>[{{"name": "f", "arguments": {J}}}, {{"name": "g"}}]</TOOLCALL>',
-    "apertus": f'<|tools_prefix|>[{{"f": {J}}}, {{"g": {{}}}}]<|tools_suffix|>',
-    "cohere": f'<|START_ACTION|>[\n {{"tool_call_id": "0", "tool_name": "f", "parameters": {J}}},\n'
-              ' {"tool_call_id": "1", "tool_name": "g", "parameters": {}}\n]<|END_ACTION|>',
-    "mistral": f"[TOOL_CALLS]f[ARGS]{J}[TOOL_CALLS]g[CALL_ID]abcdefghi[ARGS]{{}}",
-    "kimi": "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>" + J +
-            "<|tool_call_end|><|tool_call_begin|>functions.g:1<|tool_call_argument_begin|>{}<|tool_call_end|>"
-            "<|tool_calls_section_end|>",
-    "deepseek": f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{J}\n```{K}"
-                f"\n<｜tool▁call▁begin｜>g<｜tool▁sep｜>{{}}{K}<｜tool▁calls▁end｜>",
-    "deepseek_dsml": '<｜DSML｜function_calls>\n<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="x" string="false">1'
-                     f'</｜DSML｜parameter>\n<｜DSML｜parameter name="s" string="true">{S}</｜DSML｜parameter>\n'
-                     '</｜DSML｜invoke>\n<｜DSML｜invoke name="g">\n</｜DSML｜invoke>\n</｜DSML｜function_calls>',
-    "glm": f"<tool_call>f\n<arg_key>x</arg_key>\n<arg_value>1</arg_value>\n<arg_key>s</arg_key>\n<arg_value>{S}"
-           "</arg_value>\n</tool_call>\n<tool_call>g</tool_call>",
-    "hunyuan": "<tool_calls:opensource>\n<tool_call:opensource>f<tool_sep:opensource>\n<arg_key:opensource>x"
-               "</arg_key:opensource>\n<arg_value:opensource>1</arg_value:opensource>\n<arg_key:opensource>s"
-               f"</arg_key:opensource>\n<arg_value:opensource>{S}</arg_value:opensource>\n</tool_call:opensource>\n"
-               "<tool_call:opensource>g<tool_sep:opensource>\n</tool_call:opensource>\n</tool_calls:opensource>",
-    "qwen_coder": f"<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n<parameter=s>\n{S}\n</parameter>\n"
-                  "</function>\n</tool_call>\n<tool_call>\n<function=g>\n</function>\n</tool_call>",
-    "seed": f"<seed:tool_call>\n<function=f>\n<parameter=x>1</parameter>\n<parameter=s>{S}</parameter>\n</function>\n"
-            "<function=g>\n</function>\n</seed:tool_call>",
-    "invoke": '<minimax:tool_call>\n<invoke name="f">\n<parameter name="x">1</parameter>\n'
-              f'<parameter name="s">{S}</parameter>\n</invoke>\n<invoke name="g">\n</invoke>\n</minimax:tool_call>',
-    "lfm2": f"<|tool_call_start|>[f(x=1, s={S!r}), g()]<|tool_call_end|>",
-    "gemma": f'<|tool_call>call:f{{x:1,s:<|"|>{S}<|"|>}}<tool_call|><|tool_call>call:g{{}}<tool_call|>',
-    "harmony": f" to=functions.f<|channel|>commentary json<|message|>{J}<|call|><|start|>assistant to=functions.g"
-               "<|channel|>commentary json<|message|>{}<|call|>",
-    "llama3": f'{{"name": "f", "parameters": {J}}}{{"name": "g", "parameters": {{}}}}',
-    "functionary": f"<function=f>{J}</function><function=g>{{}}</function>",
-    "solar": f"<|tool_calls|><|tool_call:begin|>c1<|tool_call:name|>f<|tool_call:args|>{J}<|tool_call:end|>"
-             "<|tool_call:begin|>c2<|tool_call:name|>g<|tool_call:args|>{}<|tool_call:end|><|calls|>",
-}  # fmt: skip
-WITHOUT_CALLS = {"plain", "think"}
-NAMES = sorted(BOTH)
-BEHIND_WORDS = [name for name in NAMES if name not in ("harmony", "llama3")]  # those whose calls may follow text
-
-
-def parse(name: str, text: str, size: int = 10**9, tools: Any = TOOLS, prompt: str = "") -> list[Part]:
-    parser, parts = FORMATS[name].parser(prompt, tools), []
-    for at in range(0, len(text), size):
-        parts += parser.feed(text[at : at + size])
-    return parts + parser.finish()
-
-
-def calls(parts: list[Part]) -> list[tuple[str, Any]]:
-    found: list[tuple[str, str]] = []
-    for part in parts:
-        if isinstance(part, ToolStart):
-            assert part.index == len(found) and part.id
-            found.append((part.name, ""))
-        elif isinstance(part, ToolArguments):
-            found[part.index] = (found[part.index][0], found[part.index][1] + part.text)
-    ends = [part.index for part in parts if isinstance(part, ToolEnd)]
-    assert ends == list(range(len(found))), "every call ends once, in order"
-    return [(name, json.loads(text)) for name, text in found]
-
-
-def words(parts: list[Part]) -> str:
-    return "".join(part.text for part in parts if isinstance(part, Text))
+from moe_edge.runner.chatformat.parts import Reasoning, ToolArguments, ToolEnd, ToolStart
+from moe_edge.runner.messages import forms_of, shows_python, with_names
 
 
 def test_every_format_has_its_calls_here() -> None:
@@ -102,6 +25,14 @@ def test_two_calls_cut_at_every_place(name: str) -> None:
         parts = parse(name, text, size)
         assert calls(parts) == [F, G], size
         assert not words(parts).strip(), words(parts)
+
+
+@pytest.mark.parametrize("tool", ["run_command", "no", "mcp__files-x.read", "fetch-url", "GetN", "größe"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tool_may_have_any_name(name: str, tool: str) -> None:
+    tools = [{"type": "function", "function": {**TOOLS[0]["function"], "name": tool}}, TOOLS[1]]
+    for size in (1, 1000):
+        assert calls(parse(name, both(f=tool)[name], size, tools)) == [(tool, F[1]), G]
 
 
 @pytest.mark.parametrize("name", BEHIND_WORDS)
@@ -163,6 +94,40 @@ def test_chance_raises_nothing_and_loses_no_words(name: str) -> None:
             assert all(mark in everything for mark in marks), (case, text)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_words_between_the_tags_of_a_call_are_not_lost(name: str) -> None:
+    text = BOTH[name]
+    borders = [at for at in range(1, len(text)) if text[at - 1] in ">]" or text[at] in "<["]
+    for at in [0, *borders, len(text)]:
+        for size in (1, 1000):
+            parts = parse(name, text[:at] + " lost words " + text[at:], size)
+            everything = "".join(getattr(part, "text", "") + getattr(part, "name", "") for part in parts)
+            within = text[:at].endswith(("[CALL_ID]", "<|tool_call:begin|>", "<|start|>", "<function=", 'name="g'))
+            assert "lost words" in everything or within or text[at:].startswith(WITHIN), (text[:at], text[at:])
+
+
+# In these places the words stand within a tag, or are an id, which is of no use to anybody.
+WITHIN = ("<|tool_call:name|>", "[ARGS]")
+
+
+def test_without_tools_a_call_of_gpt_oss_is_words() -> None:
+    parts = parse("harmony", "<|channel|>commentary to=functions.f<|message|>{}<|call|>", 3, tools=[])
+    assert not calls(parts) and words(parts) == "{}"
+
+
+@pytest.mark.parametrize("name", ["qwen_coder", "seed", "glm", "invoke", "deepseek_dsml", "hunyuan"])
+def test_a_string_between_tags_is_told_as_it_comes(name: str) -> None:
+    """It may be a whole file, and a client that hears nothing for minutes hangs up."""
+    text = BOTH[name]
+    at = text.index(S) + len(S)
+    parser = FORMATS[name].parser("", TOOLS)
+    begun = "".join(part.text for part in parser.feed(text[: at - 3]) if isinstance(part, ToolArguments))
+    assert begun == json.dumps(F[1])[: len(begun)] and len(begun) > 20
+    parts = parse(name, text.replace(S, "\n\nif x < 1:\n\n\ty = '</par'\n\n"), 1)
+    assert calls(parts)[0][1]["s"].strip("\n") == "if x < 1:\n\n\ty = '</par'"
+    assert calls(parse(name, text.replace(S, ""), 1))[0][1] == {"x": 1, "s": ""}
+
+
 def test_thinking_comes_before_calls_and_a_tag_within_it_is_thought() -> None:
     text = "<think>\nI could <tool_call> now.\n</think>\n\n" + BOTH["hermes"]
     parts = parse("hermes", text, 3)
@@ -213,6 +178,31 @@ def test_values_take_the_type_that_the_schema_gives_them() -> None:
         found = typed_value(schema, key, text)
         assert (found, type(found)) == (expected, type(expected)), (key, text)
     assert typed_value(None, "x", "[" * 5000) == "[" * 5000
+
+
+VALUES = ["NaN", "-Infinity", "1e999", "[NaN]", '{"a": "\\ud800"}', "'\\ud800'", r"'\d+'", "1" * 5000, "[" * 3000,
+          "{1, 2}", "b'x'", "1j", "(1, 2)", "{1: 2}", "-" * 20000 + "1", "\0", "é"]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["x", "s", "unknown"])
+@pytest.mark.parametrize("value", VALUES, ids=range(len(VALUES)))
+def test_whatever_a_value_is_the_arguments_are_json_that_can_be_sent(value: str, key: str) -> None:
+    """JSON has no NaN and no infinity, and UTF-8 has no half of a pair of UTF-16; Python's json writes them all."""
+    inner = json.dumps(f'{{"{key}": {value}}}')
+    for name, said in {
+        "qwen_coder": f"<tool_call>\n<function=f>\n<parameter={key}>\n{value}\n</parameter>\n</function>\n</tool_call>",
+        "glm": f"<tool_call>f\n<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n</tool_call>",
+        "lfm2": f"<|tool_call_start|>[f({key}={value})]<|tool_call_end|>",
+        "gemma": f"<|tool_call>call:f{{{key}:{value}}}<tool_call|>",
+        "hermes": f'<tool_call>{{"name": "f", "arguments": {inner}}}</tool_call>',
+    }.items():
+        parts = parse(name, said)
+        text = "".join(part.text for part in parts if isinstance(part, ToolArguments))
+        text.encode()
+        if text:
+            assert list(json.loads(text, parse_constant=lambda constant: pytest.fail(constant))) == [key]
+        else:  # it was no call
+            assert words(parts) == said
 
 
 def test_where_json_ends() -> None:

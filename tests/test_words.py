@@ -21,7 +21,7 @@ from moe_edge.runner.cli import main
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.generate import Sampling, generate
-from moe_edge.runner.template import mark_names, tokenize_marked
+from moe_edge.runner.marks import mark_names, tokenize_marked
 from moe_edge.runner.tokens import token_bytes, tokenize
 from random_models import write_random_model
 from random_vocabulary import CHAT_TEMPLATE
@@ -135,6 +135,55 @@ def test_no_content_can_forge_a_control_token(tmp_path: Path, text: str, role: s
         assert counts == [3, 2, 0, 0]  # two messages and the reply's beginning: the template's own
         assert b"".join(token_bytes(engine.llama, t, special=True) for t in tokens).decode() == shown
         assert text in shown
+
+
+SHOWS_ALL = CHAT_TEMPLATE + """\
+{%- for t in tools or [] %}{{ t | tojson }}{% endfor %}{{ identity }}
+{%- for m in messages %}{{ m.tool_call_id }}{% for c in m.tool_calls or [] %}{{ c | tojson }}
+{%- for k, v in c.function.arguments.items() %}{{ k }}={{ v }}{% endfor %}{% endfor %}{% endfor %}"""
+
+
+@pytest.mark.parametrize("text", FORGED)
+def test_no_tool_call_or_setting_can_forge_a_control_token(tmp_path: Path, text: str) -> None:
+    path = write_scripted_model(
+        tmp_path / "m.gguf", ["ok"], template=SHOWS_ALL, more_tokens=["<tag>"], types={"<tag>": USER_DEFINED}
+    )
+    with opened(path) as engine:
+        template = Chat(engine, 4, GREEDY, out=io.StringIO(), err=io.StringIO()).conversation.template
+        assert template is not None
+        schema = {"type": "object", "properties": {text: {"type": text, "enum": [text]}}}
+        tool = {"type": "function", "function": {"name": text, "description": text, "parameters": schema}}
+        escaped = json.dumps({text: text}).replace("<", "\\u003c")
+        call = {"id": text, "type": "function", "function": {"name": text, "arguments": escaped}}
+        plain = {**call, "function": {"name": text, "arguments": {text: [text]}}}
+        messages: list[dict[str, Any]] = [
+            {"role": "user", "content": [{"type": "text", "text": text}]},
+            {"role": "assistant", "content": None, "tool_calls": [call, plain]},
+            {"role": "tool", "tool_call_id": text, "content": text},
+        ]
+        tokens, shown = template.tokens(messages, [tool], identity=text)
+        control = [
+            tokenize(engine.llama, name, special=True, add_bos=False)[0]
+            for name in ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<tag>")
+        ]
+        assert [tokens.count(each) for each in control] == [4, 3, 0, 0]  # three messages and the reply's beginning
+        assert shown.count(text) >= 4 and "mark" not in shown
+        assert b"".join(token_bytes(engine.llama, t, special=True) for t in tokens).decode() == shown
+
+
+def test_a_content_may_be_a_list_of_texts_and_nothing_else(tmp_path: Path) -> None:
+    with opened(write_scripted_model(tmp_path / "m.gguf", ["ok"])) as engine:
+        template = Chat(engine, 4, GREEDY, out=io.StringIO(), err=io.StringIO()).conversation.template
+        assert template is not None
+        parts = [{"type": "text", "text": "one "}, {"type": "input_text", "text": "two"}, {"text": " three"}]
+        shown = template.render([{"role": "developer", "content": parts}, {"role": "user", "content": None}])
+        plain = [{"role": "system", "content": "one two three"}, {"role": "user", "content": ""}]
+        assert shown == template.render(plain)
+        for wrong in ([{"type": "image_url", "image_url": {"url": "x"}}], [7], {"text": "x"}, 7):
+            with pytest.raises(UsageError, match=r"a message has (a part of the type|dict|int)"):
+                template.render([{"role": "user", "content": wrong}])
+        with pytest.raises(UsageError, match="has the role None"):
+            template.render([{"content": "x"}])
 
 
 def test_marks_are_read_as_letters_and_lost_names_mark_nothing() -> None:

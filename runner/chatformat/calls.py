@@ -11,6 +11,7 @@ import json
 import re
 import secrets
 import string
+import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from moe_edge.runner.chatformat.think import THINK, ThinkParser, ThinkTags
 
 Tools = Sequence[Mapping[str, Any]]
 Waiting = Iterator[Part | None]
-_NAME = re.compile(r"[^\s<>{}\[\]\"']{1,200}")
+_NAME = re.compile(r"[^\s<>{}\[\]\"'\ud800-\udfff]{1,200}")  # surrogates are no characters: they cannot be sent
 _LETTERS = string.ascii_lowercase + string.digits
 
 
@@ -45,6 +46,8 @@ class CallParser(ThinkParser):
     def __init__(self, opened: bool, tools: Tools, tags: ThinkTags = THINK) -> None:
         self.tools = {str(t.get("function", t).get("name")): t.get("function", t) for t in tools}
         self._raw = ""  # taken since the mark
+        self._n_told = 0  # characters of it that have been told as a call
+        self._strays: list[str] = []  # words between the tags of a call that belong to none
         self._n_calls = 0
         self._open = False  # a call has been begun and not ended
         super().__init__(opened, tags)
@@ -80,42 +83,61 @@ class CallParser(ThinkParser):
                 yield None
 
     def _attempt(self, mark: str, space: str) -> Waiting:
-        self._raw = mark
+        self._raw, self._n_told = mark, 0
         told = self._n_calls
         try:
             yield from self.read_calls(mark)
         except NotACall:
             if self._n_calls == told:
                 yield Text(space + self._raw)
+                return
+            self._strays.append(_without_a_begun_word(self._raw[self._n_told :]))
         if self._open:  # cut off within its arguments
             yield self.end()
+        strays, self._strays = "".join(self._strays), []
+        if strays:
+            yield Text(strays)
 
     # ---- for read_calls
 
     def start(self, name: str) -> ToolStart:
-        self._open = True
+        self._open, self._n_told = True, len(self._raw)
         self._n_calls += 1
         return ToolStart(self._n_calls - 1, new_call_id(), name)
 
     def name(self, text: str) -> str:
-        """A tool's name without the space around it. Raises NotACall for what can be none."""
+        """A tool's name without the space around it. Raises NotACall for what can be none.
+
+        A name that was offered is one, whatever it is made of.
+        """
         name = text.strip()
-        if not _NAME.fullmatch(name):
+        if name not in self.tools and not _NAME.fullmatch(name):
             raise NotACall
         return name
 
     def arguments(self, text: str) -> ToolArguments:
+        self._n_told = len(self._raw)
         return ToolArguments(self._n_calls - 1, text)
 
     def end(self) -> ToolEnd:
-        self._open = False
+        self._open, self._n_told = False, len(self._raw)
         return ToolEnd(self._n_calls - 1)
 
+    def stray(self, text: str) -> None:
+        """Words where there should be none: they are shown behind the call."""
+        if text.strip():
+            self._strays.append(text)
+
     def whole(self, name: str, arguments: Mapping[str, Any]) -> Iterator[Part]:
-        """A call that is known in one piece."""
+        """A call that is known in one piece. Raises NotACall for arguments that JSON cannot say."""
+        text = as_json(arguments)
         yield self.start(name)
-        yield self.arguments(json.dumps(arguments, ensure_ascii=False))
+        yield self.arguments(text)
         yield self.end()
+
+    def took(self, text: str) -> None:
+        """To be told of text that was read from `scan` itself."""
+        self._raw += text
 
     def take(self, n: int) -> str:
         text, self.scan.text = self.scan.text[:n], self.scan.text[n:]
@@ -189,6 +211,17 @@ class CallParser(ThinkParser):
         """A value that a tag holds as text, in the type that the tool's schema gives it; a string where it is one."""
         return typed_value(self.tools.get(tool, {}).get("parameters"), key, text)
 
+    def is_string(self, tool: str, key: str) -> bool:
+        """Whether the tool's schema says that this can be nothing but a string."""
+        return _types(self.tools.get(tool, {}).get("parameters"), key) == {"string"}
+
+
+def _without_a_begun_word(rest: str) -> str:
+    """What is left of a call that was cut off: one word is the beginning of a tag or a key, and tells nobody
+    anything."""
+    words = re.sub(r"<[^<>]*>?", " ", rest).split()
+    return rest if len(words) > 1 else ""
+
 
 def typed_value(schema: Any, key: str, text: str) -> Any:
     """text as the type of schema's property `key`: JSON, or what Python writes for it; itself where neither fits."""
@@ -205,16 +238,46 @@ _NOTHING = object()
 
 
 def _read_value(text: str) -> Any:
+    for read in (json.loads, python_value):
+        try:
+            found = read(text)
+            as_json(found)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, NotACall):
+            continue
+        return found
+    return _NOTHING
+
+
+def python_value(text: str) -> Any:
+    """What a literal of Python means. Raises ValueError, SyntaxError, MemoryError or RecursionError."""
+    return ast.literal_eval(python_expression(text))
+
+
+def python_expression(text: str) -> ast.expr:
+    """The syntax of one expression; as python_value(). Python's advice on a model's spelling goes to nobody."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(text.strip(), mode="eval").body
+
+
+def as_json(value: Any) -> str:
+    """A value as JSON that every client reads. Raises NotACall for NaN, for infinity and for what is no JSON.
+
+    Letters stay as they are, but for half a pair of UTF-16, which no encoding can send: that one is escaped.
+    """
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        return text if _is_sendable(text) else json.dumps(value)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise NotACall from error
+
+
+def _is_sendable(text: str) -> bool:
     try:
-        found = ast.literal_eval(text.strip())
-        json.dumps(found)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return _NOTHING
-    return found
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _types(schema: Any, key: str) -> set[str]:

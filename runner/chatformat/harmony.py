@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from moe_edge.runner.chatformat.calls import new_call_id
 from moe_edge.runner.chatformat.format import ChatFormat, Message, StreamParser, held_back
 from moe_edge.runner.chatformat.parts import Part, Reasoning, Text, ToolArguments, ToolEnd, ToolStart
 
@@ -22,11 +23,18 @@ _RECIPIENT = re.compile(r"to=(?:functions\.)?([^\s<]+)")
 _CHANNEL = re.compile(re.escape(CHANNEL) + r"\s*(\w+)")
 
 
-class HarmonyParser(StreamParser):
-    """One message after the other."""
+# What a message's header is made of; the rest of it is words of a model that does not keep to the format.
+_HEADER = re.compile(
+    r"<\|start\|>\s*\w*|<\|channel\|>\s*\w*|<\|constrain\|>\s*\w*|\bto=\S*|(?<!\S)(?:json|code)(?!\S)|"
+    + "|".join(map(re.escape, TAGS))
+)  # fmt: skip
 
-    def __init__(self) -> None:
-        self._n_tools = 0
+
+class HarmonyParser(StreamParser):
+    """One message after the other. calls: whether there are tools; without them a call is words."""
+
+    def __init__(self, calls: bool = True) -> None:
+        self._calls, self._n_tools = calls, 0
         super().__init__()
 
     def _parts(self) -> Iterator[Part | None]:
@@ -35,22 +43,25 @@ class HarmonyParser(StreamParser):
             while mark is None:
                 text, mark = self.scan.until([MESSAGE, END, CALL, RETURN])
                 header += text
+                if mark is None and self.scan.ended:
+                    break
                 if mark is None:
-                    if self.scan.ended:
-                        if header.strip() and not any(tag in header for tag in TAGS):
-                            yield Text(header)  # a model that does not keep to the format
-                        return
                     yield None
+            words = _HEADER.sub("", header[: len(header) - held_back(header, TAGS)] if mark is None else header)
+            if words.strip():
+                yield Text(words)
+            if mark is None:
+                return
             if mark == MESSAGE:
                 yield from self._message(header)
 
     def _message(self, header: str) -> Iterator[Part | None]:
         channel = found[1] if (found := _CHANNEL.search(header)) else "final"
         recipient = found[1] if (found := _RECIPIENT.search(header)) else None
-        tool = recipient is not None and channel != "analysis"
+        tool = self._calls and recipient is not None and channel != "analysis"
         if tool:
             index, self._n_tools = self._n_tools, self._n_tools + 1
-            yield ToolStart(index, f"call_{index}", recipient or "")
+            yield ToolStart(index, new_call_id(), recipient or "")
         while True:
             text, mark = self.scan.until([END, CALL, RETURN, START, CHANNEL])
             if tool and mark is None and self.scan.ended:
@@ -88,7 +99,7 @@ def answers_only(messages: list[Message]) -> list[Message]:
 
 
 def make_parser(prompt: str, tools: Sequence[Mapping[str, Any]]) -> HarmonyParser:
-    return HarmonyParser()
+    return HarmonyParser(bool(tools))
 
 
 FORMAT = ChatFormat(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ast
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from moe_edge.runner.chatformat.calls import CallParser, NotACall, Tools, Waiting
+from moe_edge.runner.chatformat.calls import CallParser, NotACall, Tools, Waiting, as_json, python_expression
 from moe_edge.runner.chatformat.format import ChatFormat
 from moe_edge.runner.chatformat.think import CLOSE, OPEN, opened_by, without_thinking
 
@@ -25,27 +24,40 @@ class Lfm2Parser(CallParser):
 
     def read_calls(self, mark: str) -> Waiting:
         text, _ = yield from self.until(END)
-        for name, arguments in calls_of(text):
+        calls = calls_of(text, self.tools)
+        for name, arguments in calls:  # all of them can be told, or none is
+            self.name(name)
+            as_json(arguments)
+        for name, arguments in calls:
             yield from self.whole(name, arguments)
 
 
-def calls_of(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, arguments) of each call in `[f(x=1), g()]`. Raises NotACall for anything else."""
+def calls_of(text: str, names: Container[str] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """(name, arguments) of each call in `[f(x=1), g()]`. names: of tools, for those that are no names to Python.
+
+    Raises NotACall for anything else.
+    """
+    text = text.strip()
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        tree = python_expression(text)
         calls = tree.elts if isinstance(tree, ast.List | ast.Tuple) else [tree]
-        found = [_call(each) for each in calls]
-    except (SyntaxError, ValueError, MemoryError, RecursionError, TypeError) as error:
+        found = [_call(each, text, names) for each in calls]
+    except (SyntaxError, ValueError, MemoryError, RecursionError, TypeError, KeyError) as error:
         raise NotACall from error
     if not found:
         raise NotACall
-    yield from found
+    return found
 
 
-def _call(node: ast.expr) -> tuple[str, dict[str, Any]]:
+def _call(node: ast.expr, text: str, names: Container[str]) -> tuple[str, dict[str, Any]]:
     if isinstance(node, ast.Dict):  # some write JSON between the tags
         call = _value(node)
         return str(call["name"]), dict(call.get("arguments") or {})
+    name = None
+    if isinstance(node, ast.BinOp):  # `get-weather(x=1)`: to Python a difference
+        head, _, rest = (ast.get_source_segment(text, node) or "").partition("(")
+        if head.strip() in names:
+            name, node = head.strip(), python_expression(f"f({rest}")
     if not isinstance(node, ast.Call) or node.args:
         raise ValueError("not a call by names")
     arguments = {}
@@ -53,8 +65,7 @@ def _call(node: ast.expr) -> tuple[str, dict[str, Any]]:
         if keyword.arg is None:
             raise ValueError("a mapping in the place of a name")
         arguments[keyword.arg] = _value(keyword.value)
-    json.dumps(arguments)
-    return ast.unparse(node.func), arguments
+    return name or ast.unparse(node.func), arguments
 
 
 def _value(node: ast.expr) -> Any:

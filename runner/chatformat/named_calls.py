@@ -57,13 +57,13 @@ class NamedCallParser(CallParser):
         name, _ = yield from self.until(style.name_end)
         # DeepSeek V3 and R1: the name stands on a line, the arguments in a block of Markdown.
         if (yield from self.character()) != "{":
+            kind = name.strip()
             line, found = yield from self.until("{")
             name = line.split("```")[0].strip() or name
+            if name != kind and kind != "function":
+                self.stray(kind)
             self.scan.text, self._raw = found + self.scan.text, self._raw[:-1]
-        name = style.clean(name)
-        if not name or any(character in name for character in '<>{}"\\n'):
-            raise NotACall
-        yield self.start(name)
+        yield self.start(self.name(style.clean(name)))
         yield from self.json_object()
         yield self.end()
         yield from self.optional("```")

@@ -1,17 +1,17 @@
 """Calls whose arguments stand between tags, one by one: `<parameter=city>Paris</parameter>` and its relatives.
 
-The values are text; the tool's own schema says which are numbers, objects or strings.
+The values are text; the tool's own schema says which are numbers, objects or strings. A string is told as it comes,
+since it may be a whole file; anything else when it is whole.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from moe_edge.runner.chatformat.calls import CallParser, NotACall, Tools, Waiting, without_line_ends
-from moe_edge.runner.chatformat.parts import Part
+from moe_edge.runner.chatformat.calls import CallParser, NotACall, Tools, Waiting, as_json, without_line_ends
+from moe_edge.runner.chatformat.format import held_back
 from moe_edge.runner.chatformat.think import THINK, ThinkTags, opened_by
 
 
@@ -72,23 +72,60 @@ class TaggedCallParser(CallParser):
         yield self.start(name)
         n = 0
         while mark != style.call_end and (yield from self.optional(style.key, style.call_end)) == style.key:
-            key, value = yield from self._argument(style, name)
-            separator = ", " if n else "{"
-            yield self.arguments(separator + json.dumps(key) + ": " + json.dumps(value, ensure_ascii=False))
+            yield from self._argument(style, name, ", " if n else "{")
             n += 1
         yield self.arguments("}" if n else "{}")
         yield self.end()
 
-    def _argument(self, style: CallTags, tool: str) -> Generator[Part | None, None, tuple[str, Any]]:
+    def _argument(self, style: CallTags, tool: str, separator: str) -> Waiting:
         key, _ = yield from self.until(style.key_end)
         if style.value:
-            yield from self.until(style.value)
-        text, _ = yield from self.until(style.value_end)
+            words, _ = yield from self.until(style.value)
+            self.stray(words)
         key, _, is_string = key.strip().partition('" string="')
-        text = without_line_ends(text)
-        if is_string == "true":
-            return key, text
-        return key, self.value(tool, key, text)
+        begin = f"{separator}{json.dumps(key)}: "
+        if is_string == "true" or (not is_string and self.is_string(tool, key)):
+            yield self.arguments(begin + '"')
+            yield from self._string(style.value_end)
+            yield self.arguments('"')
+            return
+        text = ""
+        while True:
+            piece, mark = self._piece(style.value_end)
+            text += piece
+            if mark:
+                yield self.arguments(begin + as_json(self.value(tool, key, without_line_ends(text))))
+                return
+            if self.scan.ended:  # JSON that breaks off, as the reply does
+                yield self.arguments(begin + text.strip())
+                raise NotACall
+            yield None
+
+    def _string(self, end: str) -> Waiting:
+        """A text as it comes, up to its tag. One line end at each side is the format's."""
+        held, begun = "", False
+        while True:
+            piece, mark = self._piece(end)
+            text = held + piece
+            if not begun and text:
+                text, begun = text.removeprefix("\n"), True
+            said = text.removesuffix("\n")
+            held = text[len(said) :]  # the format's, if the tag follows
+            if said:
+                yield self.arguments(as_json(said)[1:-1])
+            if mark:
+                return
+            if self.scan.ended:
+                raise NotACall
+            yield None
+
+    def _piece(self, end: str) -> tuple[str, bool]:
+        """(what has come of a value, whether the tag behind it has). Half a tag at the reply's end is none of it."""
+        piece, mark = self.scan.until([end])
+        self.took(piece + (mark or ""))
+        if mark is None and self.scan.ended:
+            piece = piece[: len(piece) - held_back(piece, [end])]
+        return piece, mark is not None
 
 
 def tagged_parser(*styles: CallTags, tags: ThinkTags = THINK) -> Callable[[str, Tools], TaggedCallParser]:
