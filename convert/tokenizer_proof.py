@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_edge.convert.pretokenizers import APART_BEYOND_ASCII
+from moe_edge.convert.pretokenizers import APART_BEYOND_ASCII, APART_IN_SPACES
 from moe_edge.models.errors import UnknownName
 from moe_edge.models.formats.files import is_present, read_file
 from moe_edge.models.formats.safetensors import MAX_JSON
@@ -51,6 +51,8 @@ def check_tokenizer(folder: Path, records: Mapping[str, bytes], pre: str | None)
         notes.append("llama.cpp puts a space also before a text that begins with one; the model's tokenizer does not")
     if pre in APART_BEYOND_ASCII:
         notes.append(f"llama.cpp's pre-tokenizer {pre} may split words of letters beyond ASCII otherwise")
+    if pre in APART_IN_SPACES:
+        notes.append(f"llama.cpp's pre-tokenizer {pre} may split spaces before wide or odd ones otherwise")
     for text in (unicodedata.normalize("NFC", each) if composes else each for each in PROBES):
         if (pre in APART_BEYOND_ASCII and has_other_letters(text)) or (metaspace and text.startswith(" ")):
             continue
@@ -69,6 +71,11 @@ def check_tokenizer(folder: Path, records: Mapping[str, bytes], pre: str | None)
 def has_other_letters(text: str) -> bool:
     """Whether some character is a letter, or a mark on one, that is not of ASCII."""
     return any(ord(each) > 127 and unicodedata.category(each)[0] in "LM" for each in text)
+
+
+def has_other_spaces(text: str) -> bool:
+    """Whether some character is white space that is not of ASCII."""
+    return any(ord(each) > 127 and each.isspace() for each in text)
 
 
 def _reference(folder: Path) -> Callable[[str], list[int]] | None:
