@@ -1,4 +1,4 @@
-"""A model's chat template: rendered by llama-cpp-python's Jinja, turned into tokens that no user can forge.
+"""A model's chat template: rendered, and turned into tokens that no user can forge.
 
 What a user writes is never a control token, even if it spells one: before rendering, each such name in a message, in a
 tool's definition or in a setting gets a mark in front of it, and behind the marks the rendered prompt is read as
@@ -13,6 +13,7 @@ from typing import Any
 from moe_edge.models.errors import UsageError
 from moe_edge.runner.chatformat import find_format
 from moe_edge.runner.chatformat.format import ChatFormat, Message
+from moe_edge.runner.jinja import compile_template
 from moe_edge.runner.marks import marked, marked_message, new_mark, tokenize_marked
 from moe_edge.runner.messages import forms_of, plain_message, shows_python, with_names
 from moe_edge.runner.tokens import bos_wanted, special_names, token_bytes, tokenize
@@ -38,22 +39,11 @@ def metadata_for_llama(theirs: Callable[[], dict[str, str]], kv: Mapping[str, An
         if not isinstance(whole, str):
             continue
         try:
-            _compile(whole, "", "")
+            compile_template(whole, "", "")
             metadata[key] = whole
         except UsageError:
             del metadata[key]
     return metadata
-
-
-def _compile(text: str, eos_text: str, bos_text: str) -> Any:
-    """llama-cpp-python's formatter. Raises UsageError with Jinja's words."""
-    from jinja2 import TemplateError
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-    try:
-        return Jinja2ChatFormatter(template=text, eos_token=eos_text, bos_token=bos_text)
-    except (TemplateError, RecursionError) as e:
-        raise UsageError(f"its chat template cannot be read: {e}") from e
 
 
 class ChatTemplate:
@@ -65,15 +55,17 @@ class ChatTemplate:
         self._llama = llama
         self.eos_text = _piece(llama, llama.token_eos())
         try:
-            self._jinja = _compile(text, self.eos_text, _piece(llama, llama.token_bos()))
+            self._render = compile_template(text, self.eos_text, _piece(llama, llama.token_bos()))
         except UsageError as e:
             raise UsageError(f"{where}: {e}; `moe-edge generate` continues texts without one") from e
 
     def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), **kwargs: Any) -> str:
         """The prompt. A template that refuses the messages gets them in other forms that mean the same.
 
-        Raises UsageError with the template's own words when it refuses all of them.
+        kwargs: settings of the template by name. Raises UsageError with the template's own words when it refuses all
+        of them.
         """
+        settings = self.format.settings(kwargs)
         prepared = self.format.prepare([plain_message(message) for message in messages])
         first: Exception | None = None
         no_tools = (None, []) if not tools else (list(tools),)  # some templates ask for the one, some for the other
@@ -81,7 +73,7 @@ class ChatTemplate:
         for form in forms_of(with_names(prepared)):
             for given in no_tools:
                 try:
-                    prompt = str(self._jinja(messages=form, tools=given, **kwargs).prompt)
+                    prompt = self._render(form, given, settings)
                 except Exception as e:  # a template is a program of the model's author: it may raise anything
                     first = first or e
                     continue

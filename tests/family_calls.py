@@ -18,6 +18,7 @@ TOOLS: list[dict[str, Any]] = [
 S = F[1]["s"]
 J = json.dumps(F[1])
 K = "<｜tool▁call▁end｜>"
+M = "]<]minimax[>["
 
 
 def both(f: str = "f", g: str = "g") -> dict[str, str]:
@@ -60,13 +61,24 @@ def both(f: str = "f", g: str = "g") -> dict[str, str]:
         "functionary": f"<function={f}>{J}</function><function={g}>{{}}</function>",
         "solar": f"<|tool_calls|><|tool_call:begin|>c1<|tool_call:name|>{f}<|tool_call:args|>{J}<|tool_call:end|>"
                  f"<|tool_call:begin|>c2<|tool_call:name|>{g}<|tool_call:args|>{{}}<|tool_call:end|><|calls|>",
+        "kimi_k3": f'<|open|>tools<|sep|><|open|>call tool="{f}" index="1"<|sep|><|open|>argument key="x" type="number"'
+                   '<|sep|>1<|close|>argument<|sep|><|open|>argument key="s" type="string"<|sep|>'
+                   f'{S}<|close|>argument<|sep|><|close|>call<|sep|><|open|>call tool="{g}" index="2"<|sep|>'
+                   "<|close|>call<|sep|><|close|>tools<|sep|><|close|>message<|sep|><|end_of_msg|>",
+        "minimax_m3": f'{M}<tool_call>\n{M}<invoke name="{f}">{M}<x>1{M}</x>{M}<s>{S}{M}</s>{M}</invoke>\n'
+                      f'{M}<invoke name="{g}">{M}</invoke>\n{M}</tool_call>',
+        "muse": f' to={f}<|message|><atem:function_calls>\n<atem:invoke name="{f}">\n<atem:parameter name="x">1'
+                f'</atem:parameter>\n<atem:parameter name="s">{S}</atem:parameter>\n</atem:invoke>\n'
+                f'</atem:function_calls><|eom|><|start|>assistant to={g}<|message|><atem:function_calls>\n'
+                f'<atem:invoke name="{g}">\n</atem:invoke>\n</atem:function_calls><|eot|>',
     }  # fmt: skip
 
 
 BOTH = both()
 WITHOUT_CALLS = {"plain", "think"}
 NAMES = sorted(BOTH)
-BEHIND_WORDS = [name for name in NAMES if name not in ("harmony", "llama3")]  # those whose calls may follow text
+MESSAGES = ("harmony", "llama3", "muse", "kimi_k3")  # replies that are made of messages, or are a call as a whole
+BEHIND_WORDS = [name for name in NAMES if name not in MESSAGES]  # those whose calls may follow text
 
 
 def parse(name: str, text: str, size: int = 10**9, tools: Any = TOOLS, prompt: str = "") -> list[Part]:

@@ -17,7 +17,6 @@ LONGEST_FILE, LONGEST_FUNCTION = 500, 60  # lines: of Python, of C++
 LLAMA_CPP = {
     "moe_edge.runner.llama": "the door: loading, logs, threads, KV cache",
     "moe_edge.runner.tokens": "its vocabulary; below the door, which uses it",
-    "moe_edge.runner.template": "its Jinja; below the door, which uses it",
     "moe_edge.runner.sampling": "its samplers and grammars",
     "moe_edge.runner.serve.grammar": "its grammar of a JSON schema",
     "moe_edge.runner.serve.engine_model": "the number of parameters, for clients that ask",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import re
 
 import pytest
-from family_calls import BEHIND_WORDS, BOTH, NAMES, TOOLS, WITHOUT_CALLS, F, G, J, S, both, calls, parse, words
+from family_calls import BEHIND_WORDS, BOTH, NAMES, TOOLS, WITHOUT_CALLS, F, G, J, M, S, both, calls, parse, words
 from moe_edge.runner.chatformat import FORMATS
 from moe_edge.runner.chatformat.calls import new_call_id, typed_value
 from moe_edge.runner.chatformat.format import JsonEnd
@@ -107,7 +108,7 @@ def test_words_between_the_tags_of_a_call_are_not_lost(name: str) -> None:
 
 
 # In these places the words stand within a tag, or are an id, which is of no use to anybody.
-WITHIN = ("<|tool_call:name|>", "[ARGS]")
+WITHIN = ("<|tool_call:name|>", "[ARGS]", "<|sep|>")
 
 
 def test_without_tools_a_call_of_gpt_oss_is_words() -> None:
@@ -126,6 +127,44 @@ def test_a_string_between_tags_is_told_as_it_comes(name: str) -> None:
     parts = parse(name, text.replace(S, "\n\nif x < 1:\n\n\ty = '</par'\n\n"), 1)
     assert calls(parts)[0][1]["s"].strip("\n") == "if x < 1:\n\n\ty = '</par'"
     assert calls(parse(name, text.replace(S, ""), 1))[0][1] == {"x": 1, "s": ""}
+
+
+def test_kimi_k3_begins_inside_the_tag_that_the_prompt_has_opened() -> None:
+    text = "hm <b>\n<|close|>think<|sep|><|open|>response<|sep|>Let me look.<|close|>response<|sep|>" + BOTH["kimi_k3"]
+    for size in (1, 4, 1000):
+        parts = parse("kimi_k3", text, size, prompt="...<|open|>think<|sep|>")
+        assert "".join(p.text for p in parts if isinstance(p, Reasoning)) == "hm <b>\n"
+        assert words(parts) == "Let me look." and calls(parts) == [F, G]
+        plain = parse("kimi_k3", "Hi.<|close|>response<|sep|><|end_of_msg|>", size, prompt="<|open|>response<|sep|>")
+        assert words(plain) == "Hi."
+    said = '<|open|>call tool="a&quot;b" index="1"<|sep|><|open|>json type="object"<|sep|>{"k": [1]}'
+    assert calls(parse("kimi_k3", said + "<|close|>json<|sep|><|close|>call<|sep|>", 3)) == [('a"b', {"k": [1]})]
+
+
+def test_muse_thinks_in_messages_to_itself() -> None:
+    text = " to=self<|message|>hm<|eom|><|start|>assistant to=user<|message|>Let me look.<|eom|><|start|>assistant"
+    for size in (1, 4, 1000):
+        parts = parse("muse", text + BOTH["muse"], size)
+        assert "".join(p.text for p in parts if isinstance(p, Reasoning)) == "hm"
+        assert words(parts) == "Let me look." and calls(parts) == [F, G]
+
+
+def test_minimax_m3_reads_values_within_values() -> None:
+    schema = {"type": "object", "properties": {
+        "o": {"type": "object", "properties": {"n": {"type": "number"}, "item": {"type": "string"}}},
+        "l": {"type": "array", "items": {"type": "string"}}, "empty": {"type": "array"}, "free": {},
+    }}  # fmt: skip
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    body = "<o><n>1.5</n><item>x</item></o><l><item>1</item><item>2</item></l><empty></empty>"
+    body += "<free><item>1</item><item><a>b</a></item></free><text>7 < 8</text>"
+    said = M + "<tool_call>" + M + '<invoke name="f">' + re.sub(r"(</?\w+>)", M + r"\1", body)
+    said += M + "</invoke>" + M + "</tool_call>"
+    wanted = {"o": {"n": 1.5, "item": "x"}, "l": ["1", "2"], "empty": [], "free": [1, {"a": "b"}], "text": "7 < 8"}
+    for size in (1, 5, 1000):
+        assert calls(parse("minimax_m3", said, size, tools)) == [("f", wanted)]
+    for broken in (said.replace("</n>", "</m>"), said.replace("<n>", "n"), said.replace("</o>", "", 1)):
+        assert calls(parse("minimax_m3", broken, 7, tools)) == [] and words(parse("minimax_m3", broken, 7, tools))
+    assert words(parse("minimax_m3", "</mm:think>Hi.", 2)) == "Hi."
 
 
 def test_thinking_comes_before_calls_and_a_tag_within_it_is_thought() -> None:

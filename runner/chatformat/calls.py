@@ -91,7 +91,7 @@ class CallParser(ThinkParser):
             if self._n_calls == told:
                 yield Text(space + self._raw)
                 return
-            self._strays.append(_without_a_begun_word(self._raw[self._n_told :]))
+            self._strays.append(without_a_begun_word(self._raw[self._n_told :]))
         if self._open:  # cut off within its arguments
             yield self.end()
         strays, self._strays = "".join(self._strays), []
@@ -216,7 +216,7 @@ class CallParser(ThinkParser):
         return _types(self.tools.get(tool, {}).get("parameters"), key) == {"string"}
 
 
-def _without_a_begun_word(rest: str) -> str:
+def without_a_begun_word(rest: str) -> str:
     """What is left of a call that was cut off: one word is the beginning of a tag or a key, and tells nobody
     anything."""
     words = re.sub(r"<[^<>]*>?", " ", rest).split()

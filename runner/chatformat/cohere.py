@@ -27,4 +27,10 @@ def make_parser(prompt: str, tools: Sequence[Mapping[str, Any]]) -> CohereParser
     return CohereParser(opened_by(prompt, THINKING), tools, style, THINKING)
 
 
-FORMAT = ChatFormat("cohere", 70, lambda template: ACTION in template, make_parser, tags=TAGS)
+def settings(told: dict[str, Any]) -> dict[str, Any]:
+    """Its template knows `reasoning`."""
+    think = told.get("enable_thinking")
+    return told if think is None else {"reasoning": think, **told}
+
+
+FORMAT = ChatFormat("cohere", 70, lambda template: ACTION in template, make_parser, tags=TAGS, settings=settings)

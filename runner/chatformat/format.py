@@ -29,6 +29,7 @@ class ChatFormat:
     parser: (the end of the prompt, the tools) -> a parser for one reply; a prompt may have opened the thinking already.
     tags: control tokens whose names the parser needs to see in the text.
     prepare: messages -> messages as this family's templates want them.
+    settings: what every template is told (runner/thinking.py) -> the names and values that this family's understand.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ChatFormat:
     parser: Callable[[str, Sequence[Mapping[str, Any]]], Parser]
     tags: tuple[str, ...] = ()
     prepare: Callable[[list[Message]], list[Message]] = lambda messages: messages
+    settings: Callable[[dict[str, Any]], dict[str, Any]] = lambda settings: settings
 
 
 def held_back(text: str, marks: Iterable[str]) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 from moe_edge.runner.chatformat.calls import new_call_id
 from moe_edge.runner.chatformat.format import ChatFormat, Message, StreamParser, held_back
 from moe_edge.runner.chatformat.parts import Part, Reasoning, Text, ToolArguments, ToolEnd, ToolStart
+from moe_edge.runner.chatformat.think import least_effort
 
 START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
 END, CALL, RETURN = "<|end|>", "<|call|>", "<|return|>"
@@ -104,5 +105,5 @@ def make_parser(prompt: str, tools: Sequence[Mapping[str, Any]]) -> HarmonyParse
 
 FORMAT = ChatFormat(
     "harmony", 10, lambda template: CHANNEL in template and MESSAGE in template, make_parser, tags=TAGS,
-    prepare=answers_only,
+    prepare=answers_only, settings=least_effort,
 )  # fmt: skip

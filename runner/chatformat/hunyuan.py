@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from moe_edge.runner.chatformat.format import ChatFormat
 from moe_edge.runner.chatformat.tagged_calls import CallTags, tagged_parser
@@ -16,7 +17,18 @@ STYLE = CallTags(
     end=f"</tool_calls{S}",
 )  # fmt: skip
 
+def settings(told: dict[str, Any]) -> dict[str, Any]:
+    """Its template knows no other efforts than no_think, low and high, and refuses the rest."""
+    effort = told.get("reasoning_effort")
+    if told.get("enable_thinking") is False:
+        effort = "no_think"
+    elif effort == "medium" or (effort is None and told.get("enable_thinking")):
+        effort = "high"
+    return told if effort is None else {**told, "reasoning_effort": effort}
+
+
 FORMAT = ChatFormat(
     "hunyuan", 90, lambda template: "hy_" in template and "tool_sep" in template, tagged_parser(STYLE, tags=THINKING),
     tags=(THINKING.open, THINKING.close, *STYLE.tokens), prepare=functools.partial(without_thinking, tags=THINKING),
+    settings=settings,
 )  # fmt: skip

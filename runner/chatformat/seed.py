@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from moe_edge.runner.chatformat.format import ChatFormat
 from moe_edge.runner.chatformat.qwen_coder import SEED
@@ -11,7 +12,13 @@ from moe_edge.runner.chatformat.think import ThinkTags, without_thinking
 
 THINKING = ThinkTags("<seed:think>", "</seed:think>")
 
+def settings(told: dict[str, Any]) -> dict[str, Any]:
+    """Its template knows a budget of tokens; with none it does not think."""
+    return {"thinking_budget": 0, **told} if told.get("enable_thinking") is False else told
+
+
 FORMAT = ChatFormat(
     "seed", 105, lambda template: SEED.begin in template, tagged_parser(SEED, tags=THINKING),
     tags=(THINKING.open, THINKING.close, *SEED.tokens), prepare=functools.partial(without_thinking, tags=THINKING),
+    settings=settings,
 )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moe_edge.runner.chatformat.format import ChatFormat
 from moe_edge.runner.chatformat.named_calls import NameTags, named_parser
-from moe_edge.runner.chatformat.think import ThinkTags
+from moe_edge.runner.chatformat.think import ThinkTags, least_effort
 
 THINKING = ThinkTags("<|think|>", "<|end|><|begin|>assistant", ("<|content|>",))
 STYLE = NameTags(
@@ -14,5 +14,5 @@ STYLE = NameTags(
 
 FORMAT = ChatFormat(
     "solar", 55, lambda template: STYLE.call in template, named_parser(STYLE, tags=THINKING),
-    tags=(*STYLE.tokens, THINKING.open, "<|content|>", "<|begin|>", "<|end|>"),
+    tags=(*STYLE.tokens, THINKING.open, "<|content|>", "<|begin|>", "<|end|>"), settings=least_effort,
 )  # fmt: skip

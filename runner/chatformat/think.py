@@ -101,6 +101,11 @@ def without_thinking(messages: list[Message], tags: ThinkTags = THINK) -> list[M
     return cleaned
 
 
+def least_effort(told: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a family that knows efforts alone: kept from thinking, it gets the least."""
+    return {"reasoning_effort": "low", **told} if told.get("enable_thinking") is False else told
+
+
 def make_parser(prompt: str, tools: Sequence[Mapping[str, Any]]) -> ThinkParser:
     return ThinkParser(opened_by(prompt))
 
