@@ -7,8 +7,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The vision library of llama.cpp is not used; skipping it shortens the one long build.
-export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF
+# The vision library of llama.cpp is not used; skipping it shortens the one long build. The RPC backend carries layers
+# to other boards.
+export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DGGML_RPC=ON
 SOURCES := $(shell find convert models schedulers runner native pyproject.toml -type f -not -name '*.pyc' -not -name '*.so')
 DEMO := build/demo
 
