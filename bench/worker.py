@@ -34,7 +34,7 @@ class Job:
     """What to run. tokens: one list for each text, n_prompt of them in one prefill and the others one by one.
 
     join: the cgroup.procs files of the groups to enter. ram_bytes: for moe-edge; None: auto. policy: PolicyOptions of
-    moe-edge; empty: exact.
+    moe-edge; empty: exact. pace: bytes a second that moe-edge reads experts with, at most.
     """
 
     arm: str
@@ -47,6 +47,7 @@ class Job:
     ram_bytes: int | None
     join: list[str]
     policy: dict[str, Any] = field(default_factory=dict)
+    pace: int | None = None
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def _moe_edge(job: Job) -> Opened:
 
     options = EngineOptions(
         ram_bytes=job.ram_bytes, n_ctx=job.n_ctx, n_ubatch=job.n_ubatch, n_threads=job.n_threads, flash_attn=False,
-        policy=PolicyOptions(**job.policy),
+        disk_bytes_per_second=job.pace, policy=PolicyOptions(**job.policy),
     )  # fmt: skip
     with Engine(job.model, options) as engine, engine.decoding():
         facts = {"ram_bytes": engine.plan.budget_bytes, "arena_bytes": engine.plan.arena_bytes}

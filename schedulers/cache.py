@@ -6,7 +6,7 @@ The order of eviction is a rule's (rule.py); what is in use or protected goes la
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from moe_edge.models.errors import BudgetTooSmall
 from moe_edge.schedulers.eviction import make_rule
@@ -155,6 +155,24 @@ class ExpertCache:
         if self._window is not None:
             self._stream(self._window, unit)
         return victims
+
+    def add_ahead(self, units: Sequence[int], allowance: float) -> list[tuple[int, list[int]]]:
+        """Put in absent units that a later step needs, in this order, as far as `allowance` bytes go; each with its
+        victims. Nothing goes that is in use, protected, or put in here. The present step may not add any more."""
+        before, self._window = self._protected, None
+        in_use = self._in_use()
+        self.protect(before | in_use | frozenset(units))
+        kept_bytes = sum(self._units[u] for u in before | in_use if u in self._units)
+        added: list[tuple[int, list[int]]] = []
+        for unit in units:
+            size = self._unit_bytes[unit]
+            if size > allowance or kept_bytes + size > self.arena_bytes:
+                break
+            added.append((unit, self.add(unit)))
+            allowance -= size
+            kept_bytes += size
+        self.protect(before)
+        return added
 
     def _stream(self, window: deque[int], unit: int) -> None:
         """A unit of a step that streams was planned: those before the window may go."""

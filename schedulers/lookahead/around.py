@@ -160,13 +160,13 @@ class LookAheadPolicy:
         return plan
 
     def meanwhile(self, step: Step) -> Sequence[Prefetch]:
-        self.inner.meanwhile(step)
+        certain = self.inner.meanwhile(step)
         if self._guesses:
             self._settle(step)
         if not self._looking or step.ask_ahead is None:
             if self._protected:
                 self._protect(set())
-            return ()
+            return certain
         n_used, depth, width = max(1, len(step.experts) // step.n_tokens), self.depth, len(step.experts)
         if self._auto and self.controller:
             setting = self.controller.setting(step.layer)
@@ -273,9 +273,7 @@ class LookAheadPolicy:
         total = sum(p.score for p in predicted) or 1.0
         weights = [p.score / total for p in predicted]
         ones = [1] * len(weights)
-        return self.inner.wishes(
-            Step(layer, [p.expert for p in predicted], ones, weights, [w * w for w in weights])
-        )
+        return self.inner.wishes(Step(layer, [p.expert for p in predicted], ones, weights, [w * w for w in weights]))
 
     def _prefetch(
         self, step: Step, wanted: list[tuple[int, list[int]]], predicted: set[int], n_used: int

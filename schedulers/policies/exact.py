@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from moe_edge.schedulers.layout import Layout, Step, StepPlan
+from collections.abc import Sequence
+
+from moe_edge.schedulers.layout import Layout, Prefetch, Step, StepPlan
+from moe_edge.schedulers.lookahead.prompt import PromptAhead
 from moe_edge.schedulers.policies.entry import PolicyEntry
 from moe_edge.schedulers.policies.levels import HIGH, LevelPolicy
+from moe_edge.schedulers.usage import Usage
 
 
 class ExactLru(LevelPolicy):
@@ -20,13 +24,24 @@ class ExactLru(LevelPolicy):
 
     def __init__(self, layout: Layout, arena_bytes: int) -> None:
         super().__init__(layout, arena_bytes)
+        self._ahead = PromptAhead(layout, self.cache)
         self.stats.expected_damage = 0.0
+
+    def use_cache(self, rule: str, usage: Usage | None = None, count: Usage | None = None) -> None:
+        super().use_cache(rule, usage, count)
+        self._ahead = PromptAhead(self._layout, self.cache)
 
     def plan(self, step: Step) -> StepPlan | None:
         self.stats.wanted_high += len(step.experts)
-        if self._all_high(step):
-            return None
-        return self.serve(step, [HIGH] * len(step.experts))
+        plan = None if self._all_high(step) else self.serve(step, [HIGH] * len(step.experts))
+        if step.n_tokens > 1 and self._ahead.wants(step):
+            step.later = True
+        return plan
+
+    def meanwhile(self, step: Step) -> Sequence[Prefetch]:
+        """Let the eviction rule learn, and read for the next layer of a prompt."""
+        super().meanwhile(step)
+        return self._ahead.fetch(step) if self._ahead.wants(step) else ()
 
 
 POLICY = PolicyEntry(

@@ -94,7 +94,7 @@ class LevelPolicy:
         self.cache.reset(resident)
 
     def meanwhile(self, step: Step) -> Sequence[Prefetch]:
-        """Let the eviction rule learn. Nothing is fetched ahead."""
+        """Let the eviction rule learn. Nothing is fetched ahead: what level the next layer gets is not known yet."""
         self.cache.learn()
         return ()
 

@@ -1,0 +1,55 @@
+"""Reading for the next layer of a prompt while this layer's last experts and the next attention are computed.
+
+A micro-batch of many tokens uses nearly every expert of every layer, so what the next layer needs is known without a
+prediction, and a disk that would idle through the attention reads it. What is read so takes a small share of the arena.
+Exact, as all look-ahead is: it changes when bytes are read, never which.
+"""
+
+from __future__ import annotations
+
+from moe_edge.schedulers.cache import ExpertCache
+from moe_edge.schedulers.layout import Layout, Prefetch, Step
+
+# From so many tokens on, a prompt's micro-batch uses about nine of ten experts of a layer (issue 5, part A).
+PROMPT_TOKENS = 64
+# The share of this layer's experts that this micro-batch must use for the next layer's to be read unseen.
+NEARLY_ALL = 0.9
+# Of the arena, for what is read ahead. Its places hold nothing else meanwhile, so a prompt reads that much more a pass.
+PROMPT_SHARE = 0.03
+
+
+class PromptAhead:
+    """What to read of the next layer, for one cache. fetch() is for steps of PROMPT_TOKENS or more.
+
+    The experts that the micro-batch before used most come first. The first one has none before it: there they come in
+    the order of their numbers, as the step itself would read them, and only where this layer used nearly all it has.
+    """
+
+    def __init__(self, layout: Layout, cache: ExpertCache) -> None:
+        self._layout, self._cache = layout, cache
+        self._counts: dict[int, dict[int, int]] = {}  # layer -> expert -> tokens of the latest micro-batch
+
+    def wants(self, step: Step) -> bool:
+        """Whether fetch() has anything to do for this step, asked before it is planned."""
+        return step.n_tokens >= PROMPT_TOKENS and step.layer + 1 < self._layout.n_layers
+
+    def fetch(self, step: Step) -> list[Prefetch]:
+        """Units of the next layer to read now, in this order. The step must be the one that the cache noted last."""
+        layout, layer = self._layout, step.layer + 1
+        self._counts[step.layer] = dict(zip(step.experts, step.counts, strict=True))
+        experts: list[int]
+        if layer in self._counts:
+            counts = self._counts[layer]
+            experts = sorted(counts, key=lambda expert: -counts[expert])
+        elif len(step.experts) >= NEARLY_ALL * layout.n_experts[step.layer]:
+            experts = list(range(layout.n_experts[layer]))
+        else:
+            return []
+        first, n_levels = layout.first_unit[layer], layout.n_levels
+        absent = [
+            first + expert * n_levels
+            for expert in experts
+            if not any(first + expert * n_levels + level in self._cache for level in range(n_levels))
+        ]
+        added = self._cache.add_ahead(absent, PROMPT_SHARE * self._cache.arena_bytes)
+        return [Prefetch(unit, victims) for unit, victims in added]

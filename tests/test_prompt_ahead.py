@@ -1,0 +1,109 @@
+"""Reading ahead for a prompt: what is fetched, what makes room for it, and that the bits stay stock's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import open_engine
+from moe_edge.schedulers.cache import ExpertCache
+from moe_edge.schedulers.eviction import RULES
+from moe_edge.schedulers.layout import Layout, Step
+from moe_edge.schedulers.lookahead.prompt import PROMPT_SHARE, PROMPT_TOKENS, PromptAhead
+from moe_edge.schedulers.options import PolicyOptions
+from moe_edge.schedulers.policy import make_policy
+from random_models import Shape, write_random_model
+from reference import logits_of_context, stock_logits
+
+SIZE = 4096
+
+
+def small_layout(n_layers: int = 3, n_experts: int = 64, n_levels: int = 1) -> Layout:
+    return Layout((n_experts,) * n_layers, n_levels, (SIZE,) * (n_layers * n_experts * n_levels))
+
+
+def prompt_step(layer: int, experts: list[int], n_tokens: int = PROMPT_TOKENS) -> Step:
+    counts = [1 + expert % 5 for expert in experts]
+    return Step(layer, experts, counts, [1.0] * len(experts), [1.0] * len(experts), n_tokens)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_it_stays_within_its_share_and_evicts_nothing_in_use(rule: str) -> None:
+    layout, n_places = small_layout(), 100
+    policy = make_policy(PolicyOptions(cache=rule), layout, n_places * SIZE)
+    for _ in range(4):
+        for layer in range(layout.n_layers):
+            step = prompt_step(layer, list(range(64)))
+            plan = policy.plan(step)
+            assert step.later or layer == 2  # some rules learn after the last layer too
+            fetched = policy.meanwhile(step)
+            own = set(layout.layer_units(layer))
+            assert len(fetched) == (PROMPT_SHARE * n_places if layer < 2 else 0)
+            for unit, victims in fetched:
+                assert unit in layout.layer_units(layer + 1) and unit in policy.cache
+                assert not own & set(victims)
+            assert policy.used_bytes <= n_places * SIZE
+            assert plan is None or len(plan.order) == 64
+
+
+def test_the_most_used_of_the_micro_batch_before_come_first() -> None:
+    layout = small_layout()
+    cache = ExpertCache(layout, 100 * SIZE)
+    ahead = PromptAhead(layout, cache)
+    second = prompt_step(1, [3, 4, 9, 14])
+    cache.note(second)
+    ahead.fetch(second)
+    first = prompt_step(0, [0, 1])
+    cache.note(first)
+    for unit in (0, 1):
+        cache.add(unit)
+    cache.reset((0, 1))
+    cache.note(first)
+    # 4, 9 and 14 had five tokens each, 3 had four; experts that were not used are not read at all.
+    assert [unit - 64 for unit, _ in ahead.fetch(first)] == [4, 9, 14]
+
+
+def test_nothing_is_guessed_where_a_layer_uses_few_of_its_experts() -> None:
+    layout = small_layout()
+    cache = ExpertCache(layout, 100 * SIZE)
+    step = prompt_step(0, list(range(57)))  # of 64: less than nine of ten
+    cache.note(step)
+    assert not PromptAhead(layout, cache).fetch(step)
+
+
+def test_nothing_for_few_tokens_or_the_last_layer() -> None:
+    layout = small_layout()
+    ahead = PromptAhead(layout, ExpertCache(layout, 100 * SIZE))
+    assert not ahead.wants(prompt_step(0, [1], PROMPT_TOKENS - 1))
+    assert not ahead.wants(prompt_step(2, [1]))
+    assert ahead.wants(prompt_step(1, [1]))
+
+
+def test_an_expert_in_memory_at_any_level_is_left_alone() -> None:
+    layout = small_layout(n_levels=2)
+    cache = ExpertCache(layout, 100 * SIZE)
+    cache.reset([layout.first_unit[1] + 1])  # expert 0 of layer 1, low
+    step = prompt_step(0, list(range(64)))
+    cache.note(step)
+    units = [unit for unit, _ in PromptAhead(layout, cache).fetch(step)]
+    assert units == [layout.first_unit[1] + 2, layout.first_unit[1] + 4, layout.first_unit[1] + 6]
+
+
+@pytest.mark.parametrize("rule", ["auto", "lru"])
+def test_the_bits_are_stocks_while_it_reads_ahead(tmp_path: Path, rule: str) -> None:
+    path = write_random_model(tmp_path / "wide.gguf", "olmoe", Shape(n_layer=4, n_expert=96, n_used=8))
+    tokens = [(7 * i) % 200 + 1 for i in range(3 * PROMPT_TOKENS)]
+    expected = stock_logits(path, tokens, PROMPT_TOKENS, 1, n_ctx=256)
+    engine = open_engine(
+        path, "middle", n_ctx=256, n_ubatch=PROMPT_TOKENS, n_threads=1, logits_all=True,
+        policy=PolicyOptions(cache=rule),
+    )  # fmt: skip
+    with engine, engine.decoding():
+        llama = engine.llama
+        ours = logits_of_context(llama._ctx.ctx, llama._model.model, tokens, PROMPT_TOKENS)
+        counters = engine.counters()
+    assert np.array_equal(ours, expected)
+    assert counters.prefetched > 0 and counters.evictions > 0
+    assert counters.prefetch_useful > 0.8 * counters.prefetched
+    assert counters.committed_bytes <= engine.plan.arena_bytes
