@@ -10,7 +10,7 @@ from moe_edge.models.errors import CannotRun, UnknownArchitecture, UnknownName, 
 from moe_edge.models.formats.gguf import read_gguf
 from moe_edge.models.store.store import ExpertModel, open_model
 from moe_edge.runner import signals
-from moe_edge.runner.engine_options import CACHE_TYPES, EngineOptions, attention_defaults
+from moe_edge.runner.engine_options import CACHE_TYPES, EngineOptions, attention_defaults, buffer_bytes
 from moe_edge.runner.llama import LOAD_LOCK, captured_log, explained, load_llama
 from moe_edge.runner.native import NativeModel
 from moe_edge.runner.paths import AnyPath
@@ -88,7 +88,8 @@ class Loading:
 
     def _attention(self) -> tuple[bool, int]:
         """(flash_attn, n_ubatch) as asked for, or the defaults for this model."""
-        flash, n_ubatch = attention_defaults(self.n_ctx, self.n_head, self.model.expert_bytes)
+        token_bytes = buffer_bytes(self.model.layers[0].n_embd, self.model.n_expert_used)
+        flash, n_ubatch = attention_defaults(self.n_ctx, self.n_head, self.model.expert_bytes, token_bytes)
         o = self.options
         n_ubatch = min(o.n_ubatch or n_ubatch, self.n_ctx)
         for kind in (o.cache_type_k, o.cache_type_v):

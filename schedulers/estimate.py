@@ -35,6 +35,7 @@ LOCALITY_BAND = 0.25  # of the misses, to either side
 # Slow, expected, fast.
 DECODE_OVERLAP = (0.25, 0.5, 0.9)
 PREFILL_OVERLAP = (0.25, 0.7, 1.0)
+STREAMED_SHARE = 0.9  # of the arena's share of a layer, what a prompt's next micro-batch finds of it
 DISK_BAND = (0.8, 1.0, 1.1)  # of the probed speed
 COMPUTE_BAND = (0.8, 1.0, 1.1)
 
@@ -238,14 +239,15 @@ def first_token_seconds(work: ModelWork, arena_bytes: int, speeds: MachineSpeeds
     """A prompt from a cold start: each micro-batch reads the experts it touches once.
 
     A later micro-batch finds what is left in the arena: under LRU nothing when the first one touched more than fits
-    (slow), at best the arena's share (fast).
+    (slow), at best the arena's share (fast). The other rules keep a part of each layer and stream the rest through a
+    few places, which comes to nearly that share: reads 1.04 times Belady's (docs/LOG.md, 2026-11-26).
     """
     sizes = [min(n_ubatch, n_prompt - at) for at in range(0, n_prompt, n_ubatch)]
     total = [0.0, 0.0, 0.0]
     for number, n_tokens in enumerate(sizes):
         touched = touched_bytes(work, n_tokens)
         share = min(1.0, arena_bytes / touched)
-        for i, kept in enumerate((0.0, share / 2, share) if share < 1 else (1.0, 1.0, 1.0)):
+        for i, kept in enumerate((0.0, STREAMED_SHARE * share, share) if share < 1 else (1.0, 1.0, 1.0)):
             read = touched * (1 - kept if number else 1.0) / work.delivery(speeds, DISK_BAND[i])
             compute = prefill_compute_seconds(work, speeds, n_tokens) / COMPUTE_BAND[i]
             total[i] += busy_seconds(read, compute, PREFILL_OVERLAP[i])

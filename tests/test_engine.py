@@ -15,9 +15,10 @@ from conftest import open_engine
 from moe_edge.models.errors import BudgetTooSmall, EngineError, Stopped, UsageError, WrongLibrary
 from moe_edge.runner.capi import check_abi
 from moe_edge.runner.engine import Engine
-from moe_edge.runner.engine_options import EngineOptions, attention_defaults
+from moe_edge.runner.engine_options import EngineOptions, attention_defaults, buffer_bytes
 from moe_edge.runner.generate import Sampling, generate
 from moe_edge.runner.llama import log_megabytes
+from moe_edge.runner.sizes import sizes_of
 from moe_edge.schedulers.layout import Step, StepPlan
 from random_models import Shape, write_random_model
 from reference import logits_of_context, stock_logits
@@ -198,9 +199,22 @@ def test_the_compute_buffer_has_room_for_one_row_of_logits_only(tmp_path: Path) 
 
 
 def test_attention_defaults_depend_on_the_model_and_the_context_alone() -> None:
-    assert attention_defaults(4096, 32, 17 << 30) == (True, 512)  # Qwen3-30B-A3B
-    assert attention_defaults(2048, 4, 13 << 20) == (False, 128)  # the embedded model
-    assert attention_defaults(256, 4, 1 << 30) == (False, 512)
+    qwen = buffer_bytes(2048, 8)
+    assert attention_defaults(4096, 32, 17 << 30, qwen) == (True, 1024)  # Qwen3-30B-A3B
+    assert attention_defaults(4096, 32, 60 << 30, qwen) == (True, 2048)
+    assert attention_defaults(1500, 32, 60 << 30, qwen) == (True, 1024)  # no larger than the context
+    assert attention_defaults(4096, 32, 5 << 30, qwen) == (True, 512)
+    assert attention_defaults(2048, 4, 13 << 20, buffer_bytes(256, 4)) == (False, 128)  # the embedded model
+    assert attention_defaults(256, 4, 1 << 30, qwen) == (False, 512)
+
+
+def test_a_micro_batch_takes_what_its_buffers_are_said_to_take(tmp_path: Path) -> None:
+    path = write_random_model(tmp_path / "m.gguf", "qwen3moe", Shape(n_embd=512, n_used=8, n_expert=16, n_ctx=4096))
+    sizes = [
+        sizes_of(path, EngineOptions(n_ctx=4096, n_ubatch=n, flash_attn=True, n_threads=1)).plan.fixed.compute_bytes
+        for n in (512, 1024)
+    ]
+    assert (sizes[1] - sizes[0]) / 512 == pytest.approx(buffer_bytes(512, 8), rel=0.25)
 
 
 def test_keeping_only_the_llama_keeps_its_engine(random_model: Callable[[str], Path]) -> None:

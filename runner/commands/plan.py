@@ -9,6 +9,7 @@ import click
 from moe_edge.runner import terminal
 from moe_edge.runner.commands.parameters import (
     MODEL,
+    SOME_TOKENS,
     THREADS,
     TOKENS,
     SectionedCommand,
@@ -24,12 +25,13 @@ from moe_edge.runner.commands.parameters import (
 @click.option("-c", "--ctx-size", "n_ctx", type=TOKENS, default=0)
 @click.option("-ub", "--ubatch-size", "n_ubatch", type=TOKENS, default=0)
 @click.option("-t", "--threads", "n_threads", type=THREADS, default=0)
+@click.option("--prompt-tokens", "n_prompt", type=SOME_TOKENS, default=512, help="Of the first token. Default: 512.")
 @click.option("--disk", help="What the disk delivers, like 440MB/s. Default: as `doctor` measured it.")
 @click.option("--trace", "trace_file", type=click.Path(path_type=Path), help="Take the hits from this trace.")
 @click.option("--json", "as_json", is_flag=True)
 def command(
-    model: str | None, ram: int | None, n_ctx: int, n_ubatch: int, n_threads: int, disk: str | None,
-    trace_file: Path | None, as_json: bool,
+    model: str | None, ram: int | None, n_ctx: int, n_ubatch: int, n_threads: int, n_prompt: int,
+    disk: str | None, trace_file: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Say before loading whether MODEL will run, how its memory is split, and how fast it will be.
 
@@ -41,7 +43,7 @@ def command(
 
     result = run(
         model or tiny_model_path(), ram, n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads,
-        disk_bytes_per_second=parse_disk_speed(disk) if disk else None,
+        n_prompt=n_prompt, disk_bytes_per_second=parse_disk_speed(disk) if disk else None,
         trace=load_trace(trace_file) if trace_file else None, tell=terminal.say,
     )  # fmt: skip
     print_result(result.to_json() if as_json else result.text())

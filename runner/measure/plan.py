@@ -27,13 +27,22 @@ from moe_edge.runner.measure.doctor import Facts, Tell, doctor, machine_speeds, 
 from moe_edge.runner.measure.probe import BLOCK_BYTES, Unmeasured, unpack_bytes_per_second
 from moe_edge.runner.memory import auto_budget, usable_bytes
 from moe_edge.schedulers.budget import MemoryPlan, format_arg, format_bytes, plan_memory
-from moe_edge.schedulers.estimate import Band, Estimate, MachineSpeeds, ModelWork, enough_arena_bytes, estimate
+from moe_edge.schedulers.estimate import (
+    Band,
+    Estimate,
+    MachineSpeeds,
+    ModelWork,
+    enough_arena_bytes,
+    estimate,
+    first_token_seconds,
+)
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.replay.simulate import simulate_policy
 from moe_edge.schedulers.replay.trace import Trace
 
 N_PROMPT = 512
 WORTH_PACKING = 1.03  # times the speed
+WORTH_MORE_ROWS = 1.1
 WORDS = ((20.0, "FAST"), (8.0, "GOOD"), (3.0, "USABLE"), (0.0, "SLOW"))  # tok/s; reading speed is about 5
 
 
@@ -135,6 +144,7 @@ class _ModelFacts:
     piece_bytes: int
     n_ctx: int
     n_ubatch: int
+    n_embd: int
     probe_target: Path
     files_bytes: int
     present_bytes: int
@@ -170,6 +180,7 @@ def _decide(
         notes.append(f"this is more than is free now; {auto_budget().reason}")
     if found is not None and speeds is not None and split is not None:
         notes += _gain_of_packing(m, found, split.arena_bytes, speeds, hits)
+        notes += _gain_of_micro_batch(m, found, split.arena_bytes, speeds, n_prompt)
     if m.present_bytes < m.files_bytes:
         notes.append(f"{format_bytes(m.present_bytes)} of {format_bytes(m.files_bytes)} are on this disk; get the rest")
     verdict = "WILL NOT RUN" if not will_run else _word(found) if found else "RUNS"
@@ -195,6 +206,25 @@ def _gain_of_packing(
     if gain < WORTH_PACKING:
         return []
     return [f"convert --pack planes would decode {gain:.2f} times as fast on this disk, without loss"]
+
+
+def _gain_of_micro_batch(
+    m: _ModelFacts, found: Estimate, arena_bytes: int, speeds: MachineSpeeds, n_prompt: int
+) -> list[str]:  # fmt: skip
+    """What twice the micro-batch would gain for this prompt, in words; nothing below WORTH_MORE_ROWS."""
+    from moe_edge.runner.engine_options import buffer_bytes
+
+    larger = 2 * m.n_ubatch
+    if n_prompt <= m.n_ubatch or larger > m.n_ctx:
+        return []
+    taken = m.n_ubatch * buffer_bytes(m.n_embd, m.work.top_k)
+    if taken >= arena_bytes:
+        return []
+    now = found.ttft_seconds.expected
+    then = first_token_seconds(m.work, arena_bytes - taken, speeds, n_prompt, larger).expected
+    if now / then < WORTH_MORE_ROWS:
+        return []
+    return [f"-ub {larger} would take {format_bytes(taken)} more and bring the first token after {then:.0f} s"]
 
 
 def _word(found: Estimate) -> str:
@@ -258,6 +288,7 @@ def _read_model(path: Path, *, n_ctx: int, n_ubatch: int, n_threads: int) -> _Mo
             piece_bytes=sum(by_type.values()) // len(model.pieces),
             n_ctx=sizes.n_ctx,
             n_ubatch=sizes.n_ubatch,
+            n_embd=model.layers[0].n_embd,
             probe_target=largest if largest.stat().st_size >= BLOCK_BYTES else largest.absolute().parent,
             files_bytes=whole,
             present_bytes=min(whole, sum(f.stat().st_size for f in files)),
