@@ -59,7 +59,8 @@ def prefix_of_q6_k(rows: FloatArray) -> FloatArray:
     step = np.repeat(scales * d, 16, axis=1)
     q = np.rint(np.divide(exact, step, out=np.zeros_like(exact), where=step != 0))
     low = (4 * np.floor(q / 4) + 1.5) * step
-    return low.reshape(rows.shape).astype(np.float32)
+    values: FloatArray = low.reshape(rows.shape).astype(np.float32)
+    return values
 
 
 def direct(name: str) -> Values:
@@ -88,7 +89,7 @@ def converted(source: Path, out: Path, values: Values | None) -> Path:
     def patched(rows: FloatArray, type_id: int, importance: FloatArray | None = None) -> bytes:
         return original(values(rows) if type_id == F16 and values else rows, type_id, importance)
 
-    quantizer.quantize = patched  # type: ignore[assignment]
+    quantizer.quantize = patched
     try:
         convert(source, out, "F16" if values else "BF16", threads=1)
     finally:
