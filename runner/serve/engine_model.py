@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from moe_edge.runner.chat import chat_template
 from moe_edge.runner.chatformat.format import Parser
 from moe_edge.runner.chatformat.parts import Reasoning, Text, ToolEnd, ToolStart
 from moe_edge.runner.chatformat.plain import PlainParser
-from moe_edge.runner.chatformat.think import opened_by
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.events import Piece, TokenLogprob
 from moe_edge.runner.generate import Generation, stream
@@ -37,7 +36,7 @@ from moe_edge.runner.protocol import (
     check_fits,
     traded_of,
 )
-from moe_edge.runner.sampling import ROOT, Sampling, check_grammar
+from moe_edge.runner.sampling import Sampling, check_grammar
 from moe_edge.runner.serve import grammar
 from moe_edge.runner.serve.forced_call import ForcedCallParser
 from moe_edge.runner.template import ChatTemplate
@@ -80,7 +79,8 @@ class EngineModel:
         if not tokens:
             raise UsageError("the prompt is empty; give at least one word")
         limit = request.n_tokens or self._n_tokens or n_ctx
-        plan = ReplyPlan(self._parser(request, text), self._stop(request), self._sampling(request, text))
+        form = self._form(request, text)
+        plan = ReplyPlan(self._parser(request, text, form), self._stop(request), self._sampling(request, form))
         return Prepared(request, tuple(tokens), min(limit, n_ctx - len(tokens)), plan)
 
     def _prompt(self, request: Request) -> tuple[list[int], str]:
@@ -121,36 +121,40 @@ class EngineModel:
         tokens, text = template.tokens(messages, request.tools, **template_kwargs(request))
         if begun is None or not begun.get("content"):
             return tokens, text
-        if "<|channel|>" in self._tags or opened_by(text):
+        if not template.format.thinking.can_go_on(text):
             raise UsageError("this model's answers begin with thinking, so an answer that is begun cannot be gone on")
         answer = begun["content"]
         return tokens + tokenize(self._engine.llama, answer, special=False, add_bos=False), text + answer
 
-    def _parser(self, request: Request, text: str) -> Callable[[], Parser]:
+    def _form(self, request: Request, text: str) -> grammar.Form | None:
+        """Raises UsageError for a form that this model cannot keep to."""
+        template = self._template
+        chat = template.format if template is not None and request.messages is not None else None
+        form = grammar.reply_form(request, chat, template.text if template is not None else "", text)
+        if form is not None:
+            check_grammar(self._engine.llama, form.grammar, form.root)
+        return form
+
+    def _parser(self, request: Request, text: str, form: grammar.Form | None) -> Callable[[], Parser]:
         template = self._template
         if request.messages is None or template is None:
             inner: Callable[[], Parser] = PlainParser
         else:
-            form, tools = template.format, request.tools
-            inner = functools.partial(form.parser, text, tools)
-        return (lambda: ForcedCallParser(inner())) if grammar.forces_call(request) else inner
+            inner = functools.partial(template.format.parser, text, request.tools)
+        in_json = form is not None and form.is_call and not form.in_own_words
+        return (lambda: ForcedCallParser(inner())) if in_json else inner
 
     def _stop(self, request: Request) -> tuple[str, ...]:
         chat = request.messages is not None and self._template is not None
         end = self._template.eos_text if chat and self._template is not None else ""
         return (*request.stop, end) if end else request.stop
 
-    def _sampling(self, request: Request, text: str) -> Sampling:
-        """Raises UsageError for a form or a bias that this model cannot keep to."""
+    def _sampling(self, request: Request, form: grammar.Form | None) -> Sampling:
+        """Raises UsageError for a bias that names no token."""
         n_vocab = self.facts.n_vocab
         if wrong := [token for token, _ in request.sampling.logit_bias if token >= n_vocab]:
             raise UsageError(f"logit_bias names token {wrong[0]}, but the vocabulary has {n_vocab}")
-        form, root = grammar.form_of(request), ROOT
-        if form is not None and request.messages is not None:
-            form, root = grammar.after_thinking(form, self._tags, opened_by(text)), grammar.ROOT
-        if form is not None:
-            check_grammar(self._engine.llama, form, root)
-        return _chosen(request.sampling, self._defaults, form, root, request.logprobs)
+        return _chosen(request.sampling, self._defaults, form, request.logprobs)
 
     # ---- the turn
 
@@ -318,7 +322,7 @@ def template_kwargs(request: Request) -> dict[str, Any]:
     return thinking_settings(request.think, request.effort) | given
 
 
-def _chosen(choice: SamplingChoice, d: Sampling, form: str | None, root: str, logprobs: int | None) -> Sampling:
+def _chosen(choice: SamplingChoice, d: Sampling, form: grammar.Form | None, logprobs: int | None) -> Sampling:
     def pick(name: str) -> Any:
         value = getattr(choice, name)
         return getattr(d, name) if value is None else value
@@ -327,7 +331,8 @@ def _chosen(choice: SamplingChoice, d: Sampling, form: str | None, root: str, lo
         "temp", "top_k", "top_p", "min_p", "repeat_penalty", "seed", "presence_penalty", "frequency_penalty",
     )  # fmt: skip
     chosen = {name: pick(name) for name in names}
-    return Sampling(**chosen, logit_bias=choice.logit_bias, grammar=form, grammar_root=root, logprobs=logprobs)
+    sampling = Sampling(**chosen, logit_bias=choice.logit_bias, logprobs=logprobs)
+    return sampling if form is None else replace(sampling, grammar=form.grammar, grammar_root=form.root)
 
 
 def _facts(engine: Engine, name: str, template: ChatTemplate | None, d: Sampling) -> ModelFacts:
