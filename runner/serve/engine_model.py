@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,18 +43,23 @@ from moe_edge.runner.serve.forced_call import ForcedCallParser
 from moe_edge.runner.template import ChatTemplate
 from moe_edge.runner.thinking import checked_settings, thinking_settings
 from moe_edge.runner.tokens import find_tokens, token_bytes, tokenize
+from moe_edge.runner.truncate import without_oldest
 
+A_MESSAGE = 8  # tokens that a template puts around one
+BYTES_A_TOKEN_OF_JSON = 3
 BYTES_A_TOKEN = 32  # on average, which no language and no program reaches; a text of more is not even tokenized
 NEW_BELOW = 16  # tokens that a prompt shares with the last one; with fewer it is taken for another conversation
 
 
 @dataclass(frozen=True)
 class ReplyPlan:
-    """What prepare() found out for run(). parser: makes the one for this reply. stop: the request's and the end's."""
+    """What prepare() found out for run(). parser: makes the one for this reply. stop: the request's and the end's.
+    dropped: messages that were left out."""
 
     parser: Callable[[], Parser]
     stop: tuple[str, ...]
     sampling: Sampling
+    dropped: int = 0
 
 
 class EngineModel:
@@ -73,15 +79,38 @@ class EngineModel:
         return self._prompt(request)[1]
 
     def prepare(self, request: Request) -> Prepared:
+        request, dropped = self._fitting(request)
         tokens, text = self._prompt(request)
         n_ctx = self._engine.n_ctx
         check_fits(len(tokens), n_ctx)
         if not tokens:
             raise UsageError("the prompt is empty; give at least one word")
         limit = request.n_tokens or self._n_tokens or n_ctx
+        if not self._engine.options.context_shift:
+            limit = min(limit, n_ctx - len(tokens))
         form = self._form(request, text)
-        plan = ReplyPlan(self._parser(request, text, form), self._stop(request), self._sampling(request, form))
-        return Prepared(request, tuple(tokens), min(limit, n_ctx - len(tokens)), plan)
+        plan = ReplyPlan(
+            self._parser(request, text, form), self._stop(request), self._sampling(request, form), dropped
+        )
+        return Prepared(request, tuple(tokens), limit, plan)
+
+    def _fitting(self, request: Request) -> tuple[Request, int]:
+        """The request, without the oldest turns of a conversation that is too long, if its dialect has it so; and how
+        many messages were left out."""
+        messages, template = request.messages, self._template
+        if messages is None or template is None or not request.truncate:
+            return request, 0
+        n_ctx, llama = self._engine.n_ctx, self._engine.llama
+        texts = [str(m.get("content") or "") + json.dumps(m.get("tool_calls") or "") for m in messages]
+        sizes = [
+            n_ctx if len(text) > BYTES_A_TOKEN * n_ctx
+            else A_MESSAGE + len(tokenize(llama, text, special=False, add_bos=False))
+            for text in texts
+        ]  # fmt: skip
+        tools = sum(len(json.dumps(tool)) for tool in request.tools) // BYTES_A_TOKEN_OF_JSON
+        room = max(n_ctx - (request.n_tokens or self._n_tokens or n_ctx // 8), n_ctx // 2)
+        kept = without_oldest(messages, sizes, tools, room, n_ctx // 2)
+        return replace(request, messages=tuple(kept)), len(messages) - len(kept)
 
     def _prompt(self, request: Request) -> tuple[list[int], str]:
         """(tokens, text). A model without a template goes on with the contents of the messages."""
@@ -182,15 +211,19 @@ class EngineModel:
                     emit(event)
         reply.finish()
         stop_text = result.stop_text if result.stop_text in prepared.request.stop else None
-        return End(reply.reason(result), self._usage(result, reply), stop_text)
+        return End(reply.reason(result), self._usage(result, reply, plan.dropped), stop_text)
 
-    def _usage(self, g: Generation, reply: _Reply) -> Usage:
+    def _usage(self, g: Generation, reply: _Reply, dropped: int) -> Usage:
         traded = traded_of(
             hits=g.counters.hits, uses=g.counters.uses, bytes_read=g.counters.bytes_read, low=g.counters.low_uses,
             skipped=g.counters.skipped_uses, expected_kld=g.expected_kld, policy=self._engine.policy.name,
         )  # fmt: skip
         if self._engine.options.lossy_cache:
             traded["kv_cache"] = self._engine.options.lossy_cache
+        if self._engine.options.context_shift:
+            traded["context_shifted_tokens"] = g.shifted_tokens
+        if dropped:
+            traded["dropped_messages"] = dropped
         return Usage(
             g.prompt_tokens, g.reused_tokens, g.generated_tokens, reply.n_reasoning, 0.0, g.ttft_seconds,
             g.decode_seconds, traded,
