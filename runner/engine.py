@@ -197,6 +197,8 @@ class Engine:
         o = resolve_options(o, calibration)
         if self.options.lossy_cache:
             lines.append(f"lossy: {self.options.lossy_cache}")
+        if self.options.context_shift:
+            lines.append("lossy: context shift: a full context forgets its older half")
         if o.name != "exact":
             known = "" if calibration else "; its damage is not known: convert with --calibrate to have it measured"
             lines.append(f"lossy: policy {describe_options(o, calibration)}{known}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import time
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from moe_edge.runner.capi import Counters
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.events import Piece, Progress
 from moe_edge.runner.kv.prefix import prefill
+from moe_edge.runner.kv.shift import forget_shifted, shift
 from moe_edge.runner.memory import peak_rss_bytes
 from moe_edge.runner.sampling import Sampler
 from moe_edge.runner.sampling import Sampling as Sampling
@@ -77,6 +78,7 @@ class Generation:
     prompt_tokens: tokens of the prompt; reused_tokens of them were in the KV cache already and not evaluated.
     lookahead: at the end; of the experts prefetched, some may have been asked for by an earlier generation, and some
     may be settled by a later one.
+    shifted_tokens: that a full context has forgotten, see runner/kv/shift.py.
     finish_reason: stop, length, or stopped by whoever asked for it. stop_text: the one that ended it.
     """
 
@@ -94,6 +96,7 @@ class Generation:
     damage_scale: float = 1.0
     lookahead: LookAheadState | None = None
     lossy_cache: str = ""
+    shifted_tokens: int = 0
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -131,6 +134,8 @@ class Generation:
     def lossy_text(self) -> str:
         """What was traded, for the last line of a reply; empty when nothing was."""
         c, cache = self.counters, f", {self.lossy_cache}" if self.lossy_cache else ""
+        if self.shifted_tokens:
+            cache += f", {self.shifted_tokens} tokens of the context forgotten"
         if c.low_uses + c.skipped_uses == 0:
             return cache
         total = c.uses + c.skipped_uses
@@ -183,6 +188,7 @@ class Generation:
             "arena_bytes": engine.plan.arena_bytes,
             "peak_rss_bytes": peak_rss_bytes(),
             "warm_start": asdict(engine.preloaded) if engine.preloaded is not None else None,
+            "context_shifted_tokens": self.shifted_tokens,
             "cache_type_k": engine.options.cache_type_k,
             "cache_type_v": engine.options.cache_type_v,
             "policy": engine.policy.name,
@@ -235,8 +241,8 @@ def stream(
 
     It has the engine's turn to decode until it ends or is closed, and must be iterated by one thread.
 
-    Stops at the model's end-of-generation token, at a stop text, when the context is full, when should_stop() turns
-    true (asked before every micro-batch and every token), or when the engine is told to stop.
+    Stops at the model's end-of-generation token, at a stop text, when the context is full (unless it is to shift), when
+    should_stop() turns true (asked before every micro-batch and every token), or when the engine is told to stop.
     special: the names of control tokens in a prompt that is text are those tokens, as in stock create_completion.
     visible: control tokens whose names appear in the text; the others leave nothing there.
     ignore_end: go on after an end-of-generation token, for benchmarks.
@@ -250,7 +256,7 @@ def stream(
     writer = _TextWriter(stop)
     asked = should_stop or (lambda: False)
     try:
-        with engine.decoding(), Sampler(engine.llama, sampling or Sampling()) as sampler:
+        with engine.decoding(), _whole_memory(engine, out), Sampler(engine.llama, sampling or Sampling()) as sampler:
             out.reused_tokens = engine.keep_prefix(tokens)
             before, stats_before = engine.counters(), engine.policy.stats.copy()
             started = first = time.monotonic()
@@ -275,8 +281,12 @@ def stream(
                 if writer.found is not None:
                     out.finish_reason, out.stop_text = "stop", writer.found
                     break
-                if out.generated_tokens >= n_tokens or engine.llama.n_tokens + 1 >= engine.n_ctx:
+                if out.generated_tokens >= n_tokens:
                     break
+                if engine.llama.n_tokens + 1 >= engine.n_ctx:
+                    if not engine.options.context_shift:
+                        break
+                    out.shifted_tokens += shift(engine.llama)
                 if asked():
                     out.finish_reason = "stopped"
                     break
@@ -295,6 +305,16 @@ def stream(
     if engine.model.calibration is not None:
         out.damage_scale = engine.model.calibration.damage_scale
     return out
+
+
+@contextlib.contextmanager
+def _whole_memory(engine: Engine, out: Generation) -> Iterator[None]:
+    """However a reply ends, no later prompt goes on with a context that was shifted."""
+    try:
+        yield
+    finally:
+        if out.shifted_tokens:
+            forget_shifted(engine.llama)
 
 
 def prompt_tokens(engine: Engine, prompt: str | Sequence[int], n_tokens: int, *, special: bool) -> list[int]:

@@ -201,6 +201,25 @@ def cut_memory(llama: Any, n_tokens: int) -> bool:
     return True
 
 
+def can_shift(llama: Any) -> bool:
+    """Whether llama.cpp can give the cells of this model other positions."""
+    import llama_cpp
+
+    return bool(llama_cpp.llama_memory_can_shift(llama._ctx.memory))
+
+
+def shift_memory(llama: Any, n_keep: int, n_forget: int) -> None:
+    """Forget the n_forget tokens behind the first n_keep; those that follow move down. Raises EngineError."""
+    import llama_cpp
+
+    n, memory = llama.n_tokens, llama._ctx.memory
+    if not llama_cpp.llama_memory_seq_rm(memory, 0, n_keep, n_keep + n_forget):
+        raise EngineError(f"llama.cpp could not forget tokens {n_keep} to {n_keep + n_forget} of the context")
+    llama_cpp.llama_memory_seq_add(memory, 0, n_keep + n_forget, n, -n_forget)
+    llama.input_ids[n_keep : n - n_forget] = llama.input_ids[n_keep + n_forget : n].copy()
+    llama.n_tokens = n - n_forget
+
+
 def cannot_go_back(llama: Any) -> bool:
     """Whether the model keeps a recurrent state, which has no past: alone, or beside attention."""
     return bool(llama._is_recurrent or llama._is_hybrid)

@@ -59,7 +59,8 @@ class Request:
     token ids. one_tool: at most one tool call. schema: a JSON schema that the reply must follow; json_object: any JSON
     object; grammar: GBNF. n_tokens None: the server's default. logprobs: how many alternatives of each token to tell;
     None: tell none at all. think: whether a model that can is to think; None: the template's own default. effort: low,
-    medium, high. template_kwargs: passed to the chat template as they are.
+    medium, high. template_kwargs: passed to the chat template as they are. truncate: the oldest messages may be left
+    out of a conversation that does not fit.
     """
 
     messages: tuple[Mapping[str, Any], ...] | None = None
@@ -77,6 +78,7 @@ class Request:
     think: bool | None = None
     effort: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    truncate: bool = False
 
 
 # ---- events, in the order they may come: Progress*, (Logprobs | Part)*, End

@@ -18,7 +18,7 @@ LLAMA_CPP = {
     "moe_edge.runner.llama": "the door: loading, logs, threads, KV cache",
     "moe_edge.runner.tokens": "its vocabulary; below the door, which uses it",
     "moe_edge.runner.sampling": "its samplers and grammars",
-    "moe_edge.runner.serve.grammar": "its grammar of a JSON schema",
+    "moe_edge.runner.serve.schema": "its grammar of a JSON schema",
     "moe_edge.runner.serve.engine_model": "the number of parameters, for clients that ask",
     "moe_edge.runner.capi": "its libraries are loaded before ours",
     "moe_edge.runner.native": "its thread pools",

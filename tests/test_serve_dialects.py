@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gbnf_walk import Walk
+from moe_edge.runner.chatformat import FORMATS
+from moe_edge.runner.chatformat.gbnf import BLANKS, until
 from moe_edge.runner.chatformat.harmony import HarmonyParser
 from moe_edge.runner.chatformat.parts import Part, Reasoning, Text, ToolArguments, ToolEnd, ToolStart
 from moe_edge.runner.chatformat.plain import PlainParser
@@ -21,7 +24,7 @@ from moe_edge.runner.serve.dialects.anthropic_parse import without_billing
 from moe_edge.runner.serve.dialects.dialect import Reply, Route
 from moe_edge.runner.serve.fields import ApiError, Fields, parse_json
 from moe_edge.runner.serve.forced_call import ForcedCallParser
-from moe_edge.runner.serve.grammar import BLANKS, after_thinking, form_of, until
+from moe_edge.runner.serve.grammar import form_of, reply_form
 from moe_edge.runner.serve.guards import host_name, may_ask
 from serving import events_of
 
@@ -320,20 +323,15 @@ def test_hosts_and_origins() -> None:
 # ---- grammars and forced calls
 
 
-def follows(rules: str, text: str, mark: str) -> bool:
+def takes(rules: list[str], text: str) -> bool:
     """Whether the automaton of until() takes exactly this text; read back from its GBNF."""
-    ways: dict[str, list[tuple[str, str]]] = {}
-    for line in rules.splitlines():
-        name, _, right = line.partition(" ::= ")
-        for way in right.split(" | "):
-            characters, _, to = way.partition(" ")
-            ways.setdefault(name, []).append((characters, to))
-    state = "moe-edge-think-0"
+    rows = Walk("\n".join(rules)).rules
+    state = "t-0"
     for at, character in enumerate(text):
-        for characters, to in ways[state]:
-            all_but = characters.startswith("[^")
-            if (character not in characters[2:-1]) if all_but else (character == characters[1:-1]):
-                state = to
+        for way in rows[state][1]:
+            kind, *what = way[0]
+            if what[0] == character if kind == "text" else all(character != low for low, _ in what[1]):
+                state = way[1][1] if len(way) > 1 else ""
                 break
         else:
             return False
@@ -342,21 +340,34 @@ def follows(rules: str, text: str, mark: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize("mark", ["</think>", "<|end|>", "aab", "abcabd"])
+@pytest.mark.parametrize("mark", ["</think>", "<|end|>", "aab", "abcabd", "[/THINK]", "^-]"])
 def test_any_text_up_to_the_mark_and_nothing_behind_it(mark: str) -> None:
-    rules = until(mark)
+    rules = until("t", mark)
     for before in ("", "x", "<", "<<", mark[:-1], mark[:2] * 3, "aa", "a" * 5, "ab</thin", "<|en<|end"):
         text = before + mark
         if text.index(mark) == len(text) - len(mark):
-            assert follows(rules, text, mark), text
-            assert not follows(rules, text[:-1], mark) and not follows(rules, text + "x", mark)
+            assert takes(rules, text), text
+            assert not takes(rules, text[:-1]) and not takes(rules, text + "x")
+
+
+def test_a_text_up_to_a_mark_has_nothing_forbidden_in_it() -> None:
+    rules = until("t", "<|close|>x", ("<|close|>", "<|open|>", "ab"))
+    taken = ("<|close|>x", "a<|<|close|>x", "<|opena<|close|>x")
+    for text, there in [(text, True) for text in taken] + [
+        (text + "<|close|>x", False) for text in ("<|close|>y", "<|open|>", "aab")
+    ]:
+        assert takes(rules, text) == there, text
 
 
 def test_forms_begin_where_the_answer_does() -> None:
-    assert after_thinking("root ::= x", (), False).startswith("moe-edge-reply ::= root\n")
-    opened = after_thinking("root ::= x", ("<think>", "</think>"), True)
-    assert opened.startswith(f"moe-edge-reply ::= moe-edge-think-0 {BLANKS} root\n")
-    assert '"<|channel|>final<|message|>" root' in after_thinking("root ::= x", ("<|channel|>",), False)
+    schema, question = Request(messages=(), json_object=True), "</think>"
+    lines = {
+        name: reply_form(schema, FORMATS[name], question, prompt).grammar.splitlines()[0]  # type: ignore[union-attr]
+        for name, prompt in (("plain", ""), ("think", "<think>\n"), ("seed", "<seed:think>"), ("harmony", ""))
+    }
+    assert lines["plain"] == "moe-edge-reply ::= root"
+    assert lines["think"] == f"moe-edge-reply ::= moe-edge-think-0 {BLANKS} root" == lines["seed"]
+    assert '"<|channel|>final<|message|>" root' in lines["harmony"]
     assert form_of(Request()) is None and "root ::=" in (form_of(Request(json_object=True)) or "")
 
 

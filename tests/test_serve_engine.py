@@ -172,6 +172,22 @@ def test_an_answer_that_is_begun_is_gone_on_with(thinker: EngineModel) -> None:
     assert begun == thinker.render(Request(messages=(question,))) + "Gut"
 
 
+def test_a_conversation_that_is_too_long_goes_without_its_oldest_turns_where_the_dialect_has_it_so(
+    thinker: EngineModel,
+) -> None:
+    roles = ("user", "assistant")
+    turns = [{"role": role, "content": f"{role} {n} says" + " hm" * 12} for n in range(12) for role in roles]
+    messages = tuple([{"role": "system", "content": "Be brief."}, *turns[:-1]])
+    with pytest.raises(ContextFull):
+        thinker.prepare(Request(messages=messages))
+    prepared = thinker.prepare(Request(messages=messages, truncate=True, n_tokens=8))
+    assert len(prepared.tokens) <= thinker.facts.n_ctx - 8 and prepared.extra.dropped > 0
+    kept = thinker.render(prepared.request)
+    assert "user 11 says" in kept and "user 0 says" not in kept and "Be brief." in kept
+    _, end = run(thinker, Request(messages=messages, truncate=True, n_tokens=8))
+    assert end.usage.traded["dropped_messages"] == prepared.extra.dropped
+
+
 def test_a_form_begins_behind_the_thinking(thinker: EngineModel) -> None:
     question = ({"role": "user", "content": "Hi"},)
     schema = {"type": "object", "properties": {"x": {"enum": [7]}}, "required": ["x"]}

@@ -213,7 +213,7 @@ class CallParser(ThinkParser):
 
     def is_string(self, tool: str, key: str) -> bool:
         """Whether the tool's schema says that this can be nothing but a string."""
-        return _types(self.tools.get(tool, {}).get("parameters"), key) == {"string"}
+        return property_types(self.tools.get(tool, {}).get("parameters"), key) == {"string"}
 
 
 def without_a_begun_word(rest: str) -> str:
@@ -225,11 +225,13 @@ def without_a_begun_word(rest: str) -> str:
 
 def typed_value(schema: Any, key: str, text: str) -> Any:
     """text as the type of schema's property `key`: JSON, or what Python writes for it; itself where neither fits."""
-    types = _types(schema, key)
+    types = property_types(schema, key)
     if types and types <= {"string"}:
         return text
     found = _read_value(text)
-    if found is _NOTHING or ("string" in types and not isinstance(found, dict | list)):
+    if found is _NOTHING:
+        return text
+    if "string" in types and not (isinstance(found, dict | list) and types & {"object", "array"}):
         return text
     return text if not types and isinstance(found, str) else found
 
@@ -280,7 +282,7 @@ def _is_sendable(text: str) -> bool:
     return True
 
 
-def _types(schema: Any, key: str) -> set[str]:
+def property_types(schema: Any, key: str) -> set[str]:
     """The JSON types that a property may have; empty when the schema does not say."""
     try:
         spec = schema["properties"][key]

@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_edge.runner.chatformat.format import ChatFormat
+from moe_edge.runner.chatformat.forms import CallForm, JsonArguments
+from moe_edge.runner.chatformat.gbnf import BLANK, BLANKS, NUMBER, optional, quote, sequence
 from moe_edge.runner.chatformat.json_calls import JsonCallParser, JsonMarks
+from moe_edge.runner.chatformat.shapes import between_tags
 from moe_edge.runner.chatformat.think import ThinkTags, opened_by
 
 ACTION, ACTION_END = "<|START_ACTION|>", "<|END_ACTION|>"
@@ -33,4 +36,18 @@ def settings(told: dict[str, Any]) -> dict[str, Any]:
     return told if think is None else {"reasoning": think, **told}
 
 
-FORMAT = ChatFormat("cohere", 70, lambda template: ACTION in template, make_parser, tags=TAGS, settings=settings)
+def _head(name: str) -> str:
+    identified = sequence(quote('{"tool_call_id": "'), NUMBER, quote('", '))
+    return sequence(identified, quote(f'"tool_name": "{name}", "parameters": '))
+
+
+FORM = CallForm(
+    _head, quote("}"), JsonArguments(), sequence(quote(ACTION + "["), BLANKS, BLANK),
+    sequence(BLANK, quote("]" + ACTION_END)), sequence(quote(","), BLANKS, BLANK),
+)  # fmt: skip
+
+FORMAT = ChatFormat(
+    "cohere", 70, lambda template: ACTION in template, make_parser, tags=TAGS, settings=settings,
+    thinking=between_tags(THINKING, answer=optional(quote(RESPONSE)), answer_end=optional(quote(RESPONSE_END))),
+    calls=lambda template: (FORM,),
+)  # fmt: skip

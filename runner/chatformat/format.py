@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from moe_edge.runner.chatformat.forms import NO_THINKING, CallForm, Thinking, no_forms
 from moe_edge.runner.chatformat.parts import Part, Text
 
 Message = dict[str, Any]
@@ -30,6 +31,8 @@ class ChatFormat:
     tags: control tokens whose names the parser needs to see in the text.
     prepare: messages -> messages as this family's templates want them.
     settings: what every template is told (runner/thinking.py) -> the names and values that this family's understand.
+    thinking: what stands around its thinking and its answer. calls: the model's template -> the forms in which a
+    grammar may write a call; none of them: a call that is forced is plain JSON.
     """
 
     name: str
@@ -39,6 +42,8 @@ class ChatFormat:
     tags: tuple[str, ...] = ()
     prepare: Callable[[list[Message]], list[Message]] = lambda messages: messages
     settings: Callable[[dict[str, Any]], dict[str, Any]] = lambda settings: settings
+    thinking: Thinking = NO_THINKING
+    calls: Callable[[str], tuple[CallForm, ...]] = no_forms
 
 
 def held_back(text: str, marks: Iterable[str]) -> int:

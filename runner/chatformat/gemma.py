@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_edge.runner.chatformat.calls import CallParser, NotACall, Tools, Waiting
 from moe_edge.runner.chatformat.format import ChatFormat
+from moe_edge.runner.chatformat.shapes import between_tags
 from moe_edge.runner.chatformat.think import ThinkTags, opened_by, without_thinking
 
 BEGIN, END, QUOTE = "<|tool_call>", "<tool_call|>", '<|"|>'
@@ -119,5 +120,5 @@ def make_parser(prompt: str, tools: Sequence[Mapping[str, Any]]) -> GemmaParser:
 
 FORMAT = ChatFormat(
     "gemma", 15, lambda template: BEGIN in template, make_parser, tags=TAGS,
-    prepare=functools.partial(without_thinking, tags=THINKING),
+    prepare=functools.partial(without_thinking, tags=THINKING), thinking=between_tags(THINKING),
 )  # fmt: skip

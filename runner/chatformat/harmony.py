@@ -14,6 +14,8 @@ from typing import Any
 
 from moe_edge.runner.chatformat.calls import new_call_id
 from moe_edge.runner.chatformat.format import ChatFormat, Message, StreamParser, held_back
+from moe_edge.runner.chatformat.forms import CallForm, JsonArguments, Thinking
+from moe_edge.runner.chatformat.gbnf import optional, quote
 from moe_edge.runner.chatformat.parts import Part, Reasoning, Text, ToolArguments, ToolEnd, ToolStart
 from moe_edge.runner.chatformat.think import least_effort
 
@@ -103,7 +105,20 @@ def make_parser(prompt: str, tools: Sequence[Mapping[str, Any]]) -> HarmonyParse
     return HarmonyParser(bool(tools))
 
 
+THINKING = Thinking(
+    f"{CHANNEL}analysis{MESSAGE}", END, after=quote(f"{START}assistant"), answer=quote(f"{CHANNEL}final{MESSAGE}"),
+    always=True, bare=False,
+)  # fmt: skip
+# As the template writes a call, and as the models like to; a reply ends with its first.
+FORMS = tuple(
+    CallForm(head, optional(quote(CALL)), JsonArguments(guard=TAGS))
+    for head in (
+        lambda name: quote(f" to=functions.{name}{CHANNEL}commentary json{MESSAGE}"),
+        lambda name: quote(f"{CHANNEL}commentary to=functions.{name} {CONSTRAIN}json{MESSAGE}"),
+    )
+)
+
 FORMAT = ChatFormat(
     "harmony", 10, lambda template: CHANNEL in template and MESSAGE in template, make_parser, tags=TAGS,
-    prepare=answers_only, settings=least_effort,
+    prepare=answers_only, settings=least_effort, thinking=THINKING, calls=lambda template: FORMS,
 )  # fmt: skip

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 from moe_edge.runner.chatformat.format import ChatFormat
+from moe_edge.runner.chatformat.shapes import between_tags, tagged_form
 from moe_edge.runner.chatformat.tagged_calls import CallTags, tagged_parser
 from moe_edge.runner.chatformat.think import ThinkTags, without_thinking
 
@@ -16,6 +17,8 @@ STYLE = CallTags(
     key_end=f"</arg_key{S}", value=f"<arg_value{S}", value_end=f"</arg_value{S}", call_end=f"</tool_call{S}",
     end=f"</tool_calls{S}",
 )  # fmt: skip
+FORM = tagged_form(STYLE)
+
 
 def settings(told: dict[str, Any]) -> dict[str, Any]:
     """Its template knows no other efforts than no_think, low and high, and refuses the rest."""
@@ -30,5 +33,5 @@ def settings(told: dict[str, Any]) -> dict[str, Any]:
 FORMAT = ChatFormat(
     "hunyuan", 90, lambda template: "hy_" in template and "tool_sep" in template, tagged_parser(STYLE, tags=THINKING),
     tags=(THINKING.open, THINKING.close, *STYLE.tokens), prepare=functools.partial(without_thinking, tags=THINKING),
-    settings=settings,
+    settings=settings, thinking=between_tags(THINKING, always=True), calls=lambda template: (FORM,),
 )  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from moe_edge.runner.chatformat.format import ChatFormat
+from moe_edge.runner.chatformat.forms import CallForm
+from moe_edge.runner.chatformat.shapes import between_tags, tagged_form
 from moe_edge.runner.chatformat.tagged_calls import CallTags, tagged_parser
 from moe_edge.runner.chatformat.think import CLOSE, OPEN, without_thinking
 
@@ -22,7 +24,13 @@ STYLES = (
     ),
 )  # fmt: skip
 
+
+def forms(template: str) -> tuple[CallForm, ...]:
+    return (tagged_form(next(style for style in STYLES if style.mark in template)),)
+
+
 FORMAT = ChatFormat(
     "invoke", 120, lambda template: any(style.mark in template for style in STYLES), tagged_parser(*STYLES),
     tags=(OPEN, CLOSE, *(tag for style in STYLES for tag in style.tokens)), prepare=without_thinking,
+    thinking=between_tags(), calls=forms,
 )  # fmt: skip

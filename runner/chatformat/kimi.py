@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from moe_edge.runner.chatformat.format import ChatFormat
+from moe_edge.runner.chatformat.gbnf import NUMBER, quote, sequence
 from moe_edge.runner.chatformat.named_calls import NameTags, named_parser
+from moe_edge.runner.chatformat.shapes import between_tags, named_form
 from moe_edge.runner.chatformat.think import CLOSE, OPEN, without_thinking
 
 
@@ -19,7 +21,10 @@ STYLE = NameTags(
     "<|tool_calls_section_end|>", clean=tool_name,
 )  # fmt: skip
 
+FORM = named_form(STYLE, before=quote("functions."), behind=sequence(quote(":"), NUMBER))
+
 FORMAT = ChatFormat(
     "kimi", 40, lambda template: STYLE.begin in template, named_parser(STYLE),
     tags=(OPEN, CLOSE, *STYLE.tokens), prepare=without_thinking,
+    thinking=between_tags(), calls=lambda template: (FORM,),
 )  # fmt: skip

@@ -12,6 +12,8 @@ from typing import Any
 
 from moe_edge.runner.chatformat.calls import Tools, as_json, new_call_id, without_a_begun_word
 from moe_edge.runner.chatformat.format import ChatFormat, StreamParser, held_back
+from moe_edge.runner.chatformat.forms import THOUGHT, CallForm, Lead, TagArguments, Thinking
+from moe_edge.runner.chatformat.gbnf import NUMBER, optional, quote, sequence
 from moe_edge.runner.chatformat.parts import Part, Reasoning, Text, ToolArguments, ToolEnd, ToolStart
 
 OPEN, CLOSE, SEP, END = "<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>"
@@ -139,7 +141,39 @@ def settings(told: dict[str, Any]) -> dict[str, Any]:
     return told if effort is None else {"thinking_effort": "low" if effort == "low" else "high", **told}
 
 
+def _open(tag: str) -> str:
+    return f"{OPEN}{tag}{SEP}"
+
+
+def _close(tag: str) -> str:
+    return f"{CLOSE}{tag}{SEP}"
+
+
+class InTags(Thinking):
+    """A reply begins inside `think` or inside `response`, which the prompt has opened, and calls follow both."""
+
+    def can_go_on(self, prompt: str) -> bool:
+        return prompt.endswith(_open("response"))
+
+    def lead(self, prompt: str, template: str, is_call: bool) -> Lead:
+        end = "" if is_call else optional(quote(_close("response")), optional(quote(_close("message"))))
+        if self.can_go_on(prompt):
+            return Lead(quote(_close("response")) if is_call else "", "", end)
+        response = optional(quote(_open("response") + _close("response"))) if is_call else quote(_open("response"))
+        return Lead(sequence(f"{THOUGHT}-0", response), self.close, end)
+
+
+_TYPES = {"text": "string", "integer": "number"}
+FORM = CallForm(
+    lambda name: sequence(quote(f'{OPEN}call tool="{name}" index="'), NUMBER, quote(f'"{SEP}')), quote(_close("call")),
+    TagArguments(
+        lambda key, kind: quote(f'{OPEN}argument key="{key}" type="{_TYPES.get(kind, kind)}"{SEP}'),
+        _close("argument"), "", strips=False, guard=TAGS,
+    ),
+    quote(_open("tools")), sequence(quote(_close("tools")), optional(quote(_close("message")))), "",
+)  # fmt: skip
+
 FORMAT = ChatFormat(
     "kimi_k3", 35, lambda template: OPEN in template and CLOSE in template and SEP in template, make_parser, tags=TAGS,
-    settings=settings,
+    settings=settings, thinking=InTags(_open("think"), _close("think")), calls=lambda template: (FORM,),
 )  # fmt: skip

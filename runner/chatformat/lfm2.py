@@ -8,6 +8,9 @@ from typing import Any
 
 from moe_edge.runner.chatformat.calls import CallParser, NotACall, Tools, Waiting, as_json, python_expression
 from moe_edge.runner.chatformat.format import ChatFormat
+from moe_edge.runner.chatformat.forms import CallForm, TagArguments
+from moe_edge.runner.chatformat.gbnf import quote
+from moe_edge.runner.chatformat.shapes import between_tags
 from moe_edge.runner.chatformat.think import CLOSE, OPEN, opened_by, without_thinking
 
 BEGIN, END = "<|tool_call_start|>", "<|tool_call_end|>"
@@ -85,7 +88,13 @@ def make_parser(prompt: str, tools: Sequence[Mapping[str, Any]]) -> Lfm2Parser:
     return Lfm2Parser(opened_by(prompt), tools)
 
 
+FORM = CallForm(
+    lambda name: quote(f"{name}("), quote(")"),
+    TagArguments(lambda key, kind: quote(f"{key}="), "", "", '"," " "?', strips=False, guard=(BEGIN, END), python=True),
+    quote(f"{BEGIN}["), quote(f"]{END}"), '"," " "?',
+)  # fmt: skip
+
 FORMAT = ChatFormat(
     "lfm2", 80, lambda template: BEGIN in template or "<|tool_list_start|>" in template, make_parser,
-    tags=(OPEN, CLOSE, BEGIN, END), prepare=without_thinking,
+    tags=(OPEN, CLOSE, BEGIN, END), prepare=without_thinking, thinking=between_tags(), calls=lambda template: (FORM,),
 )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 from moe_edge.runner.chatformat.calls import Tools, Waiting
 from moe_edge.runner.chatformat.format import ChatFormat
 from moe_edge.runner.chatformat.json_calls import JsonCallParser, JsonMarks
+from moe_edge.runner.chatformat.shapes import json_form
 
 TAG = "<|python_tag|>"
 
@@ -32,7 +33,9 @@ def make_parser(prompt: str, tools: Sequence[Mapping[str, Any]]) -> Llama3Parser
     return Llama3Parser(tools)
 
 
+FORM = json_form("", "", None, middle='", "parameters": ')  # its template knows one call a turn
+
 FORMAT = ChatFormat(
     "llama3", 800, lambda template: "<|start_header_id|>" in template and '"parameters"' in template, make_parser,
-    tags=(TAG,),
+    tags=(TAG,), calls=lambda template: (FORM,),
 )  # fmt: skip

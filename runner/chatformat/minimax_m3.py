@@ -10,6 +10,8 @@ from typing import Any
 
 from moe_edge.runner.chatformat.calls import CallParser, NotACall, Tools, Waiting, typed_value
 from moe_edge.runner.chatformat.format import ChatFormat
+from moe_edge.runner.chatformat.gbnf import BLANKS, quote, sequence
+from moe_edge.runner.chatformat.shapes import between_tags
 from moe_edge.runner.chatformat.think import ThinkTags, opened_by, without_thinking
 
 NS = "]<]minimax[>["
@@ -115,4 +117,5 @@ FORMAT = ChatFormat(
     "minimax_m3", 25, lambda template: NS in template and "toolcall_begin_token" in template, make_parser,
     tags=(NS, *(tag.removeprefix(NS) for tag in (BEGIN, END)), THINKING.open, THINKING.close), prepare=prepare,
     settings=settings,
+    thinking=between_tags(THINKING, skipped=sequence(BLANKS, quote(THINKING.close), BLANKS), always=True),
 )  # fmt: skip

@@ -7,7 +7,10 @@ from typing import Any
 
 from moe_edge.runner.chatformat.calls import NotACall, Tools, Waiting
 from moe_edge.runner.chatformat.format import ChatFormat
+from moe_edge.runner.chatformat.forms import CallForm, JsonArguments
+from moe_edge.runner.chatformat.gbnf import ID, quote, sequence
 from moe_edge.runner.chatformat.json_calls import JsonCallParser, JsonMarks
+from moe_edge.runner.chatformat.shapes import between_tags, json_form
 from moe_edge.runner.chatformat.think import ThinkTags, opened_by
 
 CALLS, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
@@ -43,7 +46,17 @@ def make_parser(prompt: str, tools: Sequence[Mapping[str, Any]]) -> MistralParse
     return MistralParser(opened_by(prompt, THINKING), tools)
 
 
+def forms(template: str) -> tuple[CallForm, ...]:
+    """What the template writes: a name, perhaps an id, and arguments; before 2025 a list."""
+    if ARGS not in template:
+        return (json_form(quote(CALLS + "["), quote("]"), '"," " "?'),)
+    identified = sequence(quote(CALL_ID), ID) if CALL_ID in template else ""
+    return (
+        CallForm(lambda name: sequence(quote(CALLS + name), identified, quote(ARGS)), "", JsonArguments(), between=""),
+    )
+
+
 FORMAT = ChatFormat(
     "mistral", 50, lambda template: CALLS in template, make_parser,
-    tags=(CALLS, ARGS, CALL_ID, THINKING.open, THINKING.close),
+    tags=(CALLS, ARGS, CALL_ID, THINKING.open, THINKING.close), thinking=between_tags(THINKING), calls=forms,
 )  # fmt: skip

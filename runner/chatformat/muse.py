@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from moe_edge.runner.chatformat.format import ChatFormat, StreamParser, held_back
+from moe_edge.runner.chatformat.forms import Thinking
+from moe_edge.runner.chatformat.gbnf import optional, quote, sequence
 from moe_edge.runner.chatformat.parts import Part, Reasoning, Text
+from moe_edge.runner.chatformat.shapes import tagged_form
 from moe_edge.runner.chatformat.tagged_calls import CallTags, TaggedCallParser
 from moe_edge.runner.chatformat.think import ThinkTags
 
@@ -74,6 +78,17 @@ def settings(told: dict[str, Any]) -> dict[str, Any]:
     return told if effort is None else {"reasoning_strength": effort, **told}
 
 
+THINKING = Thinking(
+    f" to=self{MESSAGE}", END, after=quote(f"{START}assistant"), answer=quote(f" to=user{MESSAGE}"), always=True,
+    bare=False,
+)  # fmt: skip
+_CALL = tagged_form(STYLE, each=True, guard=TAGS)
+FORM = replace(
+    _CALL, head=lambda name: sequence(quote(f" to={name}{MESSAGE}"), _CALL.head(name)),
+    between=quote(f"{END}{START}assistant"), end=optional(quote(LAST)),
+)  # fmt: skip
+
 FORMAT = ChatFormat(
-    "muse", 12, lambda template: STYLE.begin in template, make_parser, tags=(*TAGS, *STYLE.tokens), settings=settings
+    "muse", 12, lambda template: STYLE.begin in template, make_parser, tags=(*TAGS, *STYLE.tokens), settings=settings,
+    thinking=THINKING, calls=lambda template: (FORM,),
 )  # fmt: skip

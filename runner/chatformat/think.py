@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_edge.runner.chatformat.format import ChatFormat, Message, StreamParser
+from moe_edge.runner.chatformat.forms import Thinking
 from moe_edge.runner.chatformat.parts import Part, Reasoning
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -111,5 +112,6 @@ def make_parser(prompt: str, tools: Sequence[Mapping[str, Any]]) -> ThinkParser:
 
 
 FORMAT = ChatFormat(
-    "think", 900, lambda template: CLOSE in template, make_parser, tags=(OPEN, CLOSE), prepare=without_thinking
+    "think", 900, lambda template: CLOSE in template, make_parser, tags=(OPEN, CLOSE), prepare=without_thinking,
+    thinking=Thinking(OPEN, CLOSE),
 )  # fmt: skip

@@ -177,6 +177,8 @@ def prompt_cache_options(default: str) -> Callable[[F], F]:
     def add(f: F) -> F:
         for each in reversed(
             [
+                option(PRECISION, "--context-shift", is_flag=True,
+                       help="A full context forgets its older half and the reply goes on. Lossy."),
                 option(CACHING, "--prompt-cache", type=click.Choice(["on", "off"]), default=default, show_default=True,
                        help="Keep long conversations on disk, and start a prompt that an earlier run knew from there."),
                 option(CACHING, "--prompt-cache-size", type=Size(), default="2GiB", show_default=True,
@@ -236,6 +238,7 @@ def engine_options(o: dict[str, Any]) -> Any:
         ram_bytes=o["ram"], n_ctx=o["n_ctx"], n_ubatch=o["n_ubatch"], n_threads=o["n_threads"], policy=policy_of(o),
         seed=o.get("seed"), flash_attn=o["flash_attn"], charge_program=True, warm_start=o["warm_start"],
         prompt_cache_bytes=_prompt_cache_bytes(o), cache_type_k=o["cache_type_k"], cache_type_v=o["cache_type_v"],
+        context_shift=o.get("context_shift", False),
     )  # fmt: skip
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from moe_edge.runner.chat import chat_template
 from moe_edge.runner.chatformat.format import Parser
 from moe_edge.runner.chatformat.parts import Reasoning, Text, ToolEnd, ToolStart
 from moe_edge.runner.chatformat.plain import PlainParser
-from moe_edge.runner.chatformat.think import opened_by
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.events import Piece, TokenLogprob
 from moe_edge.runner.generate import Generation, stream
@@ -37,24 +37,29 @@ from moe_edge.runner.protocol import (
     check_fits,
     traded_of,
 )
-from moe_edge.runner.sampling import ROOT, Sampling, check_grammar
+from moe_edge.runner.sampling import Sampling, check_grammar
 from moe_edge.runner.serve import grammar
 from moe_edge.runner.serve.forced_call import ForcedCallParser
 from moe_edge.runner.template import ChatTemplate
 from moe_edge.runner.thinking import checked_settings, thinking_settings
 from moe_edge.runner.tokens import find_tokens, token_bytes, tokenize
+from moe_edge.runner.truncate import without_oldest
 
+A_MESSAGE = 8  # tokens that a template puts around one
+BYTES_A_TOKEN_OF_JSON = 3
 BYTES_A_TOKEN = 32  # on average, which no language and no program reaches; a text of more is not even tokenized
 NEW_BELOW = 16  # tokens that a prompt shares with the last one; with fewer it is taken for another conversation
 
 
 @dataclass(frozen=True)
 class ReplyPlan:
-    """What prepare() found out for run(). parser: makes the one for this reply. stop: the request's and the end's."""
+    """What prepare() found out for run(). parser: makes the one for this reply. stop: the request's and the end's.
+    dropped: messages that were left out."""
 
     parser: Callable[[], Parser]
     stop: tuple[str, ...]
     sampling: Sampling
+    dropped: int = 0
 
 
 class EngineModel:
@@ -74,14 +79,38 @@ class EngineModel:
         return self._prompt(request)[1]
 
     def prepare(self, request: Request) -> Prepared:
+        request, dropped = self._fitting(request)
         tokens, text = self._prompt(request)
         n_ctx = self._engine.n_ctx
         check_fits(len(tokens), n_ctx)
         if not tokens:
             raise UsageError("the prompt is empty; give at least one word")
         limit = request.n_tokens or self._n_tokens or n_ctx
-        plan = ReplyPlan(self._parser(request, text), self._stop(request), self._sampling(request, text))
-        return Prepared(request, tuple(tokens), min(limit, n_ctx - len(tokens)), plan)
+        if not self._engine.options.context_shift:
+            limit = min(limit, n_ctx - len(tokens))
+        form = self._form(request, text)
+        plan = ReplyPlan(
+            self._parser(request, text, form), self._stop(request), self._sampling(request, form), dropped
+        )
+        return Prepared(request, tuple(tokens), limit, plan)
+
+    def _fitting(self, request: Request) -> tuple[Request, int]:
+        """The request, without the oldest turns of a conversation that is too long, if its dialect has it so; and how
+        many messages were left out."""
+        messages, template = request.messages, self._template
+        if messages is None or template is None or not request.truncate:
+            return request, 0
+        n_ctx, llama = self._engine.n_ctx, self._engine.llama
+        texts = [str(m.get("content") or "") + json.dumps(m.get("tool_calls") or "") for m in messages]
+        sizes = [
+            n_ctx if len(text) > BYTES_A_TOKEN * n_ctx
+            else A_MESSAGE + len(tokenize(llama, text, special=False, add_bos=False))
+            for text in texts
+        ]  # fmt: skip
+        tools = sum(len(json.dumps(tool)) for tool in request.tools) // BYTES_A_TOKEN_OF_JSON
+        room = max(n_ctx - (request.n_tokens or self._n_tokens or n_ctx // 8), n_ctx // 2)
+        kept = without_oldest(messages, sizes, tools, room, n_ctx // 2)
+        return replace(request, messages=tuple(kept)), len(messages) - len(kept)
 
     def _prompt(self, request: Request) -> tuple[list[int], str]:
         """(tokens, text). A model without a template goes on with the contents of the messages."""
@@ -121,36 +150,40 @@ class EngineModel:
         tokens, text = template.tokens(messages, request.tools, **template_kwargs(request))
         if begun is None or not begun.get("content"):
             return tokens, text
-        if "<|channel|>" in self._tags or opened_by(text):
+        if not template.format.thinking.can_go_on(text):
             raise UsageError("this model's answers begin with thinking, so an answer that is begun cannot be gone on")
         answer = begun["content"]
         return tokens + tokenize(self._engine.llama, answer, special=False, add_bos=False), text + answer
 
-    def _parser(self, request: Request, text: str) -> Callable[[], Parser]:
+    def _form(self, request: Request, text: str) -> grammar.Form | None:
+        """Raises UsageError for a form that this model cannot keep to."""
+        template = self._template
+        chat = template.format if template is not None and request.messages is not None else None
+        form = grammar.reply_form(request, chat, template.text if template is not None else "", text)
+        if form is not None:
+            check_grammar(self._engine.llama, form.grammar, form.root)
+        return form
+
+    def _parser(self, request: Request, text: str, form: grammar.Form | None) -> Callable[[], Parser]:
         template = self._template
         if request.messages is None or template is None:
             inner: Callable[[], Parser] = PlainParser
         else:
-            form, tools = template.format, request.tools
-            inner = functools.partial(form.parser, text, tools)
-        return (lambda: ForcedCallParser(inner())) if grammar.forces_call(request) else inner
+            inner = functools.partial(template.format.parser, text, request.tools)
+        in_json = form is not None and form.is_call and not form.in_own_words
+        return (lambda: ForcedCallParser(inner())) if in_json else inner
 
     def _stop(self, request: Request) -> tuple[str, ...]:
         chat = request.messages is not None and self._template is not None
         end = self._template.eos_text if chat and self._template is not None else ""
         return (*request.stop, end) if end else request.stop
 
-    def _sampling(self, request: Request, text: str) -> Sampling:
-        """Raises UsageError for a form or a bias that this model cannot keep to."""
+    def _sampling(self, request: Request, form: grammar.Form | None) -> Sampling:
+        """Raises UsageError for a bias that names no token."""
         n_vocab = self.facts.n_vocab
         if wrong := [token for token, _ in request.sampling.logit_bias if token >= n_vocab]:
             raise UsageError(f"logit_bias names token {wrong[0]}, but the vocabulary has {n_vocab}")
-        form, root = grammar.form_of(request), ROOT
-        if form is not None and request.messages is not None:
-            form, root = grammar.after_thinking(form, self._tags, opened_by(text)), grammar.ROOT
-        if form is not None:
-            check_grammar(self._engine.llama, form, root)
-        return _chosen(request.sampling, self._defaults, form, root, request.logprobs)
+        return _chosen(request.sampling, self._defaults, form, request.logprobs)
 
     # ---- the turn
 
@@ -178,15 +211,19 @@ class EngineModel:
                     emit(event)
         reply.finish()
         stop_text = result.stop_text if result.stop_text in prepared.request.stop else None
-        return End(reply.reason(result), self._usage(result, reply), stop_text)
+        return End(reply.reason(result), self._usage(result, reply, plan.dropped), stop_text)
 
-    def _usage(self, g: Generation, reply: _Reply) -> Usage:
+    def _usage(self, g: Generation, reply: _Reply, dropped: int) -> Usage:
         traded = traded_of(
             hits=g.counters.hits, uses=g.counters.uses, bytes_read=g.counters.bytes_read, low=g.counters.low_uses,
             skipped=g.counters.skipped_uses, expected_kld=g.expected_kld, policy=self._engine.policy.name,
         )  # fmt: skip
         if self._engine.options.lossy_cache:
             traded["kv_cache"] = self._engine.options.lossy_cache
+        if self._engine.options.context_shift:
+            traded["context_shifted_tokens"] = g.shifted_tokens
+        if dropped:
+            traded["dropped_messages"] = dropped
         return Usage(
             g.prompt_tokens, g.reused_tokens, g.generated_tokens, reply.n_reasoning, 0.0, g.ttft_seconds,
             g.decode_seconds, traded,
@@ -318,7 +355,7 @@ def template_kwargs(request: Request) -> dict[str, Any]:
     return thinking_settings(request.think, request.effort) | given
 
 
-def _chosen(choice: SamplingChoice, d: Sampling, form: str | None, root: str, logprobs: int | None) -> Sampling:
+def _chosen(choice: SamplingChoice, d: Sampling, form: grammar.Form | None, logprobs: int | None) -> Sampling:
     def pick(name: str) -> Any:
         value = getattr(choice, name)
         return getattr(d, name) if value is None else value
@@ -327,7 +364,8 @@ def _chosen(choice: SamplingChoice, d: Sampling, form: str | None, root: str, lo
         "temp", "top_k", "top_p", "min_p", "repeat_penalty", "seed", "presence_penalty", "frequency_penalty",
     )  # fmt: skip
     chosen = {name: pick(name) for name in names}
-    return Sampling(**chosen, logit_bias=choice.logit_bias, grammar=form, grammar_root=root, logprobs=logprobs)
+    sampling = Sampling(**chosen, logit_bias=choice.logit_bias, logprobs=logprobs)
+    return sampling if form is None else replace(sampling, grammar=form.grammar, grammar_root=form.root)
 
 
 def _facts(engine: Engine, name: str, template: ChatTemplate | None, d: Sampling) -> ModelFacts:

@@ -1,40 +1,65 @@
-"""Grammars that hold a reply to a form: a JSON schema, any JSON object, or one tool call. Pure text.
+"""Grammars that hold a reply to a form: a JSON schema, any JSON object, or tool calls. Pure text.
 
-A model that thinks may do so first: the form begins where its answer does. llama-cpp-python turns schemas into GBNF.
+A model that thinks may do so first: the form begins where its answer does.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from moe_edge.models.errors import UsageError
+from moe_edge.runner.chatformat.format import ChatFormat
+from moe_edge.runner.chatformat.forms import THOUGHT
+from moe_edge.runner.chatformat.gbnf import sequence, until
 from moe_edge.runner.protocol import Request
+from moe_edge.runner.serve.call_grammar import calls_grammar, plain_call_grammar
+from moe_edge.runner.serve.schema import LONGEST_GRAMMAR, schema_grammar
 
 ROOT = "moe-edge-reply"  # of what is made here; the form's own rule stays `root`
-THINK = "moe-edge-think"
-BLANKS = "[ \\n]? [ \\n]? [ \\n]? [ \\n]?"  # few: a model may find nothing likelier than one more
-MOST_REPEATED = 1000  # of a schema's lengths: each is written out in the grammar
-MOST_VALUES, DEEPEST, LONGEST_PATTERN = 5000, 64, 500
-LONGEST_GRAMMAR, DEEPEST_GRAMMAR = 200_000, 200  # llama.cpp reads a grammar's brackets by recursion
-REPETITIONS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
+DEEPEST_GRAMMAR = 200  # llama.cpp reads a grammar's brackets by recursion
 
 
-def form_of(request: Request) -> str | None:
-    """The GBNF of the form that a request asks for, from the rule `root`; None when it asks for none.
+@dataclass(frozen=True)
+class Form:
+    """What holds a reply. grammar: GBNF, from the rule `root` on. root: that rule's name. is_call: it forces calls; in
+    the family's own words, or in plain JSON."""
+
+    grammar: str
+    root: str = "root"
+    is_call: bool = False
+    in_own_words: bool = False
+
+
+def reply_form(request: Request, chat: ChatFormat | None, template: str, prompt: str) -> Form | None:
+    """The form that a request asks for, behind the thinking of a model with this chat format; None when it asks for
+    none. chat None: a text is gone on with. template: the model's own. prompt: the rendered one.
 
     Raises UsageError for a schema that cannot be turned into a grammar, and for two forms at a time.
     """
-    forms = [
-        name
-        for name, there in (
-            ("a JSON schema", request.schema is not None), ("json_object", request.json_object),
-            ("grammar", request.grammar is not None), ("a forced tool call", forces_call(request)),
-        )
-        if there
-    ]  # fmt: skip
+    own = own_words(request, chat, template)
+    text = own if own is not None else form_of(request)
+    if text is None:
+        return None
+    is_call = forces_call(request)
+    if chat is None:
+        return Form(text, is_call=is_call)
+    return Form(behind_thinking(text, chat, template, prompt, own is not None), ROOT, is_call, own is not None)
+
+
+def own_words(request: Request, chat: ChatFormat | None, template: str) -> str | None:
+    """The GBNF of forced calls as the model's family writes them; None where it does not, or cannot."""
+    if chat is None or not forces_call(request) or len(_forms_asked_for(request)) > 1:
+        return None
+    several = not request.one_tool and request.tool_choice.name is None
+    return calls_grammar(chat.calls(template), wanted_tools(request), several)
+
+
+def form_of(request: Request) -> str | None:
+    """The GBNF of the form that a request asks for, from the rule `root`; None when it asks for none. A call is plain
+    JSON. As reply_form()."""
+    forms = _forms_asked_for(request)
     if len(forms) > 1:
         raise UsageError(f"{forms[0]} and {forms[1]} cannot both be kept to; give one of them")
     if request.grammar is not None:
@@ -43,80 +68,28 @@ def form_of(request: Request) -> str | None:
         return schema_grammar(request.schema)
     if request.json_object:
         return schema_grammar({"type": "object"})
-    return schema_grammar(call_schema(request)) if forces_call(request) else None
+    return plain_call_grammar(wanted_tools(request)) if forces_call(request) else None
+
+
+def _forms_asked_for(request: Request) -> list[str]:
+    return [
+        name
+        for name, there in (
+            ("a JSON schema", request.schema is not None), ("json_object", request.json_object),
+            ("grammar", request.grammar is not None), ("a forced tool call", forces_call(request)),
+        )
+        if there
+    ]  # fmt: skip
 
 
 def forces_call(request: Request) -> bool:
     return request.tool_choice.mode == "required" and bool(request.tools)
 
 
-def call_schema(request: Request) -> dict[str, Any]:
-    """One call of one of the tools: {"name": ..., "arguments": {...}}."""
+def wanted_tools(request: Request) -> list[Mapping[str, Any]]:
+    """The functions of the tools that may be called."""
     functions = [tool["function"] for tool in request.tools]
-    wanted = [each for each in functions if request.tool_choice.name in (None, each["name"])]
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": each["name"]}, "arguments": each.get("parameters") or {"type": "object"}},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for each in wanted
-    ]
-    return calls[0] if len(calls) == 1 else {"oneOf": calls}
-
-
-def schema_grammar(schema: Mapping[str, Any]) -> str:
-    """GBNF of a JSON schema. Raises UsageError."""
-    from llama_cpp.llama_grammar import json_schema_to_gbnf
-
-    check_schema(schema)
-    try:
-        text = json_schema_to_gbnf(json.dumps(_without_empty(schema)), prop_order=["name", "arguments"])
-    except Exception as e:  # it meets whatever a client calls a schema, and raises whatever comes of it
-        raise UsageError(f"this JSON schema cannot be turned into a grammar: {type(e).__name__}: {e}") from e
-    if len(text) > LONGEST_GRAMMAR:
-        raise UsageError(f"this JSON schema makes a grammar of {len(text)} characters; {LONGEST_GRAMMAR} are the most")
-    return str(text)
-
-
-def _without_empty(value: Any) -> Any:
-    """`properties: {}` says nothing, and the converter makes an object of it that can hold nothing at all."""
-    if isinstance(value, Mapping):
-        drop = value.get("type") == "object" and value.get("properties") == {}
-        return {k: _without_empty(v) for k, v in value.items() if not (drop and k == "properties")}
-    return [_without_empty(each) for each in value] if isinstance(value, list) else value
-
-
-def check_schema(schema: Mapping[str, Any]) -> None:
-    """Refuse schemas whose grammar would not fit into memory. Raises UsageError."""
-    n = 0
-    for depth, key, value in _values(schema):
-        n += 1
-        if n > MOST_VALUES or depth > DEEPEST:
-            raise UsageError(f"this JSON schema is too large: {MOST_VALUES} values and {DEEPEST} levels are the most")
-        if key in REPETITIONS and isinstance(value, int | float) and not 0 <= value <= MOST_REPEATED:
-            raise UsageError(f"the JSON schema has {key} {value}; 0 to {MOST_REPEATED} can be kept to")
-        if key == "pattern" and isinstance(value, str):
-            _check_pattern(value)
-
-
-def _check_pattern(pattern: str) -> None:
-    counts = [int(count) for count in re.findall(r"\d+", "".join(re.findall(r"\{[\d,\s]*\}", pattern)))]
-    if len(pattern) > LONGEST_PATTERN or any(count > MOST_REPEATED for count in counts):
-        raise UsageError(f"a pattern of the JSON schema is too long, or repeats more than {MOST_REPEATED} times")
-
-
-def _values(value: Any, depth: int = 0, key: str = "") -> Iterator[tuple[int, str, Any]]:
-    yield depth, key, value
-    if depth > DEEPEST:
-        return
-    if isinstance(value, Mapping):
-        for name, each in value.items():
-            yield from _values(each, depth + 1, str(name))
-    elif isinstance(value, list):
-        for each in value:
-            yield from _values(each, depth + 1)
+    return [each for each in functions if request.tool_choice.name in (None, each["name"])]
 
 
 def checked_grammar(text: str) -> str:
@@ -135,45 +108,9 @@ def checked_grammar(text: str) -> str:
     return text
 
 
-# ---- thinking before the form
-
-
-def after_thinking(form: str, tags: Sequence[str], opened: bool) -> str:
-    """The form's grammar from the rule ROOT, behind the thinking of a model with these tags.
-
-    opened: the prompt has begun the thinking already.
-    """
-    if "<|channel|>" in tags:  # harmony: an analysis, and then the final channel
-        think = until("<|end|>")
-        thought = f'( "<|channel|>analysis<|message|>" {THINK}-0 "<|start|>assistant" )?'
-        start = f'{thought} "<|channel|>final<|message|>"'
-    elif "</think>" in tags:
-        think = until("</think>")
-        begun = f"{THINK}-0 {BLANKS}"
-        start = begun if opened else f'( {BLANKS} "<think>" {begun} )?'
-    else:
-        return f"{ROOT} ::= root\n{form}"
-    return f"{ROOT} ::= {start} root\n{think}\n{form}"
-
-
-def until(mark: str) -> str:
-    """GBNF rules, from THINK-0, for any text up to the first `mark`, and the mark: a state for each character of it.
-
-    mark: of characters that mean nothing to GBNF.
-    """
-    rules = []
-    for state in range(len(mark)):
-        # after each next character: how much of the mark the text ends with then
-        leads = {character: _matched(mark, mark[:state] + character) for character in set(mark)}
-        ways = [
-            f'"{character}"' + ("" if to == len(mark) else f" {THINK}-{to}")
-            for character, to in sorted(leads.items())
-            if to > 0
-        ]
-        on = "".join(character for character, to in sorted(leads.items()) if to > 0)
-        rules.append(f"{THINK}-{state} ::= {' | '.join(ways)} | [^{on}] {THINK}-0")
-    return "\n".join(rules)
-
-
-def _matched(mark: str, text: str) -> int:
-    return next(n for n in range(len(mark), -1, -1) if text.endswith(mark[:n]))
+def behind_thinking(form: str, chat: ChatFormat, template: str, prompt: str, is_call: bool) -> str:
+    """The form's grammar from the rule ROOT on, behind the thinking of a model with this format. is_call: in the
+    family's own words, so that no tag of an answer stands before it."""
+    lead = chat.thinking.lead(prompt, template, is_call)
+    thought = until(THOUGHT, lead.close) if lead.close else []
+    return "\n".join([f"{ROOT} ::= {sequence(lead.before, 'root', lead.behind)}", *thought, form])

@@ -97,6 +97,7 @@ def _common(f: Fields) -> dict[str, Any]:
     return {
         "sampling": sampling, "stop": o.texts("stop"), "n_tokens": limit if limit and limit > 0 else None,
         "think": think, "effort": effort, "schema": schema, "json_object": json_object,
+        "truncate": f.flag("truncate", True),
     }  # fmt: skip
 
 
@@ -225,7 +226,7 @@ class GenerateEncoder(OllamaEncoder):
 
 
 FIELDS = {"model": TEXT, "stream": FLAG, "options": OBJECT, "format": {"anyOf": [TEXT, OBJECT]},
-          "think": {"anyOf": [FLAG, TEXT]}, "keep_alive": TEXT}  # fmt: skip
+          "think": {"anyOf": [FLAG, TEXT]}, "keep_alive": TEXT, "truncate": FLAG}  # fmt: skip
 ROUTES = (
     Route("/api/chat", parse_chat, OllamaEncoder, error_json, NDJSON,
           fields=FIELDS | {"messages": OBJECTS, "tools": OBJECTS}, words="Ollama: answer messages"),

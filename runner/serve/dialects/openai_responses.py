@@ -59,12 +59,14 @@ def parse(body: Mapping[str, Any]) -> Call:
         schema=schema,
         json_object=json_object,
         n_tokens=f.whole("max_output_tokens", 1, MOST_TOKENS),
+        truncate=f.text("truncation", choices=("auto", "disabled")) == "auto",
         sampling=sampling_of(f),
         effort=reasoning.text("effort", choices=EFFORTS) if reasoning else None,
     )
     options = {
         "instructions": instructions,
         "metadata": dict(metadata.values) if metadata else {},
+        "truncation": "auto" if request.truncate else "disabled",
         "parallel_tool_calls": not request.one_tool,
         "tools": [each for each in f.items("tools") if isinstance(each, Mapping) and each.get("type") == "function"],
         "tool_choice": f.get("tool_choice") or "auto",
@@ -162,7 +164,7 @@ def _output_text(item: Fields) -> str:
 FIELDS = {
     "model": TEXT, "input": {"anyOf": [TEXT, OBJECTS]}, "instructions": TEXT, "stream": FLAG,
     "max_output_tokens": WHOLE, "tools": OBJECTS, "tool_choice": {"anyOf": [TEXT, OBJECT]},
-    "parallel_tool_calls": FLAG, "text": OBJECT, "reasoning": OBJECT, "metadata": OBJECT,
+    "parallel_tool_calls": FLAG, "text": OBJECT, "reasoning": OBJECT, "metadata": OBJECT, "truncation": TEXT,
     "previous_response_id": TEXT, "background": FLAG,
 } | SAMPLING_FIELDS  # fmt: skip
 ROUTES = tuple(

@@ -157,6 +157,6 @@ class ResponsesEncoder:
             "tool_choice": r.options["tool_choice"],
             "tools": r.options["tools"],
             "top_p": None,
-            "truncation": "disabled",
+            "truncation": r.options["truncation"],
             "usage": None if usage is None else usage_json(usage),
         }
