@@ -15,7 +15,8 @@ from moe_edge.models.embedded import tiny_model_path
 from moe_edge.models.errors import MissingFile
 from moe_edge.runner.measure import doctor as doctor_module
 from moe_edge.runner.measure import probe
-from moe_edge.runner.measure.doctor import cache_file, doctor, doctor_text, machine_speeds, storage_of
+from moe_edge.runner.measure.doctor import cache_file, doctor, machine_speeds, storage_of
+from moe_edge.runner.measure.doctor_text import doctor_text
 from moe_edge.runner.measure.probe import DirectReads, ProductSpeeds, ReadSpeed, StorageSpeeds, Unmeasured
 from moe_edge.runner.memory import (
     auto_budget,

@@ -15,9 +15,12 @@ from moe_edge.runner.commands.parameters import THREADS, SectionedCommand, print
 @click.option("--fresh", is_flag=True, help="Measure again what was measured before.")
 @click.option("--json", "as_json", is_flag=True)
 def command(path: Path | None, n_threads: int, fresh: bool, as_json: bool) -> None:
-    """Measure this machine: the storage PATH is on, memory, compute, limits."""
+    """Measure this machine: the storage PATH is on, memory, compute, limits; and name its traps.
+
+    A line that begins with COSTS has what it costs and what mends it below it.
+    """
     from moe_edge.runner.measure.doctor import doctor as run
-    from moe_edge.runner.measure.doctor import doctor_text
+    from moe_edge.runner.measure.doctor_text import doctor_text
 
     facts = run(path, n_threads=n_threads, fresh=fresh, tell=terminal.say)
     print_result(facts if as_json else doctor_text(facts))
