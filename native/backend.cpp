@@ -34,6 +34,9 @@ static ggml_status graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
             if (whole) summed_until = sum.sum;
         } else if (is_attention(node)) {
             if (!r.run_attention(node)) return GGML_STATUS_FAILED;
+        } else if (const Stub * selects = selection_of(node)) {
+            std::lock_guard<std::mutex> lock(selects->model->step_mutex);
+            if (!r.select(*selects, node)) return GGML_STATUS_FAILED;
         } else if (const Stub * behind = behind_down(node)) {
             if (!r.run_node(*behind->model, node)) return GGML_STATUS_FAILED;
         } else if (const Stub * before = early_input(node)) {

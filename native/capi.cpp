@@ -12,6 +12,7 @@
 #include "ggml_abi.h"
 #include "graph.h"
 #include "model.h"
+#include "selection.h"
 
 using namespace moe_edge;
 
@@ -38,7 +39,7 @@ static void say(char * error, const char * text) { snprintf(error, ME_ERROR_BYTE
 static const char COUNTER_NAMES[] = ME_COUNTERS(NAME) ME_SOURCE_COUNTERS(NAME);
 #undef NAME
 static const int32_t STRUCT_SIZES[] = {sizeof(me_piece_desc), sizeof(me_layer_desc), sizeof(me_mailbox), sizeof(me_model_desc),
-                                       sizeof(me_step_view), sizeof(me_counters), sizeof(me_abi_info)};
+                                       sizeof(me_step_view), sizeof(me_selection_view), sizeof(me_counters), sizeof(me_abi_info)};
 
 void me_abi(me_abi_info * out) {
     out->backend_api = ME_BACKEND_API_VERSION;
@@ -46,7 +47,7 @@ void me_abi(me_abi_info * out) {
     out->tensor_overhead = static_cast<int32_t>(sizeof(ggml_tensor) + 4 * sizeof(void *));
     out->ggml_version_built = GGML_VERSION_BUILT;
     out->counters = COUNTER_NAMES;
-    out->struct_names = "me_piece_desc me_layer_desc me_mailbox me_model_desc me_step_view me_counters me_abi_info";
+    out->struct_names = "me_piece_desc me_layer_desc me_mailbox me_model_desc me_step_view me_selection_view me_counters me_abi_info";
     out->struct_sizes = STRUCT_SIZES;
 }
 
@@ -81,6 +82,7 @@ me_model * me_model_open(const me_model_desc * desc, char * error) {
         auto * m = new me_model(*desc);
         m->model.schedule = desc->schedule;
         m->model.announce = desc->announce;
+        m->model.select = desc->select;
         m->model.schedule_user = desc->schedule_user;
         m->model.mail = desc->mail;
         return m;
@@ -112,6 +114,7 @@ void me_model_close(me_model * m) {
     disarm(&m->model);
     unbind(&m->model);
     if (m->model.watches_attention) watch_attention(false);
+    me_model_set_selecting(m, 0);
     delete m;
 }
 
@@ -198,6 +201,34 @@ int32_t me_model_early_routers(me_model * m) {
     return n;
 }
 
+void me_model_set_selecting(me_model * m, int32_t on) {
+    const bool wanted = on != 0 && m->model.select;
+    if (m->model.selecting.exchange(wanted) != wanted) count_selecting(wanted ? 1 : -1);
+}
+
+int32_t me_model_check_selecting(me_model * m, char * error) {
+    for (const Layer & l : m->model.layers) {
+        if (l.router.sorts && !l.router.shared && l.n_used > 0) continue;
+        snprintf(error, ME_ERROR_BYTES, l.router.shared ? "block %d uses its choice of experts for more than its experts"
+                                                        : "llama.cpp's graph does not show how block %d chooses its experts", l.number);
+        return ME_FAILED;
+    }
+    return ME_OK;
+}
+
+int32_t me_model_selection(me_model * m, me_selection_view * out) {
+    if (!m->model.selection) return 0;
+    *out = *m->model.selection;
+    return 1;
+}
+
+int32_t me_model_gating(me_model * m, int32_t layer_pos, float * scale) {
+    if (layer_pos < 0 || layer_pos >= static_cast<int32_t>(m->model.layers.size())) return ME_GATES_UNKNOWN;
+    const Router & r = m->model.layers[static_cast<size_t>(layer_pos)].router;
+    *scale = r.gate_scale;
+    return r.gates;
+}
+
 void me_model_watch_attention(me_model * m) {
     if (!m->model.watches_attention) watch_attention(true);
     m->model.watches_attention = true;
@@ -216,5 +247,7 @@ void me_model_pace(me_model * m, int64_t bytes_per_second) { m->model.source->pa
 void me_model_set_stop(me_model * m, int32_t stop) { m->model.stop = stop != 0; }
 
 int64_t me_model_scratch_bytes(me_model * m, int64_t n_ubatch, int32_t n_used, int32_t n_threads) {
-    return Ffn::scratch_bytes(m->model, n_ubatch, n_used, n_threads) + m->model.unpacking_bytes();
+    int64_t selection = 0;
+    for (const Layer & l : m->model.layers) selection = std::max(selection, Selector::bytes(l.n_expert, n_ubatch));
+    return Ffn::scratch_bytes(m->model, n_ubatch, n_used, n_threads) + m->model.unpacking_bytes() + (m->model.selecting ? selection : 0);
 }

@@ -51,6 +51,10 @@ struct me_mailbox {
     int32_t * ahead_counts;           // [ME_MAX_AHEAD] native -> Python, by me_model_ahead: experts predicted for the
     int32_t * ahead_experts;          //   layers behind this one, [depth][width], most probable first; room for
     float * ahead_scores;             //   ME_MAX_AHEAD times the largest n_expert; and their router probabilities
+    int32_t * select_order;  // [largest n_expert] native -> Python, for one token: see me_select_fn
+    float * select_scores;
+    float * select_gates;
+    int32_t * selected;      // Python -> native: the experts chosen, in any order
 };
 
 // Called once for each MoE layer and micro-batch, on the thread that runs llama_decode. When the answer set `later`,
@@ -64,6 +68,12 @@ typedef int32_t (*me_schedule_fn)(void * user, int32_t layer_pos, int32_t n_toke
 // The answer is prefetches only; what the step before used may be among the victims. With ME_SCHEDULE_OK, STOP or ERROR.
 typedef me_schedule_fn me_announce_fn;
 
+// Called while selecting is on (me_model_set_selecting), before each layer chooses its experts. For one token the mailbox
+// holds all experts of the layer, best first by the model's own ranking, with the scores that rank them and the values
+// that llama.cpp makes their gate weights of; `selected` takes n_used distinct experts. For more tokens all is in
+// me_model_selection. With ME_SCHEDULE_OK, STOP, ERROR, or RESIDENT: the model's own choice, nothing was written.
+typedef int32_t (*me_select_fn)(void * user, int32_t layer_pos, int32_t n_tokens, int32_t n_used);
+
 struct me_model_desc {
     const char ** paths;
     const me_layer_desc * layers;
@@ -72,6 +82,7 @@ struct me_model_desc {
     int32_t n_paths, n_layers, n_levels, n_io_threads, direct_io, reserved;
     me_schedule_fn schedule;
     me_announce_fn announce;  // or null
+    me_select_fn select;      // or null
     void * schedule_user;
     me_mailbox mail;
 };
@@ -85,10 +96,20 @@ struct me_step_view {
     int32_t n_tokens, n_used, n_embd, weights_known;
 };
 
+// What a layer chooses its experts by; pointers are valid inside me_select_fn only.
+struct me_selection_view {
+    const float * scores;    // [n_tokens][n_expert], what the model ranks by; -inf: of a group that is left out
+    const float * gates;     // [n_tokens][n_expert], what the gate weights are made of; null where the graph hides it
+    const int32_t * order;   // [n_tokens][n_expert], the experts, best first
+    int32_t * selected;      // [n_tokens][n_used], to be written
+    int32_t n_tokens, n_expert, n_used, reserved;
+};
+
 // Counts since the model was opened; int64_t each.
 //   steps: MoE layers run, one for each layer and micro-batch. tokens: token-layers.
 //   uses, hits: distinct experts computed in a step, and those of them that were in memory. low_uses, skipped_uses: those
 //     computed below level 0; those not computed (not counted in uses).
+//   substituted_uses: of all tokens, uses that went to another expert than the router's own choice.
 //   bytes_read: as stored. read_busy_ns: summed over reads; disk_busy_ns: any read under way; prefetch_busy_ns: a
 //     speculative one.
 //   prefetched units are read ahead. Each is once useful (a step used it), wasted or cancelled (evicted unused: wholly
@@ -101,7 +122,7 @@ struct me_step_view {
     X(steps) X(tokens) X(uses) X(hits) X(low_uses) X(skipped_uses) X(loads) X(evictions) X(graphs) X(prefetched) \
     X(prefetch_useful) X(prefetch_late) X(prefetch_wasted) X(prefetch_cancelled) X(prefetch_failed) X(wasted_bytes) \
     X(preloaded) X(stall_ns) X(compute_ns) X(schedule_ns) X(step_ns) X(look_ahead_ns) X(meanwhile_ns) \
-    X(unpack_ns) X(unpacked_bytes)
+    X(unpack_ns) X(unpacked_bytes) X(substituted_uses)
 #define ME_SOURCE_COUNTERS(X) \
     X(reads) X(bytes_read) X(read_busy_ns) X(disk_busy_ns) X(prefetch_bytes) X(prefetch_busy_ns) X(direct_files) \
     X(committed_bytes) X(peak_committed_bytes) X(lent_bytes)
@@ -161,6 +182,15 @@ ME_API int32_t me_model_set_lookahead(me_model * model, int32_t depth, int32_t w
 ME_API int32_t me_model_ahead(me_model * model, int32_t most);
 ME_API int32_t me_model_known_routers(me_model * model);
 ME_API int32_t me_model_early_routers(me_model * model);  // those that are announced, see me_announce_fn
+// From now on, in graphs built from now on, let me_select_fn choose the experts of each token.
+ME_API void me_model_set_selecting(me_model * model, int32_t on);
+// Whether every layer's choice can be taken over, as llama.cpp's graphs have shown so far; else the reason, in `error`.
+ME_API int32_t me_model_check_selecting(me_model * model, char * error);
+// Within me_select_fn: 1, and the view; else 0.
+ME_API int32_t me_model_selection(me_model * model, struct me_selection_view * out);
+// How llama.cpp makes a layer's gate weights of the `gates` of the experts that were chosen: ME_GATES_*, and the factor.
+enum me_gates { ME_GATES_UNKNOWN = 0, ME_GATES_PLAIN = 1, ME_GATES_NORMALISED = 2, ME_GATES_SOFTMAX = 3 };
+ME_API int32_t me_model_gating(me_model * model, int32_t layer_pos, float * scale);
 // Watch the attention each token receives, for me_step_view, in graphs built from now on; until the model is closed.
 ME_API void me_model_watch_attention(me_model * model);
 // After a skip, scale the token's other gate weights up to the old sum.

@@ -13,7 +13,9 @@ namespace moe_edge {
 
 static std::shared_mutex g_mutex;
 static std::unordered_map<const ggml_tensor *, Stub> g_stubs;  // guarded by g_mutex
+static std::unordered_map<const ggml_tensor *, Stub> g_routers;  // guarded by g_mutex: router weight -> its layer
 static Model * g_armed = nullptr;                              // guarded by g_mutex
+static std::atomic<int> g_selecting{0};                        // models that do
 static std::atomic<bool> g_any_armed{false};                   // so that asking costs nothing when none is
 
 void arm(Model * model) {
@@ -31,8 +33,8 @@ void disarm(Model * model) {
 void unbind(Model * model) {
     std::unique_lock<std::shared_mutex> lock(g_mutex);
     for (Layer & l : model->layers) l.router = Router();
-    for (auto it = g_stubs.begin(); it != g_stubs.end();) {
-        it = it->second.model == model ? g_stubs.erase(it) : std::next(it);
+    for (auto * map : {&g_stubs, &g_routers}) {
+        for (auto it = map->begin(); it != map->end();) it = it->second.model == model ? map->erase(it) : std::next(it);
     }
 }
 
@@ -107,26 +109,145 @@ static bool is_block_tensor(const ggml_tensor * t, const char * name, int & laye
     return t && t->op == GGML_OP_NONE && sscanf(t->name, "blk.%d.%n", &layer, &end) == 1 && end > 0 && strcmp(t->name + end, name) == 0;
 }
 
+// ---- a layer's choice of experts
+
+// The product with the router matrix that t's values come from, by the steps that gating takes: softmax, sigmoid and the
+// like, a bias, and the masking of groups.
+static const ggml_tensor * router_product(const ggml_tensor * t) {
+    for (int depth = 0; t && depth < 12; depth++) {
+        switch (t->op) {
+            case GGML_OP_MUL_MAT:
+                return t;
+            case GGML_OP_RESHAPE: case GGML_OP_VIEW: case GGML_OP_CONT: case GGML_OP_ADD: case GGML_OP_SOFT_MAX:
+            case GGML_OP_UNARY: case GGML_OP_SQRT: case GGML_OP_SCALE: case GGML_OP_SET_ROWS: case GGML_OP_GET_ROWS:
+                t = t->src[0];
+                break;
+            default:
+                return nullptr;
+        }
+    }
+    return nullptr;
+}
+
+// The layer whose experts a node ranks: all of them, for each token, falling.
+static const Stub * ranking_of(const ggml_tensor * node) {
+    if (!node || node->op != GGML_OP_ARGSORT || !ggml_is_matrix(node)) return nullptr;
+    if (node->src[0]->type != GGML_TYPE_F32 || !ggml_is_contiguous(node->src[0])) return nullptr;
+    int32_t order = 0;
+    memcpy(&order, node->op_params, sizeof(order));
+    const ggml_tensor * product = order == GGML_SORT_ORDER_DESC ? router_product(node->src[0]) : nullptr;
+    if (!product) return nullptr;
+    std::shared_lock<std::shared_mutex> lock(g_mutex);
+    const auto it = g_routers.find(product->src[0]);
+    if (it == g_routers.end()) return nullptr;
+    const Stub & s = it->second;
+    return node->ne[0] == s.model->layers[static_cast<size_t>(s.layer_pos)].n_expert ? &s : nullptr;
+}
+
+// The ranking that a tensor holds the first experts of, or null.
+static const ggml_tensor * ranking_behind(const ggml_tensor * ids) {
+    if (!ids || ids->op != GGML_OP_VIEW || ids->view_offs != 0 || !ids->src[0]) return nullptr;
+    return ids->src[0]->op == GGML_OP_ARGSORT && ids->nb[1] == ids->src[0]->nb[1] ? ids->src[0] : nullptr;
+}
+
+void count_selecting(int more) { g_selecting += more; }
+
+const Stub * selection_of(const ggml_tensor * node) {
+    if (node->op != GGML_OP_ARGSORT || g_selecting == 0) return nullptr;
+    const Stub * s = ranking_of(node);
+    return s && s->model->selecting ? s : nullptr;
+}
+
+const ggml_tensor * gates_behind(const ggml_tensor * ranking) {
+    const ggml_tensor * t = ranking->src[0];
+    for (int depth = 0; depth < 12; depth++) {
+        int number = 0;
+        const bool biased = t->op == GGML_OP_ADD && is_block_tensor(t->src[1], "exp_probs_b.bias", number);
+        if (!biased && t->op != GGML_OP_RESHAPE && t->op != GGML_OP_SET_ROWS && t->op != GGML_OP_GET_ROWS) break;
+        t = t->src[0];
+    }
+    const bool fits = t->type == GGML_TYPE_F32 && ggml_is_contiguous(t) && ggml_nelements(t) == ggml_nelements(ranking);
+    return fits && t->ne[0] == ranking->ne[0] ? t : nullptr;
+}
+
+// How the gate weights come about, from their end back to the values that were picked for the chosen experts.
+static int read_gating(const ggml_tensor * t, float & scale) {
+    int kind = ME_GATES_PLAIN;
+    scale = 1;
+    for (int depth = 0; t && depth < 12; depth++) {
+        float factor[2] = {1, 0};
+        switch (t->op) {
+            case GGML_OP_RESHAPE:
+                break;
+            case GGML_OP_SCALE:
+                memcpy(factor, t->op_params, sizeof(factor));
+                if (factor[1] != 0) return ME_GATES_UNKNOWN;
+                scale *= factor[0];
+                break;
+            case GGML_OP_DIV:
+                kind = ME_GATES_NORMALISED;
+                break;
+            case GGML_OP_SOFT_MAX:
+                kind = ME_GATES_SOFTMAX;
+                break;
+            case GGML_OP_GET_ROWS:
+                return ranking_behind(t->src[1]) ? kind : ME_GATES_UNKNOWN;
+            default:
+                return ME_GATES_UNKNOWN;
+        }
+        t = t->src[0];
+    }
+    return ME_GATES_UNKNOWN;
+}
+
 static const Stub * residual_of(const ggml_tensor * node);
+static const Stub * weighted_of(const ggml_tensor * node);
+
+// grovemoe has a second set of experts, which follow what is chosen of the first.
+static void note_other_experts(const ggml_tensor * weight) {
+    int number = 0;
+    if (!is_block_tensor(weight, "ffn_up_chexps.weight", number)) return;
+    std::unique_lock<std::shared_mutex> lock(g_mutex);
+    const int pos = g_armed ? g_armed->layer_pos(number) : -1;
+    if (pos >= 0) g_armed->layers[static_cast<size_t>(pos)].router.shared = true;
+}
+
+// What an expert product shows of its layer.
+static void note_product(const ggml_tensor * node) {
+    const Stub * s = find_stub(node->src[0]);
+    if (!s) return note_other_experts(node->src[0]);
+    const int n_tensors = s->projection == DOWN ? count_activation_tensors(node->src[1]) : 0;
+    const Stub * ranked = ranking_of(ranking_behind(node->src[2]));
+    std::unique_lock<std::shared_mutex> lock(g_mutex);
+    if (g_armed != s->model) return;
+    Layer & layer = s->model->layers[static_cast<size_t>(s->layer_pos)];
+    layer.n_used = static_cast<int>(node->src[2]->ne[0]);
+    layer.router.sorts = ranked && ranked->model == s->model && ranked->layer_pos == s->layer_pos;
+    if (s->projection == DOWN) {
+        layer.activation_tensors = n_tensors;
+    } else {
+        layer.router.input_norm = norm_weight(node->src[1]);
+    }
+}
+
+// What weighs a layer's outputs.
+static void note_gates(const ggml_tensor * node) {
+    const Stub * s = weighted_of(node);
+    if (!s) return;
+    float scale = 1;
+    const int gates = read_gating(node->src[1], scale);
+    std::unique_lock<std::shared_mutex> lock(g_mutex);
+    if (g_armed != s->model) return;
+    Router & router = s->model->layers[static_cast<size_t>(s->layer_pos)].router;
+    router.gates = gates;
+    router.gate_scale = scale;
+}
 
 void note_router(const ggml_tensor * node) {
     if (!g_any_armed) return;
-    if (node->op != GGML_OP_MUL_MAT && node->op != GGML_OP_ADD && node->op != GGML_OP_UNARY && node->op != GGML_OP_MUL_MAT_ID &&
-        node->op != GGML_OP_GET_ROWS) return;
-    if (node->op == GGML_OP_MUL_MAT_ID) {
-        const Stub * s = find_stub(node->src[0]);
-        if (!s) return;
-        const int n_tensors = s->projection == DOWN ? count_activation_tensors(node->src[1]) : 0;
-        std::unique_lock<std::shared_mutex> lock(g_mutex);
-        if (g_armed != s->model) return;
-        Layer & layer = s->model->layers[static_cast<size_t>(s->layer_pos)];
-        if (s->projection == DOWN) {
-            layer.activation_tensors = n_tensors;
-        } else {
-            layer.router.input_norm = norm_weight(node->src[1]);
-        }
-        return;
-    }
+    if (node->op == GGML_OP_MUL) return note_gates(node);
+    if (node->op == GGML_OP_MUL_MAT_ID) return note_product(node);
+    if (node->op != GGML_OP_MUL_MAT && node->op != GGML_OP_ADD && node->op != GGML_OP_UNARY && node->op != GGML_OP_GET_ROWS) return;
     const Stub * before = node->op == GGML_OP_MUL_MAT ? residual_of(node->src[1]) : nullptr;
     std::unique_lock<std::shared_mutex> lock(g_mutex);
     if (!g_armed) return;
@@ -138,7 +259,9 @@ void note_router(const ggml_tensor * node) {
     if (node->op == GGML_OP_MUL_MAT && is_block_tensor(node->src[0], "ffn_gate_inp.weight", number)) {
         Router * r = router();
         const Layer * l = r ? &g_armed->layers[static_cast<size_t>(g_armed->layer_pos(number))] : nullptr;
-        if (!l || node->src[0]->ne[0] != l->n_embd || node->src[0]->ne[1] != l->n_expert) return;
+        if (!l || node->src[0]->ne[1] != l->n_expert) return;
+        g_routers[node->src[0]] = {g_armed, g_armed->layer_pos(number), UP, Stub::WEIGHT};
+        if (node->src[0]->ne[0] != l->n_embd) return;  // of a model whose experts see something else
         r->weight = node->src[0];
         r->norm = norm_weight(node->src[1]);
         r->early = before && before->model == g_armed && before->layer_pos + 1 == g_armed->layer_pos(number);
@@ -228,6 +351,8 @@ static bool is_weighted(const ggml_tensor * node) {
     const ggml_tensor * w = node->src[1];
     return stub_of_outputs(node->src[0]) && w->type == GGML_TYPE_F32 && w->ne[0] == 1 && w->ne[1] == node->ne[1] && w->ne[2] == node->ne[2];
 }
+
+static const Stub * weighted_of(const ggml_tensor * node) { return is_weighted(node) ? stub_of_outputs(node->src[0]) : nullptr; }
 
 static bool is_slice(const ggml_tensor * t) { return t && t->op == GGML_OP_VIEW && t->src[0] && is_weighted(t->src[0]); }
 
@@ -322,7 +447,7 @@ bool find_weighted_sum(ggml_cgraph * graph, int down, WeightedSum & out) {
 
 bool is_ours(const ggml_tensor * node) {
     if (node->op == GGML_OP_MUL_MAT_ID) return find_stub(node->src[0]) != nullptr;
-    return is_hidden(node, 0) || behind_down(node) || scale_behind(node) || early_input(node);
+    return is_hidden(node, 0) || behind_down(node) || scale_behind(node) || early_input(node) || selection_of(node);
 }
 
 }  // namespace moe_edge

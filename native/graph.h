@@ -30,6 +30,14 @@ const Stub * find_stub(const ggml_tensor * weight);
 // Never a node itself.
 void note_router(const ggml_tensor * node);
 
+// The layer whose experts this node ranks, by the scores of its router; null for other nodes, and for models that do not
+// select (Model::selecting). The stub names no tensor: only model and layer count.
+const Stub * selection_of(const ggml_tensor * node);
+// Of such a node: what llama.cpp makes the gate weights of, F32 [n_expert, n_tokens], or null.
+const ggml_tensor * gates_behind(const ggml_tensor * ranking);
+// To be told of each model that begins or ends to select.
+void count_selecting(int more);
+
 // The stub whose product this node is (MUL_MAT_ID with a bound stub), or null.
 const Stub * product_of(const ggml_tensor * node);
 // True for the nodes the engine computes: expert products and what lies between them.

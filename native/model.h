@@ -62,6 +62,7 @@ struct Layer {
     bool fused = false, gated = true;
     std::vector<float> bias_up, bias_gate;  // [n_expert][n_ff], empty when the model has none
     int first_unit = 0;
+    int n_used = 0;              // experts of a token; known once llama.cpp's graph has been seen
     int activation_tensors = 0;  // of the experts' width in one graph; known once llama.cpp's graph has been seen
     Router router;
 };
@@ -124,6 +125,7 @@ public:
     std::vector<Layer> layers;
     int n_levels = 1;
     me_schedule_fn schedule = nullptr, announce = nullptr;
+    me_select_fn select = nullptr;
     void * schedule_user = nullptr;
     me_mailbox mail{};
     std::atomic<bool> stop{false};
@@ -133,6 +135,8 @@ public:
     Noise noise;
     LookAhead look;
     bool watches_attention = false;
+    std::atomic<bool> selecting{false};                // see me_model_set_selecting
+    const me_selection_view * selection = nullptr;     // while it chooses
     std::unique_ptr<Arena> arena;
     std::unique_ptr<ExpertSource> source;
     Counters counters;

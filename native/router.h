@@ -26,6 +26,10 @@ struct Router {
     bool sigmoid = false;                  // probabilities; else a softmax
     bool early = false;                    // its input is what the MoE layer before it left, as it is: known before attention
     bool some_rows = false;                // routes only the tokens whose logits are wanted, as a last layer does
+    bool sorts = false;                    // its experts are the first ones of an argsort over its scores
+    bool shared = false;                   // and that choice is used for something else as well
+    int gates = ME_GATES_UNKNOWN;          // how the gate weights are made of the probabilities, and the factor
+    float gate_scale = 1;
 };
 
 struct LookAhead {

@@ -472,6 +472,13 @@ bool StepRunner::announce(const Stub & before, ggml_tensor * input) {
     return (take_prefetches(error) && dispatch_prefetches(error)) || fail(error);
 }
 
+bool StepRunner::select(const Stub & stub, ggml_tensor * ranking) {
+    std::string error;
+    if (selector_.run(*stub.model, stub.layer_pos, ranking, ffn.few_threads(ranking->ne[1]), error)) return true;
+    stub.model->set_error(error);
+    return false;
+}
+
 bool StepRunner::run_attention(ggml_tensor * node) {
     std::string error;
     if (!ffn.run_node(node, ffn.all_threads(), error)) return false;

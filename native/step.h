@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "ffn.h"
+#include "selection.h"
 
 namespace moe_edge {
 
@@ -26,6 +27,8 @@ public:
     // Compute `input`, the next router's, behind the layer of `before` (early_input). Unless look-ahead is off, tell the
     // scheduler which experts it selects, and start reading what that fetches for them.
     bool announce(const Stub & before, ggml_tensor * input);
+    // Compute the ranking of a layer's experts, with those in front that the scheduler selects.
+    bool select(const Stub & stub, ggml_tensor * ranking);
     bool run_node(Model & model, ggml_tensor * node) { return run_node(model, node, ffn.all_threads()); }
     bool run_attention(ggml_tensor * node);
     bool begun(const Stub & stub, const ggml_tensor * node) const {
@@ -60,6 +63,7 @@ private:
     bool fail(const std::string & why);
 
     AttentionWatch attention_;
+    Selector selector_;
     Step step_;
     me_step_view view_{};      // of the present step
     bool later_ = false;       // the scheduler wants to be called again before the step ends

@@ -44,7 +44,8 @@ class Reply:
     arguments as JSON text). finish_reason: stop, length, stopped.
     cached_tokens: of the prompt, were in the KV cache already. seconds: from the request to the first token, and from
     there to the last. bytes_read: of experts, from disk.
-    low_uses, skipped_uses: what a lossy policy traded, in expert uses; expected_kld: nats a token that it expects to
+    low_uses, skipped_uses: what a lossy policy traded, in expert uses; substituted_uses: of all tokens, uses that went
+    to another expert than the router's own choice; expected_kld: nats a token that it expects to
     have cost, None where the model is not calibrated.
     """
 
@@ -62,6 +63,7 @@ class Reply:
     bytes_read: int
     low_uses: int
     skipped_uses: int
+    substituted_uses: int
     expected_kld: float | None
     policy: str
 
@@ -293,6 +295,7 @@ def _reply_of(said: _Said, result: Generation, engine: Engine) -> Reply:
         bytes_read=result.counters.bytes_read,
         low_uses=result.counters.low_uses,
         skipped_uses=result.counters.skipped_uses,
+        substituted_uses=result.counters.substituted_uses,
         expected_kld=result.expected_kld,
         policy=engine.policy.name,
     )

@@ -72,7 +72,8 @@ class Mailbox(Structure):
             ("level", c_int32), ("victim_count", c_int32), ("victims", c_int32), ("later", c_int32),
             ("prefetch_count", c_int32), ("prefetch_units", c_int32), ("prefetch_victim_count", c_int32),
             ("prefetch_victims", c_int32), ("ahead_counts", c_int32), ("ahead_experts", c_int32),
-            ("ahead_scores", c_float),
+            ("ahead_scores", c_float), ("select_order", c_int32), ("select_scores", c_float),
+            ("select_gates", c_float), ("selected", c_int32),
         )
     ]  # fmt: skip
 
@@ -87,6 +88,19 @@ class StepView(Structure):
         ("n_used", c_int32),
         ("n_embd", c_int32),
         ("weights_known", c_int32),
+    ]
+
+
+class SelectionView(Structure):
+    _fields_ = [
+        ("scores", POINTER(c_float)),
+        ("gates", POINTER(c_float)),
+        ("order", POINTER(c_int32)),
+        ("selected", POINTER(c_int32)),
+        ("n_tokens", c_int32),
+        ("n_expert", c_int32),
+        ("n_used", c_int32),
+        ("reserved", c_int32),
     ]
 
 
@@ -107,6 +121,7 @@ class ModelDesc(Structure):
         ("reserved", c_int32),
         ("schedule", SCHEDULE_FN),
         ("announce", SCHEDULE_FN),
+        ("select", SCHEDULE_FN),
         ("schedule_user", c_void_p),
         ("mail", Mailbox),
     ]
@@ -128,7 +143,8 @@ class Counters:
     """Counts since the model was opened; times in seconds. See native/capi.h for what a step, use and hit are.
 
     loads: read by the step that needed them, so hits + loads = uses; prefetched: read ahead, hits when they are used.
-    preloaded: read before the first step.
+    preloaded: read before the first step. substituted_uses: of all tokens, uses that went to another expert than the
+    router's own choice.
     """
 
     steps: int = 0
@@ -166,6 +182,7 @@ class Counters:
     unpack_seconds: float = 0.0
     unpacked_bytes: int = 0
     lent_bytes: int = 0
+    substituted_uses: int = 0
 
     def since(self, earlier: Counters) -> Counters:
         """The difference; the committed bytes and the number of direct files stay absolute."""
@@ -184,7 +201,7 @@ COUNTER_NAMES = tuple(_in_c(each.name) for each in fields(Counters))
 CountersArray = c_int64 * len(COUNTER_NAMES)
 STRUCTS: Mapping[str, Any] = {
     "me_piece_desc": PieceDesc, "me_layer_desc": LayerDesc, "me_mailbox": Mailbox, "me_model_desc": ModelDesc,
-    "me_step_view": StepView, "me_counters": CountersArray, "me_abi_info": AbiInfo,
+    "me_step_view": StepView, "me_selection_view": SelectionView, "me_counters": CountersArray, "me_abi_info": AbiInfo,
 }  # fmt: skip
 
 
@@ -324,6 +341,10 @@ def _declare(lib: Any) -> None:
         "me_model_known_routers": (c_int32, [model]),
         "me_model_early_routers": (c_int32, [model]),
         "me_model_watch_attention": (None, [model]),
+        "me_model_set_selecting": (None, [model, c_int32]),
+        "me_model_check_selecting": (c_int32, [model, text]),
+        "me_model_selection": (c_int32, [model, POINTER(SelectionView)]),
+        "me_model_gating": (c_int32, [model, c_int32, POINTER(c_float)]),
         "me_model_set_renormalise": (None, [model, c_int32]),
         "me_model_set_noise": (c_double, [model, c_int32, c_float, c_uint64]),
         "me_model_scratch_bytes": (c_int64, [model, c_int64, c_int32, c_int32]),

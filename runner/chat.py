@@ -174,7 +174,8 @@ class Chat:
         lines.append(
             f"session: {total.uses} expert uses, {rate:.0f} % hits, {total.loads} loads, {total.evictions} evictions, "
             f"{total.bytes_read / 2**20:.0f} MiB read, {total.stall_seconds:.1f} s waited for the disk, "
-            f"policy {self.engine.policy.name}, {total.low_uses} low-precision uses, {total.skipped_uses} skipped"
+            f"policy {self.engine.policy.name}, {total.low_uses} low-precision uses, {total.skipped_uses} skipped, "
+            f"{total.substituted_uses} substituted"
         )
         ahead = LookAheadState.of(self.engine.policy)
         if ahead is not None:

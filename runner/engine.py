@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moe_edge.models.errors import EngineError, MoeEdgeError, Stopped
+from moe_edge.models.errors import EngineError, MoeEdgeError, Stopped, UsageError
 from moe_edge.models.store.watch import check_replaced
 from moe_edge.runner import signals
 from moe_edge.runner.capi import Counters
@@ -22,7 +22,7 @@ from moe_edge.runner.kv.identity import identity_of, prompt_folder
 from moe_edge.runner.kv.prefix import keep_evaluated, keep_prefix
 from moe_edge.runner.kv.prompt_cache import PromptCache
 from moe_edge.runner.kv.rollback import Checkpoints
-from moe_edge.runner.llama import captured_log, clear_memory, set_threads
+from moe_edge.runner.llama import captured_log, clear_memory, rebuild_graphs, set_threads
 from moe_edge.runner.loading import Loading
 from moe_edge.runner.memory import auto_budget_bytes, current_rss_bytes
 from moe_edge.runner.native import NativeModel, ThreadPool
@@ -38,7 +38,14 @@ from moe_edge.schedulers.lookahead.controller import Measured
 from moe_edge.schedulers.options import RENORMALISE, PolicyOptions
 from moe_edge.schedulers.policies import DEFAULTS
 from moe_edge.schedulers.policy import Policy, make_policy
-from moe_edge.schedulers.settings import choose_setting, describe_options, describe_setting, resolve_options
+from moe_edge.schedulers.settings import (
+    choose_setting,
+    describe_options,
+    describe_setting,
+    policy_selects,
+    policy_warning,
+    resolve_options,
+)
 
 
 class Engine:
@@ -80,6 +87,8 @@ class Engine:
         self._turns = Turns(lambda: self.native.set_stop(True), self._free)
         try:
             self.layout = layout_of(self.model, self.native)
+            self._selecting = policy_selects(self.options.policy, self.model.calibration)
+            self.native.set_selecting(self._selecting)  # which takes memory, to be planned
             with signals.deferred():  # freeing what was asked calls back into Python, as close() says
                 fixed = fixed_sizes(self._loading, self.native, program_bytes)
             ram = self.options.ram_bytes
@@ -114,6 +123,7 @@ class Engine:
         check_replaced(self.model)
         self.checkpoints = Checkpoints(self.llama)
         self._open_prompts()
+        self._check_selecting()
         self.llama._moe_edge = self  # whoever keeps the Llama keeps the engine its experts come from
         if self.native.bound_tensors == 0:
             raise EngineError(f"{self.name}: llama.cpp offered no expert tensor of it to the engine")
@@ -202,6 +212,8 @@ class Engine:
         if o.name != "exact":
             known = "" if calibration else "; its damage is not known: convert with --calibrate to have it measured"
             lines.append(f"lossy: policy {describe_options(o, calibration)}{known}")
+            if warning := policy_warning(o, calibration):
+                lines.append(f"lossy: {warning}")
         return lines
 
     def _use(self, policy: Policy) -> None:
@@ -209,6 +221,7 @@ class Engine:
         self._policy = policy
         self.native.schedule, self.native.meanwhile = policy.plan, policy.meanwhile
         self.native.wants_routing = policy.wants_routing
+        self._select_by(policy)
         if isinstance(policy, LookAheadPolicy):
             width = min(2 * self.model.n_expert_used, min(self.layout.n_experts))
             self.native.set_lookahead(policy.depth, width)
@@ -219,6 +232,24 @@ class Engine:
             self.native.announce = None
         if policy.wants_attention:  # and from then on: graphs that llama.cpp keeps and uses again do not change
             self.native.watch_attention()
+
+    def _select_by(self, policy: Policy) -> None:
+        """Let the policy choose experts, or nobody; llama.cpp's graphs have to be built anew where that changes."""
+        self.native.select, self.native.select_many = policy.select, policy.select_many
+        changed, self._selecting = policy.selects != self._selecting, policy.selects
+        if changed:
+            self.native.set_selecting(policy.selects)
+        if changed and self.llama is not None:
+            rebuild_graphs(self.llama)
+            self._check_selecting()
+
+    def _check_selecting(self) -> None:
+        """Raises UsageError for a policy that chooses experts when this model's graph does not let it."""
+        if self._selecting and (reason := self.native.why_not_selecting()):
+            raise UsageError(
+                f"{self.name}: policy {self.policy.name} cannot choose experts of a '{self.model.architecture}' model: "
+                f"{reason}; use another policy"
+            )
 
     def _measure(self) -> Measured:
         """The sums that the look-ahead controller decides by."""

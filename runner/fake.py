@@ -102,7 +102,8 @@ class FakeModel:
 
         def end(reason: str, stop_text: str | None = None) -> End:
             traded = traded_of(
-                hits=3, uses=4, bytes_read=100, low=0, skipped=0, expected_kld=None, policy=self.facts.policy
+                hits=3, uses=4, bytes_read=100, low=0, skipped=0, substituted=0, expected_kld=None,
+                policy=self.facts.policy,
             )
             return End(reason, Usage(total, 0, n, 0, 0.0, 0.01, time.monotonic() - started, traded), stop_text)
 

@@ -124,7 +124,7 @@ class Generation:
 
     @property
     def expected_kld(self) -> float | None:
-        """Nats for each token evaluated that the calibration expects of the low and skipped uses; None without one.
+        """Nats for each token evaluated that the calibration expects of what was traded; None without one.
 
         Exact expects 0.
         """
@@ -136,12 +136,14 @@ class Generation:
         c, cache = self.counters, f", {self.lossy_cache}" if self.lossy_cache else ""
         if self.shifted_tokens:
             cache += f", {self.shifted_tokens} tokens of the context forgotten"
-        if c.low_uses + c.skipped_uses == 0:
+        if c.low_uses + c.skipped_uses + c.substituted_uses == 0:
             return cache
         total = c.uses + c.skipped_uses
         expected = "not calibrated" if self.expected_kld is None else f"{self.expected_kld:.2g} nats/token expected"
-        experts = f", {100 * c.low_uses / total:.0f} % low, {100 * c.skipped_uses / total:.0f} % skipped ({expected})"
-        return experts + cache
+        experts = f", {100 * c.low_uses / total:.0f} % low, {100 * c.skipped_uses / total:.0f} % skipped"
+        if c.substituted_uses:  # of tokens, where the others are of the distinct experts of a micro-batch
+            experts += f", {c.substituted_uses} uses substituted"
+        return f"{experts} ({expected}){cache}"
 
     def line(self) -> str:
         """The last line of a reply; another one behind it when there is look-ahead."""
@@ -174,6 +176,7 @@ class Generation:
             "schedule_s": c.schedule_seconds,
             "low_precision_uses": c.low_uses,
             "skipped_uses": c.skipped_uses,
+            "substituted_uses": c.substituted_uses,
             "prefetched": c.prefetched,
             "prefetch_useful": c.prefetch_useful,
             "prefetch_late": c.prefetch_late,

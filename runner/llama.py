@@ -181,6 +181,17 @@ def set_threads(llama: Any, n: int) -> None:
     llama_cpp.llama_set_n_threads(llama._ctx.ctx, n, n)
 
 
+def rebuild_graphs(llama: Any) -> None:
+    """Let llama.cpp build its graphs anew before the next decode, and ask again who computes what.
+
+    It keeps a graph as long as the shapes are the same. Taking off a control vector, which is not there, changes
+    nothing else (llama-context.cpp, set_adapter_cvec).
+    """
+    import llama_cpp
+
+    llama_cpp.llama_set_adapter_cvec(llama._ctx.ctx, None, 0, 0, 0, 0)
+
+
 def clear_memory(llama: Any) -> None:
     """Empty the KV cache."""
     llama.reset()

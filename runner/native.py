@@ -10,6 +10,7 @@ from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint8, c_void
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 from moe_edge.models.errors import BadFile, EngineError, MissingFile
 from moe_edge.models.formats.floats import FloatArray
 from moe_edge.models.formats.ggml_types import type_name
@@ -34,6 +35,7 @@ from moe_edge.runner.capi import (
     Mailbox,
     ModelDesc,
     PieceDesc,
+    SelectionView,
     StepView,
     counter_index,
     counters_of,
@@ -41,7 +43,7 @@ from moe_edge.runner.capi import (
 )
 from moe_edge.runner.turns import CLOSED
 from moe_edge.runner.zstd import zstd_functions
-from moe_edge.schedulers.layout import Ahead, Prefetch, Routing, Step, StepPlan
+from moe_edge.schedulers.layout import Ahead, Prefetch, Routing, Selection, Selections, Step, StepPlan
 
 
 class ThreadPool:
@@ -102,6 +104,10 @@ class Mail:
         self.ahead_counts = (c_int32 * MAX_AHEAD)()
         self.ahead_experts = (c_int32 * (MAX_AHEAD * max_experts))()
         self.ahead_scores = (c_float * (MAX_AHEAD * max_experts))()
+        self.select_order = (c_int32 * max_experts)()
+        self.select_scores = (c_float * max_experts)()
+        self.select_gates = (c_float * max_experts)()
+        self.selected = (c_int32 * max_experts)()
 
     def struct(self) -> Mailbox:
         fields: Any = Mailbox._fields_
@@ -110,6 +116,7 @@ class Mail:
 
 Schedule = Callable[[Step], StepPlan | None]
 FetchAhead = Callable[[Step], Sequence[Prefetch]]
+IntArray = npt.NDArray[np.int32]
 
 
 class NativeModel:
@@ -119,7 +126,8 @@ class NativeModel:
     that set `later`. What they raise is kept in `schedule_error` and fails the decode. wants_routing: give steps of
     several tokens their Routing. observe: called with each step's input and routing before it is scheduled; for
     calibration and traces. announce: a policy's plan_ahead(), called between two steps with the next one, while
-    look-ahead is on, where the model routes before attention. each_step: called as a step begins, before it is
+    look-ahead is on, where the model routes before attention. select, select_many: a policy's own, while selecting is
+    on (set_selecting). each_step: called as a step begins, before it is
     scheduled; must be cheap.
     """
 
@@ -133,6 +141,9 @@ class NativeModel:
         self.schedule: Schedule | None = None
         self.meanwhile: FetchAhead | None = None
         self.announce: FetchAhead | None = None
+        self.select: Callable[[Selection], Sequence[int] | None] | None = None
+        self.select_many: Callable[[Selections], IntArray | None] | None = None
+        self._n_experts = tuple(layer.n_expert for layer in model.layers)
         self._present = Step(0, (), ())
         self._few, self._counter = CountersArray(), counter_index()
         self.wants_routing = False
@@ -140,10 +151,10 @@ class NativeModel:
         self.observe: Callable[[int, Routing, FloatArray], None] | None = None
         self.each_step: Callable[[], None] | None = None
         self.stop_requested = False
-        self._callbacks = SCHEDULE_FN(self._on_step), SCHEDULE_FN(self._on_announce)
+        self._callbacks = SCHEDULE_FN(self._on_step), SCHEDULE_FN(self._on_announce), SCHEDULE_FN(self._on_select)
         desc, keep = _describe(model)
         desc.n_io_threads, desc.direct_io = n_io_threads, int(direct_io)
-        desc.schedule, desc.announce = self._callbacks
+        desc.schedule, desc.announce, desc.select = self._callbacks
         desc.schedule_user, desc.mail = None, self.mail.struct()
         if any(piece.codec == PLANES for piece in model.pieces):
             self._lib.me_set_zstd(*zstd_functions())
@@ -201,6 +212,35 @@ class NativeModel:
         except BaseException as e:
             self.schedule_error = e
             return SCHEDULE_ERROR
+
+    def _on_select(self, _user: object, layer: int, n_tokens: int, n_used: int) -> int:
+        if self.stop_requested:
+            return SCHEDULE_STOP
+        try:
+            assert self.select is not None and self.select_many is not None, "no policy that selects"
+            if n_tokens > 1:
+                return self._select_many(self.select_many, layer)
+            mail, n = self.mail, self._n_experts[layer]
+            chosen = self.select(
+                Selection(layer, n_used, mail.select_order[:n], mail.select_scores[:n], mail.select_gates[:n])
+            )
+            if chosen is None:
+                return SCHEDULE_RESIDENT
+            mail.selected[:n_used] = list(chosen)
+            return SCHEDULE_OK
+        except BaseException as e:
+            self.schedule_error = e
+            return SCHEDULE_ERROR
+
+    def _select_many(self, select: Callable[[Selections], IntArray | None], layer: int) -> int:
+        v = SelectionView()
+        self._lib.me_model_selection(self._open_handle(), ctypes.byref(v))
+        array, shape = np.ctypeslib.as_array, (v.n_tokens, v.n_expert)
+        chosen = select(Selections(layer, v.n_used, array(v.order, shape), array(v.scores, shape)))
+        if chosen is None:
+            return SCHEDULE_RESIDENT
+        array(v.selected, (v.n_tokens, v.n_used))[:] = chosen
+        return SCHEDULE_OK
 
     def _new_step(self, layer: int, n_tokens: int, n: int) -> Step:
         mail = self.mail
@@ -268,6 +308,21 @@ class NativeModel:
         if self._handle is None:
             raise EngineError(CLOSED)
         return self._handle
+
+    def set_selecting(self, on: bool) -> None:
+        """Let select() choose the experts of each token, in graphs that llama.cpp builds from now on."""
+        self._lib.me_model_set_selecting(self._open_handle(), int(on))
+
+    def why_not_selecting(self) -> str | None:
+        """Why llama.cpp's graphs, as they have been seen so far, do not let select() choose; None when they do."""
+        error = ctypes.create_string_buffer(ERROR_BYTES)
+        failed = self._lib.me_model_check_selecting(self._open_handle(), error)
+        return error.value.decode(errors="replace") if failed else None
+
+    def gating(self, layer: int) -> tuple[int, float]:
+        """How llama.cpp makes a layer's gate weights of a Selection's gates: me_gates of capi.h, and a factor."""
+        scale = c_float(1)
+        return int(self._lib.me_model_gating(self._open_handle(), layer, ctypes.byref(scale))), scale.value
 
     def set_renormalise(self, on: bool) -> None:
         """After a skip, scale the token's other gate weights up to the old sum."""

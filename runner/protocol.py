@@ -211,7 +211,8 @@ class ServedModel(Protocol):
 
 
 def traded_of(
-    *, hits: int, uses: int, bytes_read: int, low: int, skipped: int, expected_kld: float | None, policy: str
+    *, hits: int, uses: int, bytes_read: int, low: int, skipped: int, substituted: int, expected_kld: float | None,
+    policy: str,
 ) -> dict[str, Any]:
     """What a reply cost and what was traded for speed, as every dialect reports it."""
     return {
@@ -222,5 +223,6 @@ def traded_of(
         "expert_bytes_read": bytes_read,
         "low_uses": low,
         "skipped_uses": skipped,
+        "substituted_uses": substituted,
         "expected_kld_per_token": expected_kld,
     }

@@ -110,6 +110,33 @@ class Step:
     later: bool = False
 
 
+class Selection(NamedTuple):
+    """How one token's MoE layer is about to choose its experts: what a policy that selects is asked before the step.
+
+    n_used: how many it chooses. order: all experts of the layer, best first by the model's own ranking. scores: what
+    ranks them, in that order; -inf for those of a group that is left out. gates: what llama.cpp makes the gate weights
+    of, in that order; zeros where the graph hides it.
+    """
+
+    layer: int
+    n_used: int
+    order: Sequence[int]
+    scores: Sequence[float]
+    gates: Sequence[float]
+
+
+class Selections(NamedTuple):
+    """The same for the T tokens of a micro-batch; views of buffers that are overwritten afterwards.
+
+    order: int32 [T, n_expert], best first. scores: float32 [T, n_expert], by expert.
+    """
+
+    layer: int
+    n_used: int
+    order: npt.NDArray[np.int32]
+    scores: npt.NDArray[np.float32]
+
+
 class Prefetch(NamedTuple):
     """A unit to read when the disk has nothing else to do; absent, and not one that the present step uses.
 

@@ -11,11 +11,11 @@ from typing import Protocol
 
 from moe_edge.models.calibration import Calibration
 from moe_edge.schedulers.cache import ExpertCache
-from moe_edge.schedulers.layout import Layout, Prefetch, Step, StepPlan
+from moe_edge.schedulers.layout import Layout, Prefetch, Selection, Selections, Step, StepPlan
 from moe_edge.schedulers.lookahead.around import with_lookahead
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policies import find_policy
-from moe_edge.schedulers.policies.levels import PolicyStats
+from moe_edge.schedulers.policies.levels import IntArray, PolicyStats
 from moe_edge.schedulers.settings import check_options, resolve_options
 from moe_edge.schedulers.usage import Usage
 
@@ -35,6 +35,11 @@ class Policy(Protocol):
         ...
 
     @property
+    def selects(self) -> bool:
+        """Whether it takes part in the choice of experts: then select() or select_many() is asked before each step."""
+        ...
+
+    @property
     def stats(self) -> PolicyStats:
         """Counts since the policy was made; copy() them to keep them."""
         ...
@@ -50,6 +55,14 @@ class Policy(Protocol):
     @property
     def used_bytes(self) -> int:
         """Bytes of the units in memory."""
+        ...
+
+    def select(self, selection: Selection) -> Sequence[int] | None:
+        """The experts of one token, as many as it uses, in any order; None: those that the model chose."""
+        ...
+
+    def select_many(self, selections: Selections) -> IntArray | None:
+        """The experts of each token of a micro-batch, [T, n_used]; None: those that the model chose."""
         ...
 
     def plan(self, step: Step) -> StepPlan | None:

@@ -53,6 +53,17 @@ def describe_options(options: PolicyOptions, calibration: Calibration | None) ->
     return find_policy(options.name).describe(options, calibration)
 
 
+def policy_warning(options: PolicyOptions, calibration: Calibration | None) -> str:
+    """What somebody who asks for a policy should know; empty when there is nothing."""
+    return find_policy(options.name).warning(options, calibration)
+
+
+def policy_selects(options: PolicyOptions, calibration: Calibration | None) -> bool:
+    """Whether a policy takes part in the choice of experts. Raises UnknownName, UsageError."""
+    resolved = resolve_options(options, calibration)
+    return find_policy(resolved.name).selects(resolved, calibration)
+
+
 def resolve_options(options: PolicyOptions, calibration: Calibration | None) -> PolicyOptions:
     """The options with --max-kld replaced by the setting it chooses; unchanged without one. Raises UsageError."""
     if options.max_kld is None:

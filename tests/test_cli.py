@@ -57,6 +57,7 @@ def copy_pair(pair: Path, to: Path) -> tuple[Path, Path]:
 JSON_KEYS = {
     "text", "prompt_tokens", "generated_tokens", "load_s", "ttft_s", "prefill_tok_s", "decode_tok_s", "expert_uses",
     "expert_hit_rate", "expert_bytes_read", "expert_bytes_per_token", "stall_s", "low_precision_uses", "skipped_uses",
+    "substituted_uses",
     "ram_budget_bytes", "peak_rss_bytes", "policy", "warm_start", "lookahead", "prefetched", "prefetch_useful",
     "prefetch_late", "prefetch_wasted", "prefetch_cancelled", "prefetch_failed", "prefetch_bytes", "wasted_bytes",
 }  # fmt: skip

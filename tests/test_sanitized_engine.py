@@ -20,7 +20,7 @@ from test_disk_source import ROOT, SANITIZERS, ggml_headers
 
 COMPILER = next((c for c in (os.environ.get("CXX", ""), "g++", "c++") if shutil.which(c)), None)
 FLAGS = ["-std=c++17", "-O0", "-g1", "-fPIC", "-pthread", "-fno-omit-frame-pointer", "-ffp-contract=off"]
-SOURCES = "arena codec disk_source model graph activation ffn attention router step backend capi".split()
+SOURCES = "arena codec disk_source model graph activation ffn attention router selection step backend capi".split()
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a library is preloaded as on Linux"),
@@ -73,6 +73,9 @@ assert all(np.isfinite(row).all() for row in rows) and counts.low_uses > 0
 skipping = dict(name="dymoe", retention=0.5, low_level="skip", renormalise=arch != "gpt-oss")
 rows, counts = logits(folder / "two.gguf", 1 << 30, **skipping)
 assert all(np.isfinite(row).all() for row in rows) and counts.skipped_uses > 0
+choosing = dict(name="reroute", strength=1.0, keep_top=0)
+rows, counts = logits(path, least + (1 << 20), **choosing)
+assert all(np.isfinite(row).all() for row in rows) and counts.substituted_uses > 0
 packed = write_random_model(folder / "sixteen.gguf", arch, expert_type="BF16", down_type="Q8_0")
 want = stock_logits(packed, [*tokens, 5, 6], n_ubatch=32, n_threads=2, n_ctx=128)[len(tokens) - 1 :]
 convert(packed, folder / "packed.gguf", pack="planes")

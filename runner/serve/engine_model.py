@@ -216,7 +216,8 @@ class EngineModel:
     def _usage(self, g: Generation, reply: _Reply, dropped: int) -> Usage:
         traded = traded_of(
             hits=g.counters.hits, uses=g.counters.uses, bytes_read=g.counters.bytes_read, low=g.counters.low_uses,
-            skipped=g.counters.skipped_uses, expected_kld=g.expected_kld, policy=self._engine.policy.name,
+            skipped=g.counters.skipped_uses, substituted=g.counters.substituted_uses, expected_kld=g.expected_kld,
+            policy=self._engine.policy.name,
         )  # fmt: skip
         if self._engine.options.lossy_cache:
             traded["kv_cache"] = self._engine.options.lossy_cache
@@ -257,6 +258,7 @@ class EngineModel:
             "stall_seconds": c.stall_seconds,
             "low_uses": c.low_uses,
             "skipped_uses": c.skipped_uses,
+            "substituted_uses": c.substituted_uses,
             "prefetched": c.prefetched,
             "prefetch_useful": c.prefetch_useful,
             "prefetch_wasted": c.prefetch_wasted,
@@ -295,6 +297,7 @@ class EngineModel:
             "bytes_per_token": c.bytes_read / evaluated,
             "low_uses": c.low_uses,
             "skipped_uses": c.skipped_uses,
+            "substituted_uses": c.substituted_uses,
         }
 
     def recency(self) -> bytes:

@@ -28,6 +28,7 @@ NUMBERS = {
     "stall_seconds": (True, "Time that computing waited for the disk."),
     "low_uses": (True, "Expert uses in low precision."),
     "skipped_uses": (True, "Expert uses that were left out."),
+    "substituted_uses": (True, "Expert uses of tokens that went to another expert than the router chose."),
     "prefetched": (True, "Experts read ahead."),
     "prefetch_useful": (True, "Experts read ahead that were then used."),
     "prefetch_wasted": (True, "Experts read ahead that left unused."),

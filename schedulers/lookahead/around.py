@@ -13,11 +13,11 @@ from dataclasses import replace
 from typing import Protocol, TypeVar
 
 from moe_edge.schedulers.cache import ExpertCache
-from moe_edge.schedulers.layout import SKIP, Ahead, Layout, Prefetch, Step, StepPlan
+from moe_edge.schedulers.layout import SKIP, Ahead, Layout, Prefetch, Selection, Selections, Step, StepPlan
 from moe_edge.schedulers.lookahead.controller import Controller, Measured
 from moe_edge.schedulers.lookahead.rules import make_rule
 from moe_edge.schedulers.lookahead.rules.rule import MOST_DEPTH, Predicted, Rule
-from moe_edge.schedulers.policies.levels import LOW, PolicyStats
+from moe_edge.schedulers.policies.levels import LOW, IntArray, PolicyStats
 
 MOST_TOKENS = 4  # of a step that is looked ahead from (native/router.h)
 ARENA_SHARE = 0.25  # of the arena that guesses may hold
@@ -46,6 +46,13 @@ class Inner(Protocol):
 
     @property
     def used_bytes(self) -> int: ...
+
+    @property
+    def selects(self) -> bool: ...
+
+    def select(self, selection: Selection) -> Sequence[int] | None: ...
+
+    def select_many(self, selections: Selections) -> IntArray | None: ...
 
     def plan(self, step: Step) -> StepPlan | None: ...
 
@@ -105,6 +112,16 @@ class LookAheadPolicy:
     @property
     def wants_attention(self) -> bool:
         return self.inner.wants_attention
+
+    @property
+    def selects(self) -> bool:
+        return self.inner.selects
+
+    def select(self, selection: Selection) -> Sequence[int] | None:
+        return self.inner.select(selection)
+
+    def select_many(self, selections: Selections) -> IntArray | None:
+        return self.inner.select_many(selections)
 
     @property
     def stats(self) -> PolicyStats:

@@ -28,7 +28,8 @@ class PolicyEntry:
     raises UsageError. describe: the policy and the knobs that matter, in one phrase, as the policy reads them.
     main_knob: the one that trades bytes for precision; None for a policy that has no measured settings.
     settings: (calibration, mean bytes of an expert at the high level, at the low level or 0) -> the settings that
-    `--calibrate` measures for --max-kld.
+    `--calibrate` measures for --max-kld. selects: whether it takes part in the choice of experts. warning: what
+    somebody who asks for it should know, one sentence; empty when there is nothing.
     """
 
     name: str
@@ -40,3 +41,5 @@ class PolicyEntry:
     describe: Callable[[PolicyOptions, Calibration | None], str] = lambda options, calibration: options.name
     main_knob: Knob | None = None
     settings: Callable[[Calibration | None, float, float], Sequence[PolicyOptions]] = _no_settings
+    selects: Callable[[PolicyOptions, Calibration | None], bool] = lambda options, calibration: False
+    warning: Callable[[PolicyOptions, Calibration | None], str] = lambda options, calibration: ""

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 from moe_edge.models.calibration import Calibration
 from moe_edge.schedulers.cache import ExpertCache
-from moe_edge.schedulers.layout import SKIP, Layout, Prefetch, Step, StepPlan
+from moe_edge.schedulers.layout import SKIP, Layout, Prefetch, Selection, Selections, Step, StepPlan
 from moe_edge.schedulers.usage import Usage
 
 HIGH, LOW = 0, 1
+IntArray = npt.NDArray[np.int32]
 
 
 @dataclass(slots=True)
@@ -59,6 +62,8 @@ class LevelPolicy:
     skip wanted, any level in memory: use it, as it costs nothing; without `reuse`, skip.
     """
 
+    selects = False  # whether select() and select_many() are to be asked before each step
+
     def __init__(
         self, layout: Layout, arena_bytes: int, calibration: Calibration | None = None, reuse: bool = True
     ) -> None:
@@ -102,6 +107,14 @@ class LevelPolicy:
         """A text begins that has nothing to do with the last one: an eviction rule that counts by conversation, hobbit,
         starts again; what is in memory, the counts and the usage of a warm start go on."""
         self.cache.new_conversation()
+
+    def select(self, selection: Selection) -> Sequence[int] | None:
+        """The experts of a token, as many as it uses, in any order; None: those that the model chose."""
+        return None
+
+    def select_many(self, selections: Selections) -> IntArray | None:
+        """The experts of each token of a micro-batch, [T, n_used]; None: those that the model chose."""
+        return None
 
     def wishes(self, step: Step) -> Sequence[int]:
         """The level this policy would ask for, for each expert; changes nothing. For steps that are only predicted."""
