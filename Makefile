@@ -46,7 +46,7 @@ build/reference/.installed:
 	build/reference/bin/pip install --quiet --disable-pip-version-check "transformers>=5" safetensors gguf pyyaml
 	touch $@
 
-$(LLAMA_SOURCE)/.unpacked: $(VENV)/.dependencies
+$(LLAMA_SOURCE)/.unpacked: $(VENV)/.dependencies tests/llama_source.py
 	mkdir -p build/sdist $(LLAMA_SOURCE)
 	test -n "$$(ls build/sdist/*.tar.gz 2>/dev/null)" || $(BIN)/pip download --quiet --disable-pip-version-check \
 	    --no-deps --no-build-isolation --no-binary :all: --dest build/sdist llama-cpp-python==0.3.36

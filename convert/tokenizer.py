@@ -1,9 +1,11 @@
-"""A Hugging Face tokenizer as the key-values llama.cpp reads: byte-level BPE here, SentencePiece in sentencepiece.py.
+"""A Hugging Face tokenizer as the key-values llama.cpp reads: byte-level BPE here.
+
+SentencePiece is read in sentencepiece.py, tiktoken ranks in ranks.py.
 
 llama.cpp splits text by a regular expression it knows by name (`tokenizer.ggml.pre`). The name is found by comparing
-the structure of tokenizer.json with those we know exactly (pretokenizers.py); whatever differs is refused, since a
-guess would give other tokens than the model was trained on. tokenizer_proof.py compares tokens before anything is
-written.
+the structure of tokenizer.json with those we know exactly (pretokenizers.py), or by the tokens that a known model makes
+of a text (known_tokenizers.py); whatever differs is refused, since a guess would give other tokens than the model was
+trained on. tokenizer_proof.py compares tokens before anything is written.
 """
 
 from __future__ import annotations
@@ -12,13 +14,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_edge.convert.pretokenizers import find_pre_tokenizer
+from moe_edge.convert.known_tokenizers import known_as
+from moe_edge.convert.merging import all_are_merged
+from moe_edge.convert.pretokenizers import find_pre_tokenizer, known_names
+from moe_edge.convert.ranks import of_ranks, ranks_in
+from moe_edge.convert.reference import of_json as reference_of
 from moe_edge.convert.sentencepiece import of_json, of_model_file
 from moe_edge.convert.vocabulary import (
     CONTROL,
     MAX_TOKENS,
     NORMAL,
-    TIKTOKEN,
     UNUSED,
     USER_DEFINED,
     Tokenizer,
@@ -42,9 +47,9 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
     settings = read_json_file(settings_path) if is_present(settings_path) else {}
     if not is_present(path) and is_present(folder / "tokenizer.model"):
         return of_model_file(folder, config, settings, chat_templates(folder, settings))
-    ranks = next((name for name in TIKTOKEN if is_present(folder / name)), None)
+    ranks = ranks_in(folder)
     if ranks is not None and not is_present(path):
-        refuse(folder / ranks, "a tokenizer that is only there as tiktoken ranks is not supported")
+        return of_ranks(folder, ranks, config, settings, chat_templates(folder, settings))
     data = read_json_file(path)
     model = data.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
@@ -56,16 +61,18 @@ def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
     tokens, types = _tokens(path, model["vocab"], added, config.get("vocab_size"))
     special = special_ids(path, settings, config, added, len(tokens))
     add_bos, add_eos = _adds(path, data, settings, special, tokens)
+    merges, normalized = _merges(path, model), _normalizer(path, data)
+    pre, notes = _pre_tokenizer(path, data, model, merges)
     return Tokenizer(
-        pre=_pre_tokenizer(path, data, bool(model.get("ignore_merges"))),
+        pre=pre,
         tokens=tokens,
         types=types,
-        merges=_merges(path, model),
+        merges=merges,
         special=special,
         add_bos=add_bos,
         add_eos=add_eos,
         chat_templates=chat_templates(folder, settings),
-        notes=_normalizer(path, data),
+        notes=notes + normalized,
     )
 
 
@@ -89,13 +96,23 @@ def _normalizer(path: Path, data: Mapping[str, Any]) -> tuple[str, ...]:
     refuse(path, f"normalizer '{normalizer.get('type')}' is not supported; known: none, NFC")
 
 
-def _pre_tokenizer(path: Path, data: Mapping[str, Any], ignore_merges: bool) -> str:
+def _pre_tokenizer(
+    path: Path, data: Mapping[str, Any], model: Mapping[str, Any], merges: Sequence[str]
+) -> tuple[str, tuple[str, ...]]:
+    """llama.cpp's name of the pre-tokenizer, and notes on how it was found."""
     pre = as_object(data.get("pre_tokenizer"), path, "pre_tokenizer")
     is_sequence = pre.get("type") == "Sequence"
     steps = as_objects(pre.get("pretokenizers"), path, "pretokenizers") if is_sequence else [pre]
+    steps = [as_object(step, path, "pre_tokenizer") for step in steps]
+    reference = reference_of(path)
+    known = None if reference is None else known_as(reference)
     try:
-        return find_pre_tokenizer([as_object(step, path, "pre_tokenizer") for step in steps], ignore_merges)
+        return find_pre_tokenizer(
+            steps, bool(model.get("ignore_merges")), known, lambda: all_are_merged(model["vocab"], merges)
+        ), ()
     except ValueError as error:
+        if known in known_names():  # a spelling that is new to us; the proof compares its tokens
+            return str(known), (f"the pre-tokenizer was known by its tokens: llama.cpp's converter calls it {known}",)
         refuse(path, str(error))
 
 

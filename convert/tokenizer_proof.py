@@ -1,37 +1,26 @@
 """The proof of a converted tokenizer: the same tokens from llama.cpp as from the checkpoint's, on texts of all kinds.
 
-It needs the `tokenizers` library for the checkpoint's side. Without it nothing is proved, and the conversion says so.
+It needs the library that the checkpoint's tokenizer was made for (reference.py). Without it nothing is proved, and the
+conversion says so.
 """
 
 from __future__ import annotations
 
 import tempfile
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from moe_edge.convert.pretokenizers import APART_BEYOND_ASCII, APART_IN_SPACES
+from moe_edge.convert.differences import DIFFERENCES, may_differ
+from moe_edge.convert.known_tokenizers import known_as
+from moe_edge.convert.mixed_texts import PROBES, mixed_strings
+from moe_edge.convert.reference import Encode, library_of, of_json, tokenizer_of
 from moe_edge.models.errors import UnknownName
 from moe_edge.models.formats.files import is_present, read_file
-from moe_edge.models.formats.safetensors import MAX_JSON
+from moe_edge.models.formats.safetensors import MAX_JSON, read_json_file
 from moe_edge.models.formats.write import GGUFOutput, kv_string
 
-# What tokenizers differ in: contractions, digits, case, marks, spaces, lines, scripts, code, symbols.
-PROBES = (
-    "Hello world! It's 1234567 o'clock, they'LL say; I'd've known.",
-    "  leading, trailing   and\tinner\t\tspaces  \n\n\nthree lines\r\nand \r more ",
-    "def f(x_1, *args):\n        return {'k': x_1**2 + 0x1F, \"s\": f'{x!r}'}  # comment\n",
-    "CamelCaseWords, ALLCAPS, snake_case, kebab-case/path.to\\file.txt @user #tag $9.99 50% 1,000.5e-3",
-    "na\u00efve caf\u00e9 Stra\u00dfe \u00c5ngstr\u00f6m \u0130stanbul e\u0301 \u1e9e",
-    "\u4f60\u597d\uff0c\u4e16\u754c\u3002\u3053\u3093\u306b\u3061\u306f \uc548\ub155\ud558\uc138\uc694 12 \u4e07",
-    "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440! \u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627",
-    "\u0661\u0662\u0663 \u0928\u092e\u0938\u094d\u0924\u0947 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
-    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \u2603 \u221e \u2260 \u00bd \u2166 \u00b2\u00b3",
-    "...!?!? --- === ((())) <a href=\"x\">y</a> && || -> => :: ;;",
-    "x\u00a0y\u2003z\u200bw\ufeff",
-    "1 12 123 1234 12345 123456 3.14159 007 1e10",
-)
+N_MIXED = 1000  # texts by chance, besides those written by hand
 
 
 def check_tokenizer(folder: Path, records: Mapping[str, bytes], pre: str | None) -> str | None:
@@ -40,57 +29,70 @@ def check_tokenizer(folder: Path, records: Mapping[str, bytes], pre: str | None)
     records: the encoded key-values of the vocabulary. pre: the name of its pre-tokenizer. Raises UnknownName, with the
     first text that differs.
     """
-    theirs = _reference(folder)
+    config, settings = (
+        read_json_file(path) if is_present(path) else {}
+        for path in (folder / "config.json", folder / "tokenizer_config.json")
+    )
+    theirs = tokenizer_of(folder, config, settings)
     if theirs is None:
-        return "the tokenizer was not checked against the checkpoint's: pip install tokenizers"
-    ours = _of_llama_cpp(records)
-    described = read_file(folder / "tokenizer.json", MAX_JSON)
-    composes = b'"NFC"' in described  # which llama.cpp does not, as convert says
+        return f"the tokenizer was not checked against the checkpoint's: pip install {library_of(folder)}"
+    path = folder / "tokenizer.json"
+    described = read_file(path, MAX_JSON) if is_present(path) else b""
     notes = []
     if metaspace := b'"Metaspace"' in described:
         notes.append("llama.cpp puts a space also before a text that begins with one; the model's tokenizer does not")
-    if pre in APART_BEYOND_ASCII:
-        notes.append(f"llama.cpp's pre-tokenizer {pre} may split words of letters beyond ASCII otherwise")
-    if pre in APART_IN_SPACES:
-        notes.append(f"llama.cpp's pre-tokenizer {pre} may split spaces before wide or odd ones otherwise")
-    for text in (unicodedata.normalize("NFC", each) if composes else each for each in PROBES):
-        if (pre in APART_BEYOND_ASCII and has_other_letters(text)) or (metaspace and text.startswith(" ")):
-            continue
-        wanted, found = theirs(text), ours(text)
-        if wanted != found:
-            alike = (a == b for a, b in zip(wanted, found, strict=False))
-            at = next((i for i, same in enumerate(alike) if not same), min(len(wanted), len(found)))
-            raise UnknownName(
-                f"{folder}: llama.cpp reads {text!r} as other tokens than this checkpoint's tokenizer does, from token "
-                f"{at} on ({found[at : at + 4]} instead of {wanted[at : at + 4]}); convert with llama.cpp's "
-                "convert_hf_to_gguf.py and give moe-edge the GGUF"
-            )
+    is_byte_level = pre not in (None, "gemma4")
+    texts = [each for each in _texts(described, is_byte_level) if not (metaspace and each.startswith(" "))]
+    apart = _compare(folder, pre, texts, (theirs, _of_llama_cpp(records)))
+    if apart is not None:
+        notes.append(apart)
     return "; ".join(notes) or None
 
 
-def has_other_letters(text: str) -> bool:
-    """Whether some character is a letter, or a mark on one, that is not of ASCII."""
-    return any(ord(each) > 127 and unicodedata.category(each)[0] in "LM" for each in text)
+def _texts(described: bytes, is_byte_level: bool) -> list[str]:
+    """What to compare: in NFC when the model's tokenizer composes, which llama.cpp does not, as convert says."""
+    texts = [*PROBES, *mixed_strings(N_MIXED)] if is_byte_level else [*PROBES]
+    return [unicodedata.normalize("NFC", each) for each in texts] if b'"NFC"' in described else texts
 
 
-def has_other_spaces(text: str) -> bool:
-    """Whether some character is white space that is not of ASCII."""
-    return any(ord(each) > 127 and each.isspace() for each in text)
+def _compare(
+    folder: Path, pre: str | None, texts: Sequence[str], encoders: tuple[Encode, Encode]
+) -> str | None:
+    """A note on texts that llama.cpp reads as other tokens than the model's tokenizer, None when there can be none.
 
-
-def _reference(folder: Path) -> Callable[[str], list[int]] | None:
-    path = folder / "tokenizer.json"
-    if not is_present(path):
+    Raises UnknownName for a difference that is not expected of the pre-tokenizer, unless the model is one for which
+    llama.cpp's own converter takes the same.
+    """
+    theirs, ours = encoders
+    both = ((text, theirs(text), ours(text)) for text in texts)
+    apart = [(text, wanted, found) for text, wanted, found in both if wanted != found]
+    unexpected = [each for each in apart if not may_differ(pre, each[0])]
+    if unexpected and not _is_known(folder, pre):
+        text, wanted, found = unexpected[0]
+        alike = (a == b for a, b in zip(wanted, found, strict=False))
+        at = next((i for i, same in enumerate(alike) if not same), min(len(wanted), len(found)))
+        raise UnknownName(
+            f"{folder}: llama.cpp reads {text!r} as other tokens than this checkpoint's tokenizer does, from token "
+            f"{at} on ({found[at : at + 4]} instead of {wanted[at : at + 4]}); convert with llama.cpp's "
+            "convert_hf_to_gguf.py and give moe-edge the GGUF"
+        )
+    words = [each.words for each in DIFFERENCES.get(pre or "", ())] + ["other texts"] * bool(unexpected)
+    if not words:
         return None
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        return None
-    tokenizer: Any = Tokenizer.from_file(str(path))
-    return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+    example = f", first in {apart[0][0][:40]!r}" if apart else ""
+    return (
+        f"llama.cpp's pre-tokenizer {pre} may split {' and '.join(words)} otherwise than the model's: it did in "
+        f"{len(apart)} of {len(texts)} mixed texts{example}"
+    )
 
 
-def _of_llama_cpp(records: Mapping[str, bytes]) -> Callable[[str], list[int]]:
+def _is_known(folder: Path, pre: str | None) -> bool:
+    """Whether llama.cpp's own converter would take this pre-tokenizer for this very model."""
+    encode = of_json(folder / "tokenizer.json")
+    return pre is not None and encode is not None and known_as(encode) == pre
+
+
+def _of_llama_cpp(records: Mapping[str, bytes]) -> Encode:
     """llama.cpp's tokenizer over a file that has nothing but the vocabulary."""
     import llama_cpp
 

@@ -16,7 +16,6 @@ from moe_edge.models.formats.write import encode_kv, kv_bool, kv_f32s, kv_string
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # llama.cpp's token types
 U8, I32 = 0, 5
 MAX_TOKENS = 1 << 20  # the largest known vocabularies have 2^18
-TIKTOKEN = ("tiktoken.model", "hy.tiktoken", "qwen.tiktoken")
 MAX_TEMPLATE = 1 << 22  # bytes
 MAX_TEMPLATE_NAME = 200  # characters
 SPECIAL = ("bos", "eos", "unk", "pad")

@@ -6,7 +6,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-WANTED = ("conversion/", "gguf-py/", "models/templates/", "models/ggml-vocab-")
+WANTED = ("conversion/", "gguf-py/", "models/templates/", "models/ggml-vocab-", "src/llama-vocab.cpp")
 
 
 def unpack(archive: Path, folder: Path) -> int:

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import sentencepiece
+from moe_edge.convert.mixed_texts import mixed_strings
 from moe_edge.convert.tokenizer import read_tokenizer
 from moe_edge.convert.tokenizer_proof import check_tokenizer
 from moe_edge.models.errors import BadFile, MoeEdgeError, UnknownName
-from test_tokenizer import CORPUS, TEXTS, Vocabulary, mixed_strings, write_vocabulary
+from test_tokenizer import CORPUS, TEXTS, Vocabulary, write_vocabulary
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Reference
 

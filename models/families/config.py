@@ -162,8 +162,12 @@ def rope_keys(config: Config, rope: Mapping[str, Any]) -> Keys:
         keys["rope.freq_base"] = config.as_number("rope_theta", rope["rope_theta"])
     if kind == "default":
         return keys
+    if kind == "dynamic" and rope.get("alpha") is not None:
+        return _stretched(config, rope)
     if kind not in ("linear", "yarn"):
-        raise UnknownName(f"{config.path}: rope_parameters has rope_type '{kind}'; known: default, linear, yarn")
+        raise UnknownName(
+            f"{config.path}: rope_parameters has rope_type '{kind}'; known: default, linear, yarn, dynamic with alpha"
+        )
     keys |= {"rope.scaling.type": kind, "rope.scaling.factor": config.as_number("factor", rope.get("factor"))}
     if kind == "yarn":
         original = rope.get("original_max_position_embeddings", config.get("max_position_embeddings"))
@@ -176,4 +180,23 @@ def rope_keys(config: Config, rope: Mapping[str, Any]) -> Keys:
         ):
             if rope.get(name) is not None:
                 keys[f"rope.scaling.yarn_{key}"] = config.as_number(name, rope[name])
+    return keys
+
+
+def _stretched(config: Config, rope: Mapping[str, Any]) -> Keys:
+    """A rope whose base grows with a factor alpha, once and for all, which llama.cpp has as another base.
+
+    Hunyuan states alpha = 1000, with which it reads 256 Ki tokens whatever max_position_embeddings says.
+    """
+    alpha, base = (config.as_number(name, rope.get(name)) for name in ("alpha", "rope_theta"))
+    dim = config.head_dim
+    if dim <= 2:
+        raise BadFile(f"{config.path}: head_dim is {dim}, too small for a rope with alpha")
+    keys: Keys = {
+        "rope.freq_base": base * alpha ** (dim / (dim - 2)),
+        "rope.scaling.type": "none",
+        "rope.scaling.factor": 1.0,
+    }
+    if alpha == 1000:
+        keys |= {"rope.scaling.original_context_length": 1 << 18, "context_length": 1 << 18}
     return keys
