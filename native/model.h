@@ -123,6 +123,7 @@ public:
 
     std::vector<Layer> layers;
     int n_levels = 1;
+    const Pages pages;  // of the arena, the units and the reader
     me_schedule_fn schedule = nullptr, announce = nullptr;
     void * schedule_user = nullptr;
     me_mailbox mail{};
