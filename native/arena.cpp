@@ -1,7 +1,6 @@
 #include "arena.h"
 
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -10,46 +9,43 @@
 
 namespace moe_edge {
 
-size_t page_bytes() {
-    static const size_t bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    return bytes;
-}
+static size_t whole(const Pages & pages, size_t n) { return static_cast<size_t>(pages.ceil(static_cast<int64_t>(n))); }
 
-static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
-
-Arena::Arena(size_t slot_bytes, size_t n_slots, size_t budget_bytes)
-    : stride_(round_up(slot_bytes, page_bytes())), budget_(budget_bytes), slots_(n_slots) {
+Arena::Arena(size_t slot_bytes, size_t n_slots, size_t budget_bytes, const Pages & pages)
+    : pages_(pages), stride_(whole(pages, slot_bytes)), budget_(budget_bytes), slots_(n_slots) {
     int flags = MAP_PRIVATE | MAP_ANONYMOUS;
 #ifdef MAP_NORESERVE
     flags |= MAP_NORESERVE;
 #endif
-    void * p = mmap(nullptr, std::max(stride_ * n_slots, page_bytes()), PROT_READ | PROT_WRITE, flags, -1, 0);
-    if (p == MAP_FAILED) {
+    const auto page = static_cast<size_t>(pages.bytes);
+    reserved_bytes_ = stride_ * n_slots + page;  // the system aligns to its own pages, which may be smaller
+    reserved_ = mmap(nullptr, reserved_bytes_, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (reserved_ == MAP_FAILED) {
         throw std::runtime_error("cannot reserve " + std::to_string(stride_ * n_slots) +
                                  " bytes of address space for the expert arena: " + strerror(errno));
     }
-    base_ = static_cast<char *>(p);
+    base_ = static_cast<char *>(reserved_);
+    base_ += (page - reinterpret_cast<uintptr_t>(base_) % page) % page;
 #ifdef MADV_NOHUGEPAGE
     // A huge page would commit 2 MiB for the first byte of it: the budget counts what is committed.
-    madvise(base_, stride_ * n_slots, MADV_NOHUGEPAGE);
+    madvise(reserved_, reserved_bytes_, MADV_NOHUGEPAGE);
 #endif
     free_.reserve(n_slots);
     for (size_t i = n_slots; i-- > 0;) free_.push_back(static_cast<int>(i));
 }
 
-Arena::~Arena() { munmap(base_, std::max(stride_ * slots_.size(), page_bytes())); }
+Arena::~Arena() { munmap(reserved_, reserved_bytes_); }
 
 void Arena::trim(int slot, size_t keep_bytes) {
     Slot & s = slots_[slot];
     if (s.committed <= keep_bytes) return;
     char * from = data(slot) + keep_bytes;
     const size_t n = s.committed - keep_bytes;
-#ifdef __APPLE__
-    // MADV_DONTNEED does not return anonymous pages on macOS; a fresh mapping does.
-    mmap(from, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
-#else
-    madvise(from, n, MADV_DONTNEED);
-#endif
+    const int wrong = pages_.give_back(from, n);
+    if (wrong != 0) {  // they stay counted, so the budget holds
+        error_ = "the system does not take " + std::to_string(n) + " bytes of the expert arena back: " + strerror(wrong);
+        return;
+    }
     s.committed = keep_bytes;
     committed_ -= n;
 }
@@ -80,7 +76,7 @@ static void populate(char * from, size_t n) {
 
 int Arena::acquire(size_t need_bytes) {
     if (free_.empty()) return -1;
-    const size_t need = round_up(need_bytes, page_bytes());
+    const size_t need = whole(pages_, need_bytes);
     // Best fit among free slots: least growth first, then least slack. Few are free at a time.
     size_t best = free_.size() - 1;
     auto cost = [&](int slot) {

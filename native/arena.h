@@ -8,23 +8,25 @@
 #include <string>
 #include <vector>
 
-namespace moe_edge {
+#include "pages.h"
 
-size_t page_bytes();
+namespace moe_edge {
 
 class Arena {
 public:
     // slot_bytes: the largest unit. Throws std::runtime_error when the address space cannot be reserved.
-    Arena(size_t slot_bytes, size_t n_slots, size_t budget_bytes);
+    Arena(size_t slot_bytes, size_t n_slots, size_t budget_bytes, const Pages & pages);
     ~Arena();
     Arena(const Arena &) = delete;
     Arena & operator=(const Arena &) = delete;
 
-    // A slot with room for need_bytes, or -1 when that would break the budget.
+    // A slot with room for need_bytes, or -1 when that would break the budget, or when the system refuses to take pages
+    // back: then error() tells.
     int acquire(size_t need_bytes);
     void release(int slot);
     char * data(int slot) const { return base_ + static_cast<size_t>(slot) * stride_; }
 
+    const std::string & error() const { return error_; }
     size_t committed_bytes() const { return committed_; }
     size_t peak_committed_bytes() const { return peak_; }
 
@@ -36,7 +38,11 @@ private:
     void trim(int slot, size_t keep_bytes);
     void make_room(size_t growth, int keep);
 
+    Pages pages_;
+    void * reserved_ = nullptr;  // the whole mapping; base_ is its first page border
+    size_t reserved_bytes_ = 0;
     char * base_ = nullptr;
+    std::string error_;
     size_t stride_ = 0, budget_ = 0, committed_ = 0, peak_ = 0;
     std::vector<Slot> slots_;
     std::vector<int> free_;

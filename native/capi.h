@@ -79,7 +79,8 @@ struct me_model_desc {
     const me_layer_desc * layers;
     const me_piece_desc * pieces;  // order: layer, expert, level, projection
     int64_t n_pieces;
-    int32_t n_paths, n_layers, n_levels, n_io_threads, direct_io, reserved;
+    int32_t n_paths, n_layers, n_levels, n_io_threads, direct_io;
+    int32_t page_bytes;            // 0: the system's; more: as if its pages were so large
     me_schedule_fn schedule;
     me_announce_fn announce;  // or null
     me_select_fn select;      // or null

@@ -14,8 +14,9 @@ namespace moe_edge {
 
 const std::string ExpertSource::CANCELLED = "cancelled";
 
-DiskSource::DiskSource(const std::vector<std::string> & paths, int n_threads, bool direct, int64_t largest_lent, Done on_done)
-    : on_done_(std::move(on_done)), largest_lent_(largest_lent) {
+DiskSource::DiskSource(const std::vector<std::string> & paths, int n_threads, bool direct, int64_t largest_lent,
+                       const Pages & pages, Done on_done)
+    : on_done_(std::move(on_done)), pages_(pages), largest_lent_(largest_lent) {
     for (int i = 0; largest_lent > 0 && i < n_threads + 2; i++) {
         void * p = nullptr;
         if (posix_memalign(&p, READ_ALIGN, static_cast<size_t>(largest_lent)) != 0) {
@@ -35,6 +36,15 @@ DiskSource::DiskSource(const std::vector<std::string> & paths, int n_threads, bo
     for (int i = 0; i < n_threads; i++) threads_.emplace_back([this] { work(); });
 }
 
+// Without read-ahead, which would bring pages past the end of a read that nobody drops.
+static void read_at_random(int fd) {
+#if defined(POSIX_FADV_RANDOM)
+    posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM);
+#else
+    (void) fd;
+#endif
+}
+
 void DiskSource::open(const std::string & path, bool direct) {
     File f;
     f.path = path;
@@ -49,7 +59,19 @@ void DiskSource::open(const std::string & path, bool direct) {
 #ifdef F_NOCACHE
     if (direct) f.direct = fcntl(f.fd, F_NOCACHE, 1) == 0;
 #endif
+    if (!f.direct) read_at_random(f.fd);
     files_.push_back(std::move(f));
+}
+
+// The kernel drops whole pages only, and where they are larger than a block the first and last are shared with neighbours
+// that have been read or will be: dropped with this one, else they would stay for good.
+void DiskSource::drop_cached(const File & f, int64_t offset, int64_t length) const {
+#if defined(POSIX_FADV_DONTNEED)
+    const Pages::Range range = pages_.around(offset, length);
+    posix_fadvise(f.fd, range.from, range.n, POSIX_FADV_DONTNEED);
+#else
+    (void) f, (void) offset, (void) length;
+#endif
 }
 
 void DiskSource::Free::operator()(char * p) const { std::free(p); }
@@ -247,6 +269,7 @@ std::string DiskSource::read(const ReadJob & job, int64_t & got) {
             // The file system took O_DIRECT at open but not this read: read through the cache and drop it after.
             fcntl(f.fd, F_SETFL, fcntl(f.fd, F_GETFL) & ~O_DIRECT);
             f.direct = false;
+            read_at_random(f.fd);
             continue;
         }
 #endif
@@ -255,9 +278,7 @@ std::string DiskSource::read(const ReadJob & job, int64_t & got) {
     }
     bytes_ += got;
     reads_ += 1;
-#if defined(POSIX_FADV_DONTNEED)
-    if (!f.direct) posix_fadvise(f.fd, job.offset, job.length, POSIX_FADV_DONTNEED);
-#endif
+    if (!f.direct) drop_cached(f, job.offset, job.length);
     if (got < job.needed) {
         return "needs bytes " + std::to_string(job.offset) + "-" + std::to_string(job.offset + job.needed) +
                " but the file ends at " + std::to_string(job.offset + got) + "; it looks cut short";

@@ -14,6 +14,7 @@
 #include <thread>
 #include <vector>
 
+#include "pages.h"
 #include "source.h"
 
 namespace moe_edge {
@@ -24,7 +25,8 @@ class DiskSource final : public ExpertSource {
 public:
     // largest_lent: the longest job that will come without a dst; 0: none will.
     // Throws std::runtime_error naming the file that cannot be opened.
-    DiskSource(const std::vector<std::string> & paths, int n_threads, bool direct, int64_t largest_lent, Done on_done);
+    DiskSource(const std::vector<std::string> & paths, int n_threads, bool direct, int64_t largest_lent, const Pages & pages,
+               Done on_done);
     ~DiskSource() override;
     void submit(const ReadJob & job) override;
     void promote(int64_t first_tag, int64_t end_tag) override;
@@ -48,11 +50,13 @@ private:
     std::chrono::steady_clock::time_point reserve(int64_t length);
     bool read_soon(ReadJob & job, std::unique_lock<std::mutex> & lock, std::string & error);
     void open(const std::string & path, bool direct);
+    void drop_cached(const File & f, int64_t offset, int64_t length) const;
     void lend(ReadJob & job);        // under mutex_, like the next
     void take_back(ReadJob & job);
 
     std::vector<File> files_;
     Done on_done_;
+    Pages pages_;
     std::mutex mutex_;
     std::condition_variable wake_;
     std::deque<ReadJob> queue_, soon_;

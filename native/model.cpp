@@ -32,11 +32,12 @@ static std::string tensor_name(const Layer & layer, Projection projection, int e
            "_exps.weight' of expert " + std::to_string(expert);
 }
 
-Model::Model(const me_model_desc & desc) : n_levels(desc.n_levels), n_io_threads_(desc.n_io_threads) {
+Model::Model(const me_model_desc & desc)
+    : n_levels(desc.n_levels), pages(system_pages(desc.page_bytes)), n_io_threads_(desc.n_io_threads) {
     units_ = std::vector<Unit>(static_cast<size_t>(add_layers(desc)));
     add_units(desc);
     std::vector<std::string> paths(desc.paths, desc.paths + desc.n_paths);
-    source = std::make_unique<DiskSource>(paths, desc.n_io_threads, desc.direct_io != 0, largest_packed_,
+    source = std::make_unique<DiskSource>(paths, desc.n_io_threads, desc.direct_io != 0, largest_packed_, pages,
                                           [this](const ReadJob & j, const std::string & e) { on_read(j, e); });
 }
 
@@ -105,9 +106,10 @@ void Model::add_piece(Piece & piece, const me_piece_desc & d, const Layer & laye
 
 void Model::set_arena(int64_t arena_bytes) {
     if (arena) throw std::runtime_error("the arena of this model is already set");
-    const int64_t budget = floor_to(arena_bytes, static_cast<int64_t>(page_bytes()));
+    const int64_t budget = pages.floor(arena_bytes);
     const int64_t n_slots = std::min<int64_t>(n_units(), budget / smallest_unit_ + 1);
-    arena = std::make_unique<Arena>(static_cast<size_t>(largest_unit_), static_cast<size_t>(n_slots), static_cast<size_t>(budget));
+    arena = std::make_unique<Arena>(static_cast<size_t>(largest_unit_), static_cast<size_t>(n_slots), static_cast<size_t>(budget),
+                                    pages);
 }
 
 Model::~Model() {
@@ -127,13 +129,14 @@ void Model::lay_out(Unit & u) {
         at += piece.packed() ? ceil_to(piece.nbytes, READ_ALIGN) : piece.read_bytes;
         if (piece.packed()) largest_packed_ = std::max(largest_packed_, piece.read_bytes);
     }
-    u.bytes = ceil_to(at, static_cast<int64_t>(page_bytes()));
+    u.bytes = pages.ceil(at);
 }
 
 bool Model::place(int unit_id) {
     if (!arena) return false;
     Unit & u = unit(unit_id);
     const int slot = arena->acquire(static_cast<size_t>(u.bytes));
+    if (!arena->error().empty()) set_error(arena->error());
     if (slot < 0) return false;
     u.slot = slot;
     u.ready = 0;

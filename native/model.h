@@ -124,6 +124,7 @@ public:
 
     std::vector<Layer> layers;
     int n_levels = 1;
+    const Pages pages;  // of the arena, the units and the reader
     me_schedule_fn schedule = nullptr, announce = nullptr;
     me_select_fn select = nullptr;
     void * schedule_user = nullptr;

@@ -118,7 +118,7 @@ class ModelDesc(Structure):
         ("n_levels", c_int32),
         ("n_io_threads", c_int32),
         ("direct_io", c_int32),
-        ("reserved", c_int32),
+        ("page_bytes", c_int32),
         ("schedule", SCHEDULE_FN),
         ("announce", SCHEDULE_FN),
         ("select", SCHEDULE_FN),

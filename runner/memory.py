@@ -22,10 +22,18 @@ LEAST_ROOM_BYTES = 512 * MIB
 SMALL_MACHINE_BYTES = 2048 * MIB
 
 
+def page_bytes() -> int:
+    """Bytes of a page of memory here: 4096, or 16384 on Apple silicon and the Raspberry Pi 5.
+
+    Everything that rounds to pages takes it from here; the native library gets it with a model's description.
+    """
+    return os.sysconf("SC_PAGESIZE")
+
+
 def current_rss_bytes() -> int:
     """Resident bytes of this process now; on systems without /proc, the peak so far."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page_bytes()
     except OSError:
         return peak_rss_bytes()
 
@@ -150,7 +158,7 @@ def cgroup_free_bytes(root: Path = ROOT) -> int | None:
 
 def total_bytes(root: Path = ROOT) -> int:
     """The machine's memory."""
-    return _meminfo("MemTotal", root) or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
+    return _meminfo("MemTotal", root) or os.sysconf("SC_PHYS_PAGES") * page_bytes()
 
 
 def usable_bytes(root: Path = ROOT) -> int:

@@ -19,6 +19,7 @@ from moe_edge.models.formats.source_files import SourceFiles
 from moe_edge.models.store.experts import RAW, Piece
 from moe_edge.models.store.planes import PLANES, can_pack
 from moe_edge.models.store.store import ExpertModel
+from moe_edge.runner import memory
 from moe_edge.runner.capi import (
     ERROR_BYTES,
     MAX_AHEAD,
@@ -153,7 +154,7 @@ class NativeModel:
         self.stop_requested = False
         self._callbacks = SCHEDULE_FN(self._on_step), SCHEDULE_FN(self._on_announce), SCHEDULE_FN(self._on_select)
         desc, keep = _describe(model)
-        desc.n_io_threads, desc.direct_io = n_io_threads, int(direct_io)
+        desc.n_io_threads, desc.direct_io, desc.page_bytes = n_io_threads, int(direct_io), memory.page_bytes()
         desc.schedule, desc.announce, desc.select = self._callbacks
         desc.schedule_user, desc.mail = None, self.mail.struct()
         if any(piece.codec == PLANES for piece in model.pieces):

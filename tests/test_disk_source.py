@@ -26,10 +26,10 @@ SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
 SOURCES = {
-    "reader": ["tests/native/disk_source_stress.cpp", "native/disk_source.cpp"],
+    "reader": ["tests/native/disk_source_stress.cpp", "native/disk_source.cpp", "native/pages.cpp"],
     "model": [
         "tests/native/model_stress.cpp", "native/model.cpp", "native/codec.cpp", "native/disk_source.cpp",
-        "native/arena.cpp",
+        "native/arena.cpp", "native/pages.cpp",
     ],
 }
 PROGRAMS = [("reader", "plain"), ("reader", "thread"), ("reader", "address"), ("model", "thread"), ("model", "address")]

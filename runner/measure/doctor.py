@@ -257,7 +257,7 @@ def memory_facts(root: Path = memory.ROOT) -> Facts:
             for c in memory.cgroup_limits(root)
         ],
         "address_space_limit_bytes": None if address_space == resource.RLIM_INFINITY else address_space,
-        "page_bytes": resource.getpagesize(),
+        "page_bytes": memory.page_bytes(),
         "auto_bytes": auto.bytes,
         "auto_reason": auto.reason,
     }

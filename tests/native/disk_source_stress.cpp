@@ -75,7 +75,7 @@ struct Few {
     DiskSource reader;
 
     explicit Few(int n_threads = 1)
-        : reader({file_path}, n_threads, true, LARGEST_LENT, [this](const ReadJob & j, const std::string & e) {
+        : reader({file_path}, n_threads, true, LARGEST_LENT, system_pages(), [this](const ReadJob & j, const std::string & e) {
               std::lock_guard<std::mutex> lock(mutex);
               ended.push_back(j.tag);
               jobs[static_cast<size_t>(j.tag)]->done(j, e);
@@ -213,7 +213,7 @@ struct Chance {
     DiskSource reader;
 
     Chance(int n_threads, bool direct)
-        : reader({file_path}, n_threads, direct, LARGEST_LENT, [this](const ReadJob & j, const std::string & e) {
+        : reader({file_path}, n_threads, direct, LARGEST_LENT, system_pages(), [this](const ReadJob & j, const std::string & e) {
               jobs[static_cast<size_t>(j.tag)].done(j, e);
               open--;
           }) {}

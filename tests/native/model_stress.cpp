@@ -44,7 +44,7 @@ struct Opened : Model {
     // before: called on the reader's thread in place of on_read, which it calls by tell().
     Opened(int n_threads, bool direct, int64_t arena_bytes, std::function<void(const ReadJob &, const std::string &)> before)
         : Model(desc(n_threads, direct)) {
-        source = std::make_unique<DiskSource>(std::vector<std::string>{file_path}, n_threads, direct, 0, std::move(before));
+        source = std::make_unique<DiskSource>(std::vector<std::string>{file_path}, n_threads, direct, 0, pages, std::move(before));
         set_arena(arena_bytes);
     }
     void tell(const ReadJob & job, const std::string & error) { (this->*private_on_read())(job, error); }
