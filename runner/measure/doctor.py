@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from moe_edge.models.embedded import tiny_model_path
-from moe_edge.models.errors import MissingFile, MoeEdgeError
+from moe_edge.models.errors import MissingFile, MoeEdgeError, WrongLibrary
 from moe_edge.models.formats.ggml_types import BY_NAME, type_name
 from moe_edge.models.formats.work import new_file
 from moe_edge.models.store.skeleton import cache_folder
 from moe_edge.runner import memory
+from moe_edge.runner.llama_package import WORKING, cpu_build, import_llama, installed_packages, llama_build
 from moe_edge.runner.measure import probe
 from moe_edge.runner.measure.probe import DirectReads, ProductSpeeds, ReadSpeed, StorageSpeeds, Unmeasured
 from moe_edge.runner.neighbours import usable_cores
@@ -236,7 +237,12 @@ def _now() -> str:
 
 
 def _libraries() -> str:
-    return f"llama-cpp-python {metadata.version('llama-cpp-python')}, moe-edge {metadata.version('moe-edge')}"
+    """Packages and builds, by which measurements are kept."""
+    try:
+        build = llama_build()
+    except WrongLibrary:
+        build = "no llama.cpp"
+    return f"{build}, moe-edge {metadata.version('moe-edge')}"
 
 
 # ---- what is looked up -------------------------------------------------------------------------------------
@@ -279,12 +285,14 @@ def version_facts() -> Facts:
     facts: Facts = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("moe-edge", "llama-cpp-python", "numpy")},
+        **{name: metadata.version(name) for name in ("moe-edge", "numpy")}, **installed_packages(),
     }
     try:
+        import_llama()
         from llama_cpp import llama_cpp as bindings
         from moe_edge.runner.capi import library, loaded_ggml_version
 
+        facts["cpu_build"] = cpu_build()
         facts["ggml"] = loaded_ggml_version()
         info = bindings.llama_print_system_info().decode()
         facts["openmp"] = "OPENMP = 1" in info
@@ -351,12 +359,14 @@ def doctor_text(facts: Facts) -> str:
     rows += _memory_rows(facts["memory"])
     c, v = facts["cores"], facts["versions"]
     rows.append(("cores", f"{c['usable_cores']} of {c['cores']} usable, {c['threads']} threads: {c['name']}"))
-    rows.append(("versions", f"{v['system']}, python {v['python']}, llama-cpp-python {v['llama-cpp-python']}, "
-                             f"moe-edge {v['moe-edge']}"))  # fmt: skip
+    libraries = ", ".join(f"{name} {v[name]}" for name in (*WORKING, "moe-edge") if name in v)
+    rows.append(("versions", f"{v['system']}, python {v['python']}, {libraries}"))
     if "why_not" in v:
         rows.append(("engine", f"does not load: {v['why_not']}"))
     else:
-        rows.append(("engine", f"loads, ggml {v['ggml']}, OpenMP {'yes' if v['openmp'] else 'no: own thread pool'}"))
+        built = f", built for {v['cpu_build']}" if v.get("cpu_build") else ""
+        threads = "OpenMP yes" if v["openmp"] else "OpenMP no: own thread pool"
+        rows.append(("engine", f"loads, ggml {v['ggml']}{built}, {threads}"))
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name:<{width}}{text}" for name, text in rows)
 
