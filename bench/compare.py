@@ -362,7 +362,7 @@ def csv_facts(data: dict[str, Any]) -> dict[str, str]:
     return {
         "date": data["date"],
         "commit": machine["commit"],
-        "llama_cpp_python": str(machine["versions"]["llama-cpp-python"]),
+        "llama_cpp_python": str(machine["versions"]["llama-cpp-python"] or machine["versions"]["moe-edge-runtime"]),
         "model": model["name"],
         "header_sha256": model["header_sha256"],
         "file_mib": f"{model['file_bytes'] / report.MIB:.0f}",

@@ -17,7 +17,7 @@ from moe_edge.models.formats.ggml_types import type_name
 from moe_edge.models.formats.gguf import GGUFModel, open_gguf
 
 GIB = 1 << 30
-PACKAGES = ("moe-edge", "llama-cpp-python", "numpy", "gguf")
+PACKAGES = ("moe-edge", "llama-cpp-python", "moe-edge-runtime", "numpy", "gguf")
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_edge.models.errors import MissingFile, WrongLibrary
+from moe_edge.runner.llama_package import COMPILED, READY, WORKING, import_llama, llama_package
 
-WORKING_VERSION = "llama-cpp-python 0.3.36"
 ERROR_BYTES = 1024
 PROJECTION_CODES = {"up": 0, "gate": 1, "down": 2, "gate_up": 3}
 MAX_AHEAD = 8
@@ -224,9 +224,8 @@ def counters_of(values: Any) -> Counters:
 
 
 def loaded_ggml_version() -> str:
-    """The version of the ggml that llama.cpp has loaded, like 0.9.4."""
-    import llama_cpp  # noqa: F401  (loads the libraries that the next line finds by name)
-
+    """The version of the ggml that llama.cpp has loaded, like 0.9.4. Raises WrongLibrary when it cannot be loaded."""
+    import_llama()  # loads the libraries that the next line finds by name
     name = "libggml-base.so.0" if sys.platform != "darwin" else "libggml-base.0.dylib"
     lib = ctypes.CDLL(name if sys.platform != "darwin" else str(_llama_lib_dir() / name))
     lib.ggml_version.restype = c_char_p
@@ -246,7 +245,8 @@ def check_abi(backend_api: int, built_overhead: int, loaded_overhead: int, built
         return
     raise WrongLibrary(
         f"moe-edge was built for ggml {built} (backend API {backend_api}, {built_overhead} bytes a tensor) but ggml "
-        f"{loaded} is installed ({loaded_overhead} bytes a tensor); pip install '{WORKING_VERSION.replace(' ', '==')}'"
+        f"{loaded} is installed ({loaded_overhead} bytes a tensor); pip install '{COMPILED}=={WORKING[COMPILED]}' or "
+        f"'{READY}=={WORKING[READY]}', whichever is there"
     )
 
 
@@ -282,7 +282,8 @@ def library() -> Any:
         lib = ctypes.CDLL(str(path))
     except OSError as e:
         raise WrongLibrary(
-            f"{path}: cannot be loaded beside the installed llama-cpp-python ({e}); it works with {WORKING_VERSION}"
+            f"{path}: cannot be loaded beside {' '.join(llama_package())} ({e}); it works with {COMPILED} "
+            f"{WORKING[COMPILED]} and {READY} {WORKING[READY]}"
         ) from e
     _declare(lib)
     abi = AbiInfo()

@@ -16,10 +16,10 @@ import struct
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import version as metadata_version
 from typing import Any
 
 from moe_edge.models.errors import EngineError, UnknownArchitecture, UnknownName
+from moe_edge.runner.llama_package import import_llama, llama_package
 from moe_edge.runner.template import metadata_for_llama
 from moe_edge.runner.tokens import with_own_tokenize
 from moe_edge.schedulers.budget import MIB
@@ -37,6 +37,7 @@ def _install() -> None:
     """Take llama.cpp's log, again when another part of the process has taken it since."""
     global _callback, _theirs, _current
     with _install_lock:
+        import_llama()
         import llama_cpp
 
         found, found_address = _log_callback()
@@ -367,6 +368,6 @@ def explained(error: UnknownArchitecture) -> UnknownName:
             "and please report where it can be had"
         )
     return UnknownName(
-        f"{error}: llama-cpp-python {metadata_version('llama-cpp-python')} does not have it either; "
+        f"{error}: {' '.join(llama_package())} does not have it either; "
         "the model needs a newer moe-edge, or its header is damaged"
     )

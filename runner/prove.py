@@ -22,6 +22,7 @@ from moe_edge.models.store.skeleton import cache_folder
 from moe_edge.models.store.sound import forget
 from moe_edge.models.store.store import ExpertModel, open_model
 from moe_edge.runner import child
+from moe_edge.runner.llama_package import llama_package
 from moe_edge.runner.reason import ending, reason, refusal
 
 # What a child can show. A model that decodes also loads.
@@ -137,7 +138,7 @@ def _cached() -> Path | None:
 def _digest(model: ExpertModel, skeleton: GGUFFile, flash_attn: bool) -> str:
     """32 hex digits over what llama.cpp and the engine read of a model but the numbers, and over their releases."""
     digest = hashlib.sha256()
-    releases = [metadata.version(name) for name in ("moe-edge", "llama-cpp-python")]
+    releases = [metadata.version("moe-edge"), llama_package()]
     kinds = sorted({(p.type, p.cols, p.rows) for p in model.pieces})
     digest.update(repr((releases, flash_attn, model.layers, model.levels, sorted(model.biases), kinds)).encode())
     for key in skeleton.kv:

@@ -16,6 +16,7 @@ from moe_edge.models.errors import CannotRun, MoeEdgeError
 from moe_edge.runner import child
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.engine_options import EngineOptions
+from moe_edge.runner.llama_package import import_llama
 from moe_edge.runner.prove import LOADS, NOTHING
 from moe_edge.runner.reason import refusal
 from moe_edge.runner.sizes import NO_LIMIT
@@ -33,9 +34,10 @@ def in_child(
 ) -> None:
     """Load, and decode; the exit status is the verdict, and one line of JSON: the class and the message of an error."""
     child.limit("RLIMIT_DATA", limit := MEMORY_BYTES + MEMORY_PER_HEADER_BYTE * header_bytes)
-    _tell_log()
-    sys.stderr = open(os.devnull, "w")  # llama-cpp-python prints the metadata there; llama.cpp itself uses number 2
     try:
+        import_llama()
+        _tell_log()
+        sys.stderr = open(os.devnull, "w")  # llama-cpp-python prints the metadata there; llama.cpp itself uses number 2
         try_model(Path(skeleton), named, what, flash_attn, all_finite, limit)
     except MoeEdgeError as e:
         found = type(e).__name__, str(e)

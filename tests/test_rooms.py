@@ -16,6 +16,7 @@ LONGEST_FILE, LONGEST_FUNCTION = 500, 60  # lines: of Python, of C++
 # Who imports llama_cpp, and why it is not behind runner/llama.py.
 LLAMA_CPP = {
     "moe_edge.runner.llama": "the door: loading, logs, threads, KV cache",
+    "moe_edge.runner.llama_package": "asks which package it is, and whether it loads",
     "moe_edge.runner.tokens": "its vocabulary; below the door, which uses it",
     "moe_edge.runner.sampling": "its samplers and grammars",
     "moe_edge.runner.serve.schema": "its grammar of a JSON schema",

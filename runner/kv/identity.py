@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from moe_edge.models.store.skeleton import cache_folder
+from moe_edge.runner.llama_package import COMPILED, llama_build
 
 
 def prompt_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -33,7 +33,7 @@ def identity_of(
         "flash_attn": flash_attn,
         "cache_type_k": cache_types[0],
         "cache_type_v": cache_types[1],
-        "llama_cpp_python": version("llama-cpp-python"),
+        "llama_cpp_python": llama_build().removeprefix(f"{COMPILED} "),
     }
 
 

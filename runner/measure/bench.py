@@ -20,6 +20,7 @@ from typing import Any
 
 from moe_edge.models.errors import UsageError, WorkError, printable
 from moe_edge.models.store.store import ExpertModel, open_model
+from moe_edge.runner.llama_package import llama_build
 from moe_edge.runner.measure.probe import disk_bytes_per_second, memory_bytes_per_second
 from moe_edge.runner.memory import available_bytes
 from moe_edge.schedulers.budget import MIB, format_bytes
@@ -176,7 +177,8 @@ def machine() -> dict[str, str]:
         "system": f"{platform.system()} {platform.release()}",
         "processor": platform.processor() or platform.machine(),
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("moe-edge", "llama-cpp-python")},
+        "moe-edge": metadata.version("moe-edge"),
+        "llama.cpp": llama_build(),
     }
 
 
@@ -189,7 +191,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"**{printable(Path(f['model']).name)}** "
         f"({f['architecture']}, {f['n_moe_layers']} x {f['n_expert']} experts, top {f['n_expert_used']}, "
         f"{format_bytes(f['expert_bytes'])} of experts), moe-edge {m['moe-edge']}, "
-        f"llama-cpp-python {m['llama-cpp-python']}, {m['system']}, {m['processor']}",
+        f"{m['llama.cpp']}, {m['system']}, {m['processor']}",
         "",
         f"ceiling: disk {'not measurable by direct reads' if disk is None else f'{disk / 1e6:.0f} MB/s'}, memory "
         f"{result['memory_bytes_per_second'] / 1e9:.1f} GB/s, which allows "

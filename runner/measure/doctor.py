@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from moe_edge.models.embedded import tiny_model_path
-from moe_edge.models.errors import MissingFile, MoeEdgeError
+from moe_edge.models.errors import MissingFile, MoeEdgeError, WrongLibrary
 from moe_edge.models.formats.ggml_types import BY_NAME, type_name
 from moe_edge.models.formats.work import new_file
 from moe_edge.models.store.skeleton import cache_folder
 from moe_edge.runner import memory
+from moe_edge.runner.llama_package import cpu_build, import_llama, installed_packages, llama_build
 from moe_edge.runner.measure import probe
 from moe_edge.runner.measure.boards import findings
 from moe_edge.runner.measure.boards.machine import Machine
@@ -239,7 +240,12 @@ def _now() -> str:
 
 
 def _libraries() -> str:
-    return f"llama-cpp-python {metadata.version('llama-cpp-python')}, moe-edge {metadata.version('moe-edge')}"
+    """Packages and builds, by which measurements are kept."""
+    try:
+        build = llama_build()
+    except WrongLibrary:
+        build = "no llama.cpp"
+    return f"{build}, moe-edge {metadata.version('moe-edge')}"
 
 
 # ---- what is looked up -------------------------------------------------------------------------------------
@@ -282,12 +288,14 @@ def version_facts() -> Facts:
     facts: Facts = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("moe-edge", "llama-cpp-python", "numpy")},
+        **{name: metadata.version(name) for name in ("moe-edge", "numpy")}, **installed_packages(),
     }
     try:
+        import_llama()
         from llama_cpp import llama_cpp as bindings
         from moe_edge.runner.capi import library, loaded_ggml_version
 
+        facts["cpu_build"] = cpu_build()
         facts["ggml"] = loaded_ggml_version()
         info = bindings.llama_print_system_info().decode()
         facts["openmp"] = "OPENMP = 1" in info

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from moe_edge.models.errors import printable
+from moe_edge.runner.llama_package import WORKING
 from moe_edge.runner.measure.boards.finding import COSTS, NOTE
 from moe_edge.runner.measure.doctor import Facts, doctor
 from moe_edge.schedulers.budget import MIB, format_bytes
@@ -18,12 +19,14 @@ def doctor_text(facts: Facts) -> str:
     rows += _memory_rows(facts["memory"])
     c, v = facts["cores"], facts["versions"]
     rows.append(("cores", f"{c['usable_cores']} of {c['cores']} usable, {c['threads']} threads: {c['name']}"))
-    rows.append(("versions", f"{v['system']}, python {v['python']}, llama-cpp-python {v['llama-cpp-python']}, "
-                             f"moe-edge {v['moe-edge']}"))  # fmt: skip
+    libraries = ", ".join(f"{name} {v[name]}" for name in (*WORKING, "moe-edge") if name in v)
+    rows.append(("versions", f"{v['system']}, python {v['python']}, {libraries}"))
     if "why_not" in v:
         rows.append(("engine", f"does not load: {v['why_not']}"))
     else:
-        rows.append(("engine", f"loads, ggml {v['ggml']}, OpenMP {'yes' if v['openmp'] else 'no: own thread pool'}"))
+        built = f", built for {v['cpu_build']}" if v.get("cpu_build") else ""
+        threads = "OpenMP yes" if v["openmp"] else "OpenMP no: own thread pool"
+        rows.append(("engine", f"loads, ggml {v['ggml']}{built}, {threads}"))
     rows += _board_rows(facts["board"])
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name:<{width}}{text}" for name, text in rows)

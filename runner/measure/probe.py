@@ -20,6 +20,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from moe_edge.models.errors import WrongLibrary
+from moe_edge.runner.llama_package import import_llama
+
 BLOCK_BYTES = 1 << 20
 N_READERS = 4
 MEMORY_BYTES = 256 << 20  # for each thread: far above any cache
@@ -308,8 +311,8 @@ def product_speeds(type_id: int, n_threads: int, nbytes: int = PRODUCT_BYTES) ->
     """
     try:
         base, cpu = _ggml_libraries()
-    except OSError as e:
-        return Unmeasured(f"the ggml libraries of llama-cpp-python cannot be used directly: {e}")
+    except (OSError, WrongLibrary) as e:
+        return Unmeasured(f"ggml's libraries cannot be used directly: {e}")
     row = int(base.ggml_row_size(type_id, PRODUCT_COLS))
     n_matrices = max(1, nbytes // (row * PRODUCT_ROWS))
     space = n_matrices * (row * PRODUCT_ROWS + 2 * PREFILL_ROWS * PRODUCT_ROWS * 4 + 4096) + (64 << 20)
@@ -406,7 +409,11 @@ def _fill(base: Any, weights: Sequence[Any], type_id: int, nbytes: int) -> None:
 
 
 def _ggml_libraries() -> tuple[Any, Any]:
-    """(ggml-base, ggml-cpu) as llama_cpp has loaded them. Raises OSError when they are not there by these names."""
+    """(ggml-base, ggml-cpu) as llama_cpp has loaded them.
+
+    Raises OSError when they are not there by these names, WrongLibrary when llama_cpp cannot be loaded.
+    """
+    import_llama()
     import llama_cpp
 
     folder = Path(llama_cpp.__file__).parent / "lib"
