@@ -1,5 +1,6 @@
 # make demo    set up in .venv, convert the embedded tiny model, answer under a budget that forces evictions
 # make browser find or install the Chromium that tests of the server's page need
+# make units   find or install systemd-analyze, which checks the service's unit in a test
 # make test    set up in .venv, run the tests against the installed package
 # make check   ruff, and mypy --strict over everything
 # make bench   moe-edge against stock llama.cpp on a random model of 2.85 GB; BENCH_CAPS, BENCH_DISKS; root for the caps
@@ -13,7 +14,7 @@ export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DGGML_RPC=ON
 SOURCES := $(shell find convert models schedulers runner native pyproject.toml -type f -not -name '*.pyc' -not -name '*.so')
 DEMO := build/demo
 
-.PHONY: setup reference browser demo test check fuzz bench clean
+.PHONY: setup reference browser units demo test check fuzz bench clean
 setup: $(VENV)/.installed
 
 $(VENV)/.dependencies: pyproject.toml
@@ -60,7 +61,14 @@ browser: setup
 	      DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
 	    { echo "no Chromium: install one (apt-get install chromium), or name it in MOE_EDGE_CHROMIUM" >&2; test -z "$$CI"; }
 
-test: setup reference browser
+# systemd checks the unit that `moe-edge service` writes; it need not run here.
+units:
+	@test "$$(uname)" != Linux || command -v systemd-analyze >/dev/null || \
+	    { test "$$(id -u)" = 0 && apt-get update -qq && \
+	      DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends systemd >/dev/null; } || \
+	    { echo "no systemd-analyze: install it (apt-get install systemd)" >&2; test -z "$$CI"; }
+
+test: setup reference browser units
 	$(BIN)/python -m pytest
 
 check: setup

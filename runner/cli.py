@@ -21,6 +21,7 @@ from moe_edge.runner.commands import (
     pull,
     rm,
     serve,
+    service,
     show,
     simulate,
     trace,
@@ -45,5 +46,7 @@ def main() -> None:
     """Run Mixture-of-Experts language models on machines whose memory is too small for them."""
 
 
-for module in (chat, generate, serve, pull, ls, rm, convert, show, plan, doctor, bench, evaluate, trace, simulate):
+for module in (
+    chat, generate, serve, service, pull, ls, rm, convert, show, plan, doctor, bench, evaluate, trace, simulate,
+):  # fmt: skip
     main.add_command(module.command)
