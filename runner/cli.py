@@ -24,6 +24,7 @@ from moe_edge.runner.commands import (
     show,
     simulate,
     trace,
+    worker,
 )
 
 
@@ -45,5 +46,7 @@ def main() -> None:
     """Run Mixture-of-Experts language models on machines whose memory is too small for them."""
 
 
-for module in (chat, generate, serve, pull, ls, rm, convert, show, plan, doctor, bench, evaluate, trace, simulate):
+for module in (
+    chat, generate, serve, worker, pull, ls, rm, convert, show, plan, doctor, bench, evaluate, trace, simulate
+):  # fmt: skip
     main.add_command(module.command)
