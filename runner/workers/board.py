@@ -71,7 +71,11 @@ class Board:
             raise BoardError(
                 f"board {address} cannot be reached ({e.strerror or e}); is `moe-edge worker` running there?"
             ) from e
-        self.facts = self.ask("hello")
+        try:
+            self.facts = self.ask("hello")
+        except BaseException:
+            self.close()
+            raise
 
     def _connect(self, kind: bytes) -> socket.socket:
         connection = socket.create_connection((self.address.host, self.address.port), timeout=self.timeout)
@@ -121,7 +125,7 @@ class Board:
         if self.guard is not None:
             self.guard.lose()
 
-    def check(self, store_id: str, versions: dict[str, Any]) -> None:
+    def check(self, content_id: str, versions: dict[str, Any]) -> None:
         """Raises BoardError when the board has another model, or another version of what computes it."""
         theirs = self.facts.get("versions")
         theirs = theirs if isinstance(theirs, dict) else {}
@@ -131,10 +135,10 @@ class Board:
                     f"board {self.address} has {name} {theirs.get(name)} and this machine {ours}; install the same on "
                     "both"
                 )
-        if self.facts.get("store_id") != store_id:
+        if self.facts.get("content_id") != content_id:
             raise BoardError(
                 f"board {self.address} has another model: its {self.facts.get('name')} is "
-                f"{str(self.facts.get('store_id'))[:12]}, ours is {store_id[:12]}; copy the same files to it"
+                f"{str(self.facts.get('content_id'))[:12]}, ours is {content_id[:12]}; copy the same files to it"
             )
 
     def probe(self) -> Network:

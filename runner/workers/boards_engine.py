@@ -29,7 +29,7 @@ from moe_edge.runner.sizes import fixed_sizes, layout_of
 from moe_edge.runner.turns import Turns
 from moe_edge.runner.workers.board import Board
 from moe_edge.runner.workers.guard import cpu_buffer_type, rpc_library
-from moe_edge.runner.workers.part import dense_bytes_by_block, expert_bytes_by_block, n_blocks
+from moe_edge.runner.workers.part import content_id, dense_bytes_by_block, expert_bytes_by_block, n_blocks
 from moe_edge.runner.workers.remote import RemoteNative, RemotePolicy
 from moe_edge.runner.workers.wire import Address
 from moe_edge.runner.workers.worker import versions
@@ -123,11 +123,11 @@ class BoardsEngine(Engine):
 
     def _connect(self) -> None:
         """Ask every board who it is, and give it its layers. Raises BoardError, BudgetTooSmall."""
-        ours = versions()
+        ours, mine = versions(), content_id(self.model)
         for address in self._addresses:
             board = Board(address)
             self.boards.append(board)
-            board.check(self.model.store_id, ours)
+            board.check(mine, ours)
         facts = [BoardFacts(int(board.facts["ram_bytes"])) for board in self.boards]
         runs = split_layers(facts, self.dense_of, self.experts_of, self.kv_of)
         o = self.options

@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from moe_edge.models.errors import UsageError
-from moe_edge.models.formats.gguf import GGUFFile
+from moe_edge.models.formats.gguf import GGUFFile, TensorEntry, read_gguf
+from moe_edge.models.formats.source_files import SourceFiles
 from moe_edge.models.store.experts import Piece
+from moe_edge.models.store.skeleton import SOURCE_DIGEST
 from moe_edge.models.store.store import ExpertModel
 
+SAMPLED_PIECES = 256
+SAMPLE_BYTES = 4096
 _BLOCK = re.compile(r"blk\.(\d+)\.")
+
+
+def content_id(model: ExpertModel) -> str:
+    """32 hex digits that are the same for copies of a model, wherever they lie.
+
+    The id of a converted model is over the checksums of its tensors. That of a stock GGUF has path and time of the file
+    in it, so here it is over the forms of all experts, the digest of the dense weights (sample.py), and a page of each
+    of up to 256 experts. Raises what SourceFiles.read does.
+    """
+    if not model.in_place:
+        return model.store_id
+    digest = hashlib.sha256(str(read_gguf(model.skeleton).kv.get(SOURCE_DIGEST)).encode())
+    for piece in model.pieces:
+        digest.update(f"\0{piece.name}\0{piece.type}\0{piece.cols}\0{piece.rows}".encode(errors="surrogateescape"))
+    step = max(1, len(model.pieces) // SAMPLED_PIECES)
+    with SourceFiles(model.stamps) as files:
+        for piece in model.pieces[::step]:
+            path = model.files[piece.file]
+            entry = TensorEntry(piece.name, (piece.cols, piece.rows), piece.type, path, piece.offset, piece.nbytes)
+            digest.update(files.read(entry, 0, min(SAMPLE_BYTES, piece.nbytes)))
+    return digest.hexdigest()[:32]
 
 
 def n_blocks(architecture: str, metadata: Mapping[str, Any]) -> int:

@@ -18,9 +18,9 @@ from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.loading import Loading
 from moe_edge.runner.memory import auto_budget_bytes
 from moe_edge.runner.workers import guard
-from moe_edge.runner.workers.part import expert_bytes_by_block, n_blocks
-from moe_edge.runner.workers.session import Session, session_options
+from moe_edge.runner.workers.part import content_id, expert_bytes_by_block, n_blocks
 from moe_edge.runner.workers.wire import CONTROL, PROTOCOL, RPC, TOKEN_BYTES, Address, Lines, is_loopback
+from moe_edge.runner.workers.worker_session import Session, session_options
 from moe_edge.schedulers.options import PolicyOptions
 
 SILENT_SECONDS = 30.0  # a client that says nothing for so long is gone; it says something every second
@@ -68,6 +68,7 @@ class Worker:
         self._path, self._options, self._tell = path, options, tell
         self._loading = Loading(path, options)
         self._loading.prove()
+        self._content_id = content_id(self._loading.model)
         ram = options.ram_bytes
         self.ram_bytes = auto_budget_bytes() if ram is None else ram
         self._facts = facts or {}
@@ -236,8 +237,8 @@ class Worker:
         model, peer = self._loading.model, self._peer
         blocks = n_blocks(model.architecture, self._loading.metadata)
         return {
-            "versions": versions(), "store_id": model.store_id, "name": self._loading.name, "ram_bytes": self.ram_bytes,
-            "threads": self._options.threads(), "n_blocks": blocks,
+            "versions": versions(), "content_id": self._content_id, "name": self._loading.name,
+            "ram_bytes": self.ram_bytes, "threads": self._options.threads(), "n_blocks": blocks,
             "expert_bytes": expert_bytes_by_block(model, blocks), "in_use_by": peer.name if peer else None,
             **self._facts,
         }  # fmt: skip
