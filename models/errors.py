@@ -17,7 +17,8 @@ MoeEdgeError                 everything moe-edge raises on purpose            ex
     ├── DiskFull             no room left while writing                       1
     ├── WrongLibrary         llama.cpp of a version we were not built for     1
     ├── EngineError          the native engine failed during a decode         1
-    │   └── CannotRun        llama.cpp refuses the model, or dies of it       1
+    │   ├── CannotRun        llama.cpp refuses the model, or dies of it       1
+    │   └── BoardError       a board of several is lost, or refuses           1
     ├── CannotWrite          standard output does not take what we print      1
     └── Stopped              the user stopped the reply                       1
 
@@ -146,6 +147,10 @@ class EngineError(WorkError):
 
 class CannotRun(EngineError):
     pass
+
+
+class BoardError(EngineError):
+    """One of several boards is lost, or does not take its part; the message names it."""
 
 
 class CannotWrite(WorkError):

@@ -12,8 +12,7 @@ namespace moe_edge {
 
 static StepRunner & runner_of(ggml_backend_t b) { return *static_cast<StepRunner *>(b->context); }
 
-static ggml_status graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
-    StepRunner & r = runner_of(backend);
+bool compute_nodes(StepRunner & r, ggml_cgraph * graph) {
     const auto t0 = std::chrono::steady_clock::now();
     Model * model = nullptr;
     const ggml_tensor * summed_until = nullptr;  // nodes up to this one were computed with their down product
@@ -26,22 +25,22 @@ static ggml_status graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
         if (const Stub * stub = product_of(node)) {
             model = stub->model;
             std::lock_guard<std::mutex> lock(model->step_mutex);
-            if (!r.begun(*stub, node) && !r.begin(*stub, node, find_gate_weights(graph, i))) return GGML_STATUS_FAILED;
+            if (!r.begun(*stub, node) && !r.begin(*stub, node, find_gate_weights(graph, i))) return false;
             if (stub->projection != DOWN) continue;
             WeightedSum sum;
             const bool whole = find_weighted_sum(graph, i, sum);
-            if (!r.finish(*stub, node, whole ? &sum : nullptr)) return GGML_STATUS_FAILED;
+            if (!r.finish(*stub, node, whole ? &sum : nullptr)) return false;
             if (whole) summed_until = sum.sum;
         } else if (is_attention(node)) {
-            if (!r.run_attention(node)) return GGML_STATUS_FAILED;
+            if (!r.run_attention(node)) return false;
         } else if (const Stub * selects = selection_of(node)) {
             std::lock_guard<std::mutex> lock(selects->model->step_mutex);
-            if (!r.select(*selects, node)) return GGML_STATUS_FAILED;
+            if (!r.select(*selects, node)) return false;
         } else if (const Stub * behind = behind_down(node)) {
-            if (!r.run_node(*behind->model, node)) return GGML_STATUS_FAILED;
+            if (!r.run_node(*behind->model, node)) return false;
         } else if (const Stub * before = early_input(node)) {
             std::lock_guard<std::mutex> lock(before->model->step_mutex);
-            if (!r.announce(*before, node)) return GGML_STATUS_FAILED;
+            if (!r.announce(*before, node)) return false;
         }
         // the rest are views, and what lies between the products: done at the down product
     }
@@ -49,7 +48,11 @@ static ggml_status graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
         model->counters.step_ns +=
             std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - t0).count();
     }
-    return GGML_STATUS_SUCCESS;
+    return true;
+}
+
+static ggml_status graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
+    return compute_nodes(runner_of(backend), graph) ? GGML_STATUS_SUCCESS : GGML_STATUS_FAILED;
 }
 
 static const char * backend_name(ggml_backend_t) { return "MOE_EDGE"; }

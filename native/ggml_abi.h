@@ -3,6 +3,9 @@
 // (ggml 0.25.x); `me_abi` lets Python refuse any other version before anything is registered.
 // We define no buffer type of our own: that struct is what changes in API version 3.
 #pragma once
+#include <stddef.h>
+#include <stdint.h>
+
 #include "ggml-backend.h"
 #include "ggml.h"
 
@@ -74,5 +77,24 @@ struct ggml_backend_reg {
 };
 
 void ggml_backend_register(ggml_backend_reg_t reg);
+
+// A graph and a slice of one, as ggml 0.25.x has them in ggml-impl.h. A slice shares the use counts of its graph, by
+// which the CPU backend decides what it fuses.
+struct ggml_hash_set {
+    size_t size;
+    uint32_t * used;
+    ggml_tensor ** keys;
+};
+
+struct ggml_cgraph {
+    int size, n_nodes, n_leafs;
+    ggml_tensor ** nodes, ** grads, ** grad_accs, ** leafs;
+    int32_t * use_counts;
+    ggml_hash_set visited_hash_set;
+    int order;
+    uint64_t uid;
+};
+
+ggml_cgraph ggml_graph_view(ggml_cgraph * graph, int begin, int end);
 
 }  // extern "C"

@@ -25,6 +25,7 @@ from moe_edge.runner.commands import (
     show,
     simulate,
     trace,
+    worker,
 )
 
 
@@ -47,6 +48,6 @@ def main() -> None:
 
 
 for module in (
-    chat, generate, serve, service, pull, ls, rm, convert, show, plan, doctor, bench, evaluate, trace, simulate,
+    chat, generate, serve, worker, service, pull, ls, rm, convert, show, plan, doctor, bench, evaluate, trace, simulate,
 ):  # fmt: skip
     main.add_command(module.command)

@@ -28,13 +28,13 @@ from moe_edge.runner.memory import auto_budget_bytes, current_rss_bytes
 from moe_edge.runner.native import NativeModel, ThreadPool
 from moe_edge.runner.neighbours import CrowdWatch, usable_cores
 from moe_edge.runner.reason import reason
+from moe_edge.runner.scheduling import use_policy
 from moe_edge.runner.sizes import fixed_sizes, layout_of
 from moe_edge.runner.turns import Turns
 from moe_edge.runner.warm import Preloaded, WarmStart, usage_path
+from moe_edge.runner.workers.words import board_lines
 from moe_edge.schedulers.budget import MemoryPlan, plan_memory
 from moe_edge.schedulers.crowd import CrowdControl
-from moe_edge.schedulers.lookahead.around import LookAheadPolicy
-from moe_edge.schedulers.lookahead.controller import Measured
 from moe_edge.schedulers.options import RENORMALISE, PolicyOptions
 from moe_edge.schedulers.policies import DEFAULTS
 from moe_edge.schedulers.policy import Policy, make_policy
@@ -216,22 +216,18 @@ class Engine:
                 lines.append(f"lossy: {warning}")
         return lines
 
+    def board_reports(self) -> list[dict[str, Any]]:
+        """Of each board, when there are several; here nothing."""
+        return []
+
+    def board_lines(self) -> list[str]:
+        """What to say of each board after a reply."""
+        return board_lines(self.board_reports())
+
     def _use(self, policy: Policy) -> None:
-        policy.reset(self.native.resident_units())
         self._policy = policy
-        self.native.schedule, self.native.meanwhile = policy.plan, policy.meanwhile
-        self.native.wants_routing = policy.wants_routing
+        use_policy(self.native, policy, self.layout, self.model.n_expert_used)
         self._select_by(policy)
-        if isinstance(policy, LookAheadPolicy):
-            width = min(2 * self.model.n_expert_used, min(self.layout.n_experts))
-            self.native.set_lookahead(policy.depth, width)
-            self.native.announce = policy.plan_ahead
-            policy.measure = self._measure
-        else:
-            self.native.set_lookahead(0, 0)
-            self.native.announce = None
-        if policy.wants_attention:  # and from then on: graphs that llama.cpp keeps and uses again do not change
-            self.native.watch_attention()
 
     def _select_by(self, policy: Policy) -> None:
         """Let the policy choose experts, or nobody; llama.cpp's graphs have to be built anew where that changes."""
@@ -250,11 +246,6 @@ class Engine:
                 f"{self.name}: policy {self.policy.name} cannot choose experts of a '{self.model.architecture}' model: "
                 f"{reason}; use another policy"
             )
-
-    def _measure(self) -> Measured:
-        """The sums that the look-ahead controller decides by."""
-        stall, busy, nbytes = self.native.some_counters("stall_ns", "disk_busy_ns", "bytes_read")
-        return Measured(time.perf_counter(), stall * 1e-9, busy * 1e-9, nbytes)
 
     def counters(self) -> Counters:
         """Counts since the model was opened; after close(), those at its end."""

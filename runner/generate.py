@@ -196,6 +196,7 @@ class Generation:
             "cache_type_v": engine.options.cache_type_v,
             "policy": engine.policy.name,
             "policy_options": engine.options.policy.to_json(DEFAULTS),
+            "boards": engine.board_reports(),
         }
 
 

@@ -16,6 +16,7 @@ import struct
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from moe_edge.models.errors import EngineError, UnknownArchitecture, UnknownName
@@ -108,16 +109,45 @@ def recurrent_bytes(log: str) -> int:
     return sum(int((float(size) + 0.01) * MIB) for size in found)
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where llama.cpp puts layers, other than in this process: on `devices`, in this order, ggml's pointers.
+
+    shares: of each device in the layers behind the first, as llama.cpp's tensor_split. n_layers: how many of the last
+    layers, the output counted as one. on_cpu: (pattern of tensor names, buffer type) of what stays here nevertheless.
+    """
+
+    devices: tuple[int, ...]
+    shares: tuple[float, ...]
+    n_layers: int
+    on_cpu: tuple[bytes, int]
+
+
+class _Override(ctypes.Structure):  # llama_model_tensor_buft_override
+    _fields_ = [("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p)]
+
+
+def _place(params: Any, placement: Placement) -> list[Any]:
+    """Write it into llama_model_params; what must live until the model is loaded."""
+    devices = (ctypes.c_void_p * (len(placement.devices) + 1))(*placement.devices, None)
+    overrides = (_Override * 2)(_Override(*placement.on_cpu), _Override(None, None))
+    params.devices = ctypes.cast(devices, ctypes.c_void_p)
+    params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
+    return [devices, overrides]
+
+
 @contextlib.contextmanager
 def _defaults(
-    *, direct: bool, no_alloc: bool, n_outputs_max: int, metadata: Mapping[str, Any], go_on: Callable[[], bool]
-) -> Iterator[None]:
+    *, direct: bool, no_alloc: bool, n_outputs_max: int, metadata: Mapping[str, Any], go_on: Callable[[], bool],
+    placement: Placement | None,
+) -> Iterator[None]:  # fmt: skip
     """Inside: llama.cpp's default parameters, as `Llama` picks them up, are the ones moe-edge needs."""
     from llama_cpp import _internals
     from llama_cpp import llama_cpp as bindings  # the module whose names `Llama` looks up
 
     model_defaults, context_defaults = bindings.llama_model_default_params, bindings.llama_context_default_params
     make_model = _internals.LlamaModel
+    kept: list[Any] = []
     progress = bindings.llama_progress_callback(lambda _done, _user: go_on())
 
     def model_params() -> Any:
@@ -125,6 +155,8 @@ def _defaults(
         p.use_extra_bufts = False
         p.no_alloc = no_alloc
         p.progress_callback = progress
+        if placement is not None:
+            kept.extend(_place(p, placement))
         return p
 
     def context_params() -> Any:
@@ -158,21 +190,31 @@ def load_llama(
     n_outputs_max: int,
     metadata: Mapping[str, Any],
     go_on: Callable[[], bool],
+    placement: Placement | None = None,
 ) -> Any:
     """A `Llama`. Call it with LOAD_LOCK held. Raises what `Llama` raises: ValueError, RuntimeError.
 
     direct: read the weights by direct I/O, so that they leave nothing in the page cache. no_alloc: allocate nothing,
     for its log says what it would. n_outputs_max: rows of logits in the compute buffer; 0: one for each token of a
     micro-batch, which is 297 MiB more at 151,936 tokens. metadata: the file's, by our own reader. go_on: asked while
-    weights are read; False ends the load. use_extra_bufts is off: repacked weights would be a second copy outside the
-    budget, and its AMX path crashes on some machines (docs/LLAMACPP.md, section 9).
+    weights are read; False ends the load. placement: of layers on other boards. use_extra_bufts is off: repacked
+    weights would be a second copy outside the budget, and its AMX path crashes on some machines (docs/LLAMACPP.md,
+    section 9).
     """
     import llama_cpp
 
     with _defaults(
-        direct=direct, no_alloc=no_alloc, n_outputs_max=n_outputs_max, metadata=metadata, go_on=go_on
-    ):
+        direct=direct, no_alloc=no_alloc, n_outputs_max=n_outputs_max, metadata=metadata, go_on=go_on,
+        placement=placement,
+    ):  # fmt: skip
         return llama_cpp.Llama(**arguments)
+
+
+def synchronize(llama: Any) -> None:
+    """Wait for what a decode has begun on other devices."""
+    import llama_cpp
+
+    llama_cpp.llama_synchronize(llama._ctx.ctx)
 
 
 def set_threads(llama: Any, n: int) -> None:

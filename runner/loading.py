@@ -11,7 +11,7 @@ from moe_edge.models.formats.gguf import read_gguf
 from moe_edge.models.store.store import ExpertModel, open_model
 from moe_edge.runner import signals
 from moe_edge.runner.engine_options import CACHE_TYPES, EngineOptions, attention_defaults, buffer_bytes
-from moe_edge.runner.llama import LOAD_LOCK, captured_log, explained, load_llama
+from moe_edge.runner.llama import LOAD_LOCK, Placement, captured_log, explained, load_llama
 from moe_edge.runner.native import NativeModel
 from moe_edge.runner.paths import AnyPath
 from moe_edge.runner.prove import prove_once
@@ -62,25 +62,30 @@ class Loading:
             remember=self._remember,
         )  # fmt: skip
 
-    def llama(self, native: NativeModel, *, no_alloc: bool) -> tuple[Any, str]:
-        """A Llama on the skeleton, with the log of its loading. Its expert products are those of `native`.
+    def llama(
+        self, native: NativeModel | None, *, no_alloc: bool, placement: Placement | None = None
+    ) -> tuple[Any, str]:
+        """A Llama on the skeleton, with the log of its loading. Its expert products are those of `native`, or, where
+        that is None, all on the devices of `placement`.
 
         no_alloc: nothing is allocated nor read; the log says what would be. Raises CannotRun with llama.cpp's words.
         """
         outputs = 0 if self.options.logits_all else 1
         direct = no_alloc or not self.options.map_dense  # llama.cpp aborts on a mapped load that allocates nothing
         with LOAD_LOCK, captured_log() as log, signals.deferred() as pressed:
-            native.arm()
+            if native is not None:
+                native.arm()
             try:
                 llama = load_llama(
-                    self._arguments(), direct=direct, no_alloc=no_alloc, n_outputs_max=outputs,
-                    metadata=self.metadata, go_on=lambda: not pressed,
+                    self._arguments(placement), direct=direct, no_alloc=no_alloc, n_outputs_max=outputs,
+                    metadata=self.metadata, go_on=lambda: not pressed, placement=placement,
                 )  # fmt: skip
             except (ValueError, RuntimeError) as e:
                 why = (reason(log) or str(e)).replace(str(self.model.skeleton), self.name)
                 raise CannotRun(refusal(self.name, why)) from e
             finally:
-                native.disarm()
+                if native is not None:
+                    native.disarm()
             return llama, "".join(log)
 
     def _of_architecture(self, key: str) -> Any:
@@ -101,7 +106,7 @@ class Loading:
             return True, n_ubatch
         return flash if o.flash_attn is None else o.flash_attn, n_ubatch
 
-    def _arguments(self) -> dict[str, Any]:
+    def _arguments(self, placement: Placement | None) -> dict[str, Any]:
         o = self.options
         arguments: dict[str, Any] = {
             "model_path": AnyPath(self.model.skeleton),
@@ -118,6 +123,8 @@ class Loading:
             "type_v": CACHE_TYPES[o.cache_type_v],
             "verbose": o.verbose,
         }
+        if placement is not None:
+            arguments |= {"n_gpu_layers": placement.n_layers, "tensor_split": list(placement.shares)}
         if o.seed is not None:
             arguments["seed"] = o.seed
         return arguments

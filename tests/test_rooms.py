@@ -33,7 +33,7 @@ LLAMA_CPP = {
 CTYPES = {
     "moe_edge.runner.capi", "moe_edge.runner.native", "moe_edge.runner.llama", "moe_edge.runner.tokens",
     "moe_edge.runner.neighbours", "moe_edge.runner.sampling", "moe_edge.runner.measure.probe",
-    "moe_edge.runner.zstd", "moe_edge.convert.quantize",
+    "moe_edge.runner.zstd", "moe_edge.convert.quantize", "moe_edge.runner.workers.guard",
 }  # fmt: skip
 CONVERTERS = ("moe_edge.runner.commands", "moe_edge.runner.calibrate")  # of runner, who may import convert
 

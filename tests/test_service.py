@@ -267,7 +267,7 @@ def test_who_may_not_read_the_model_is_told(tmp_path: Path) -> None:
 
 
 def instructions() -> list[tuple[str, str]]:
-    text = re.sub(r"^\s*#.*\n", "", (ROOT / "docker/Dockerfile").read_text(), flags=re.M)
+    text = re.sub(r"^\s*#.*\n", "", (ROOT / "examples/docker/Dockerfile").read_text(), flags=re.M)
     lines = re.sub(r"\\\n\s*", " ", text).splitlines()
     return [(line.split(" ", 1)[0], line.split(" ", 1)[1]) for line in lines if line.strip()]
 
@@ -277,7 +277,7 @@ def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
     if not linter.exists():
         assert sys.platform != "linux" or os.uname().machine not in ("x86_64", "aarch64"), "make setup installs it"
         pytest.skip("hadolint has no package for this machine")
-    done = subprocess.run([linter, str(ROOT / "docker/Dockerfile")], capture_output=True, text=True, check=False)
+    done = subprocess.run([linter, str(ROOT / "examples/docker/Dockerfile")], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 
 
@@ -295,7 +295,7 @@ def test_the_image_runs_as_nobody_special_and_what_it_starts_is_a_call_of_ours()
     assert (parsed.params["port"], parsed.params["host"]) == (int(by_name["EXPOSE"]), "0.0.0.0")
     for name in [line for name, line in found if name == "COPY" and "--from" not in line]:
         assert name == ". ."
-    kept = [line[1:] for line in (ROOT / "docker/Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"]
+    kept = [line[1:] for line in (ROOT / "examples/docker/Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"]
     assert all((ROOT / name).exists() for name in kept) and {"pyproject.toml", "native", "runner"} <= set(kept)
 
 

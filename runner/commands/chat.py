@@ -22,6 +22,7 @@ from moe_edge.runner.commands.parameters import (
     prompt_cache_options,
     sampling_of,
     sampling_options,
+    workers_option,
 )
 
 
@@ -37,6 +38,7 @@ from moe_edge.runner.commands.parameters import (
 @click.option("--system", "system_text", help="What the model is told before all.")
 @option(EVERYDAY, "--session", metavar="FILE", help="Go on with the conversation in FILE; keep it there.")
 @model_options
+@workers_option
 @prompt_cache_options("on")
 @sampling_options
 def command(

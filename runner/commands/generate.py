@@ -15,6 +15,7 @@ from moe_edge.runner.commands.parameters import (
     prompt_cache_options,
     sampling_of,
     sampling_options,
+    workers_option,
 )
 
 
@@ -27,6 +28,7 @@ from moe_edge.runner.commands.parameters import (
 @click.option("--special/--no-special", default=True, show_default=True,
               help="Whether names of control tokens in the prompt, like <|im_start|>, are those tokens, or letters.")
 @model_options
+@workers_option
 @prompt_cache_options("off")
 @sampling_options
 def command(
@@ -47,3 +49,5 @@ def command(
         else:
             terminal.write("")
             terminal.say(result.line())
+            for line in engine.board_lines():
+                terminal.say(line)

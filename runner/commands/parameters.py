@@ -167,6 +167,12 @@ def model_options(f: F) -> F:
     return f
 
 
+def workers_option(f: F) -> F:
+    """Of the commands that can have their layers computed by other boards."""
+    return option(EVERYDAY, "--workers", metavar="HOST[:PORT],...",
+                  help="Boards that run `moe-edge worker` with the same model; each computes some of the layers.")(f)
+
+
 def prompt_cache_options(default: str) -> Callable[[F], F]:
     """Of the commands that answer; those that measure begin every text anew. default: on or off.
 
@@ -246,7 +252,30 @@ def open_engine(model: str | None, o: dict[str, Any]) -> Any:
     from moe_edge.models.embedded import tiny_model_path
     from moe_edge.runner.engine import Engine
 
-    engine = Engine(model or tiny_model_path(), engine_options(o), verify=o["verify"], tell=terminal.say)
+    path = model or tiny_model_path()
+    if o.get("workers"):
+        return _open_boards(path, o)
+    engine = Engine(path, engine_options(o), verify=o["verify"], tell=terminal.say)
+    for line in engine.lines():
+        terminal.say(line)
+    return engine
+
+
+def _open_boards(path: Any, o: dict[str, Any]) -> Any:
+    """An engine on several boards. What it says of the memory is known once everything is there."""
+    from dataclasses import replace
+
+    from moe_edge.runner.prove import LOADS
+    from moe_edge.runner.workers.boards_engine import BoardsEngine
+    from moe_edge.runner.workers.wire import parse_addresses
+
+    options = replace(engine_options(o), proof=LOADS)
+    engine = BoardsEngine(path, options, parse_addresses(o["workers"]), verify=o["verify"], tell=terminal.say)
+    try:
+        engine.load()
+    except BaseException:
+        engine.close()
+        raise
     for line in engine.lines():
         terminal.say(line)
     return engine

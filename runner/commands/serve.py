@@ -20,6 +20,7 @@ from moe_edge.runner.commands.parameters import (
     prompt_cache_options,
     sampling_of,
     sampling_options,
+    workers_option,
 )
 
 
@@ -39,6 +40,7 @@ from moe_edge.runner.commands.parameters import (
 @option(EVERYDAY, "--cors", multiple=True, metavar="ORIGIN", help="Pages of this origin may ask; several times, or *.")
 @option(EVERYDAY, "--log-json", is_flag=True, help="One JSON object for each request, instead of a line.")
 @model_options
+@workers_option
 @prompt_cache_options("on")
 @sampling_options
 def command(

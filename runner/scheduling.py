@@ -1,0 +1,33 @@
+"""A policy and the native model that asks it, tied together: for an engine of its own, and for a board of several."""
+
+from __future__ import annotations
+
+import time
+
+from moe_edge.runner.native import NativeModel
+from moe_edge.schedulers.layout import Layout
+from moe_edge.schedulers.lookahead.around import LookAheadPolicy
+from moe_edge.schedulers.lookahead.controller import Measured
+from moe_edge.schedulers.policy import Policy
+
+
+def use_policy(native: NativeModel, policy: Policy, layout: Layout, n_used: int) -> None:
+    """Let this policy schedule from the next step on; it starts from what is in memory. n_used: experts of a token."""
+    policy.reset(native.resident_units())
+    native.schedule, native.meanwhile = policy.plan, policy.meanwhile
+    native.wants_routing = policy.wants_routing
+    if isinstance(policy, LookAheadPolicy):
+        native.set_lookahead(policy.depth, min(2 * n_used, min(layout.n_experts)))
+        native.announce = policy.plan_ahead
+        policy.measure = lambda: _measured(native)
+    else:
+        native.set_lookahead(0, 0)
+        native.announce = None
+    if policy.wants_attention:  # and from then on: graphs that llama.cpp keeps and uses again do not change
+        native.watch_attention()
+
+
+def _measured(native: NativeModel) -> Measured:
+    """The sums that the look-ahead controller decides by."""
+    stall, busy, nbytes = native.some_counters("stall_ns", "disk_busy_ns", "bytes_read")
+    return Measured(time.perf_counter(), stall * 1e-9, busy * 1e-9, nbytes)

@@ -1,0 +1,1 @@
+"""One model on several boards: each computes some of its layers, with experts from its own disk."""

@@ -1,0 +1,135 @@
+"""Several boards: the bits of one machine at every budget, each board within its own, and no expert on the wire."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from moe_edge.models.embedded import tiny_model_path
+from moe_edge.models.formats.gguf import read_gguf
+from moe_edge.runner.engine import Engine
+from moe_edge.runner.engine_options import EngineOptions
+from moe_edge.runner.prove import LOADS
+from moe_edge.runner.workers.boards_engine import BoardsEngine
+from moe_edge.runner.workers.wire import parse_addresses
+from random_models import Shape, write_random_model
+from worker_process import Tunnel, WorkerProcess, workers
+
+PROMPT = [int(t) for t in np.random.default_rng(3).integers(5, 250, 40)]
+MORE = [17, 99, 4, 200]
+OPTIONS = EngineOptions(n_threads=1, n_ctx=128, n_ubatch=16, logits_all=True, proof=LOADS)
+ENOUGH = "300MiB"
+ALLOWANCE = 64 << 20  # as tests of the memory limit have it
+
+
+def logits_of(engine: Engine) -> Any:
+    """Of a prompt in several micro-batches and some single tokens."""
+    with engine.decoding():
+        engine.llama.eval(PROMPT)
+        for token in MORE:
+            engine.llama.eval([token])
+        return np.array(engine.llama.scores[: len(PROMPT) + len(MORE)], copy=True)
+
+
+def on_boards(model: Path, addresses: list[str], options: EngineOptions = OPTIONS) -> BoardsEngine:
+    return BoardsEngine(model, options, parse_addresses(",".join(addresses)))
+
+
+def on_one_machine(model: Path) -> Any:
+    with Engine(model, OPTIONS) as engine:
+        return logits_of(engine)
+
+
+def check_bits(model: Path, n_boards: int) -> None:
+    """At a budget with everything in memory, then at the least each board says it needs."""
+    expected = on_one_machine(model)
+    assert np.isfinite(expected).all()
+    with workers(model, [ENOUGH] * n_boards) as boards, on_boards(model, [b.address for b in boards]) as engine:
+        assert np.array_equal(logits_of(engine), expected)
+        assert engine.counters().evictions == 0
+        floors = [int(board.taken["floor_bytes"]) for board in engine.boards]
+    with workers(model, floors) as boards, on_boards(model, [b.address for b in boards]) as engine:
+        assert np.array_equal(logits_of(engine), expected)
+        assert engine.counters().evictions > 0
+        for board, process, floor in zip(engine.boards, boards, floors, strict=True):
+            status = board.status()
+            assert status["counters"]["uses"] > 0
+            assert status["counters"]["peak_committed_bytes"] <= board.taken["arena_bytes"]
+            if sys.platform == "linux":
+                assert process.peak_rss_bytes() <= floor + ALLOWANCE
+            stubs = sum(
+                tensor.nbytes
+                for name, tensor in read_gguf(engine.model.skeleton).tensors.items()
+                if "_exps." in name and int(name.split(".")[1]) in board.layers
+            )
+            assert board.traffic().stub_bytes == stubs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["qwen3moe", "olmoe", "deepseek2", "gpt-oss"])
+def test_two_boards_give_the_bits_of_one_machine(arch: str, tmp_path: Path) -> None:
+    """Of 3 layers, so that one board has two; the first of deepseek2 has no experts."""
+    check_bits(write_random_model(tmp_path / "model.gguf", arch, Shape(n_layer=3)), 2)
+
+
+@pytest.mark.slow
+def test_three_boards_give_the_bits_of_the_trained_model() -> None:
+    check_bits(Path(tiny_model_path()), 3)
+
+
+@pytest.fixture(scope="module")
+def board() -> Iterator[WorkerProcess]:
+    """One worker with the trained model, for tests that leave it as it was."""
+    with workers(Path(tiny_model_path()), [ENOUGH]) as made:
+        yield made[0]
+
+
+def test_no_expert_crosses_a_tunnel(board: WorkerProcess) -> None:
+    """Everything that goes to the board, looked through for each expert's first bytes."""
+    model = Path(tiny_model_path())
+    tunnel = Tunnel(board.port)
+    try:
+        with on_boards(model, [f"127.0.0.1:{tunnel.port}"]) as engine:
+            assert np.array_equal(logits_of(engine), on_one_machine(model))
+            pieces, files = engine.model.pieces, engine.model.files
+            carried = bytes(tunnel.data)
+            traffic = engine.boards[0].traffic()
+        assert traffic.bytes_sent <= len(carried)
+        read = [file.read_bytes() for file in files]
+        assert not [p.name for p in pieces if read[p.file][p.offset : p.offset + 64] in carried]
+        dense = read_gguf(engine.model.skeleton).tensors["blk.0.attn_q.weight"]
+        start = engine.model.skeleton.read_bytes()[dense.offset : dense.offset + 64]
+        assert start in carried, "a dense weight was meant to be found where an expert was looked for"
+    finally:
+        tunnel.close()
+
+
+def test_a_graph_that_is_used_again_is_not_sent_again(board: WorkerProcess) -> None:
+    with on_boards(Path(tiny_model_path()), [board.address]) as engine:
+        logits_of(engine)
+        before = engine.boards[0].traffic()
+        with engine.decoding():
+            for token in MORE * 3:
+                engine.llama.eval([token])
+        after = engine.boards[0].traffic()
+    assert after.graphs - before.graphs == 3 * len(MORE)
+    assert after.new_graphs - before.new_graphs <= 1
+
+
+def test_the_command_line_gives_the_text_of_one_machine_and_a_line_for_the_board(board: WorkerProcess) -> None:
+    model = str(tiny_model_path())
+    call = [sys.executable, "-m", "moe_edge.runner.start", "generate", model, "-p", "The king", "-n", "24"]
+    call += ["--temp", "0", "-t", "1", "-c", "256"]
+    alone = subprocess.run([*call, "--json"], capture_output=True, text=True, check=True)
+    there = subprocess.run([*call, "--json", "--workers", board.address], capture_output=True, text=True, check=True)
+    one, other = json.loads(alone.stdout), json.loads(there.stdout)
+    assert one["text"] == other["text"] and one["expert_uses"] == other["expert_uses"] > 0
+    assert [each["board"] for each in other["boards"]] == [board.address] and one["boards"] == []
+    said = subprocess.run([*call, "--workers", board.address], capture_output=True, text=True, check=True)
+    assert f"board {board.address}: layers 0 to 3" in said.stderr.splitlines()[-1]
