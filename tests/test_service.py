@@ -34,6 +34,7 @@ from test_memory_limit import Cgroup, cgroup
 __all__ = ["cgroup"]
 MIB = 1 << 20
 ROOT = Path(__file__).resolve().parents[1]
+DOCKER = ROOT / "examples" / "docker"
 SMALL = ("--ram", "64MiB", "-c", "512", "-t", "1")
 needs_systemd = pytest.mark.skipif(
     shutil.which("systemd-analyze") is None and not (os.environ.get("CI") and sys.platform == "linux"),
@@ -267,7 +268,7 @@ def test_who_may_not_read_the_model_is_told(tmp_path: Path) -> None:
 
 
 def instructions() -> list[tuple[str, str]]:
-    text = re.sub(r"^\s*#.*\n", "", (ROOT / "examples/docker/Dockerfile").read_text(), flags=re.M)
+    text = re.sub(r"^\s*#.*\n", "", (DOCKER / "Dockerfile").read_text(), flags=re.M)
     lines = re.sub(r"\\\n\s*", " ", text).splitlines()
     return [(line.split(" ", 1)[0], line.split(" ", 1)[1]) for line in lines if line.strip()]
 
@@ -277,7 +278,7 @@ def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
     if not linter.exists():
         assert sys.platform != "linux" or os.uname().machine not in ("x86_64", "aarch64"), "make setup installs it"
         pytest.skip("hadolint has no package for this machine")
-    done = subprocess.run([linter, str(ROOT / "examples/docker/Dockerfile")], capture_output=True, text=True, check=False)
+    done = subprocess.run([linter, str(DOCKER / "Dockerfile")], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 
 
@@ -295,7 +296,7 @@ def test_the_image_runs_as_nobody_special_and_what_it_starts_is_a_call_of_ours()
     assert (parsed.params["port"], parsed.params["host"]) == (int(by_name["EXPOSE"]), "0.0.0.0")
     for name in [line for name, line in found if name == "COPY" and "--from" not in line]:
         assert name == ". ."
-    kept = [line[1:] for line in (ROOT / "examples/docker/Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"]
+    kept = [line[1:] for line in (DOCKER / "Dockerfile.dockerignore").read_text().splitlines() if line[:1] == "!"]
     assert all((ROOT / name).exists() for name in kept) and {"pyproject.toml", "native", "runner"} <= set(kept)
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import struct
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from moe_edge.runner import memory
 
 COMMAND_SECONDS = 5
 MOST_BYTES = 1 << 20  # of one file of a kernel
@@ -47,7 +48,7 @@ class Machine:
     system: str = field(default_factory=platform.system)
     machine: str = field(default_factory=platform.machine)
     pointer_bits: int = 8 * struct.calcsize("P")
-    page_bytes: int = field(default_factory=resource.getpagesize)
+    page_bytes: int = field(default_factory=memory.page_bytes)
     build_features: frozenset[str] | None = None
     run: Run = run_program
 
