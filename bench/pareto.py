@@ -49,7 +49,7 @@ from moe_edge.runner.sizes import NO_LIMIT
 from moe_edge.schedulers.budget import format_bytes
 from moe_edge.schedulers.options import PolicyOptions
 from pareto_models import Models, bits_a_weight, is_number
-from pareto_points import Point, front, kld_ratio, saving
+from pareto_points import Point, bytes_at_kld, front, kld_ratio, saving
 from pareto_settings import (
     ABLATION,
     COMPARISONS,
@@ -57,6 +57,7 @@ from pareto_settings import (
     OURS,
     PARTS,
     PREFILL,
+    REPLACING,
     Options,
     Setting,
     ablation_settings,
@@ -69,6 +70,7 @@ from pareto_tables import Row, plot, points_of, table, write_csv
 from rivals import Rival, make_rival
 
 ALLOCATIONS = ("uniform", "frequency", "layer", "global")
+TARGETS = (0.0005, 0.001, 0.002)  # nats a token
 IntArray = npt.NDArray[np.int32]
 
 
@@ -264,7 +266,27 @@ def run_dynamic(bench: Bench) -> tuple[list[Row], list[str]]:
             row |= {"pair": f"{high}+{low}", "front": (row["bytes_per_token"], row["kld_source"]) in best}
         rows += mine
         lines += [f"{high}+{low}, --ram {format_bytes(ram)}:", *dynamic_lines(mine), ""]
+        lines += [*at_equal_kld(mine), ""]
     return rows, lines
+
+
+def at_equal_kld(rows: Sequence[Row]) -> list[str]:
+    """Bytes a token of each family at some KLDs; of those that replace experts against the best of the others."""
+    families = [f for f in dict.fromkeys(row["family"] for row in rows) if f != "exact"]
+    start = points_of(rows, "exact", "bytes_per_token", "kld_source")
+    curves = {f: start + points_of(rows, f, "bytes_per_token", "kld_source") for f in families}
+    replacing = [f for f in families if f.endswith(REPLACING) or f.startswith(("reroute", "cache-prior"))]
+    best = [point for f in families if f not in replacing for point in curves[f]]
+    lines = ["| KiB a token at a KLD of | " + " | ".join(f"{kld:g}" for kld in TARGETS) + " |"]
+    lines.append("|" + "---|" * (len(TARGETS) + 1))
+    for family, curve in {"the best that replaces nothing": best, **curves}.items():
+        cells = []
+        for kld in TARGETS:
+            found, base = bytes_at_kld(curve, kld), bytes_at_kld(best, kld)
+            share = f" ({100 * (found / base - 1):+.0f} %)" if found and base and family in replacing else ""
+            cells.append("N/A" if found is None else f"{found / 1024:.0f}{share}")
+        lines.append(f"| {family} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _pair_and_cap(bench: Bench, high: str, low: str) -> tuple[Path, int]:
@@ -394,7 +416,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     return Options(
         source=o.source, calibrate=o.calibrate, text=o.text, out=o.out, parts=words(o.parts), bits=numbers(o.bits),
         types=words(o.types), plain=words(o.plain), pairs=tuple((high, low) for high, low in pairs),
-        exact=words(o.exact), share=o.share, retentions=numbers(o.retention), thresholds=words(o.hobbit),
+        exact=words(o.exact), share=o.share, strengths=numbers(o.strength), prior=numbers(o.prior),
+        retentions=numbers(o.retention), thresholds=words(o.hobbit),
         prices=numbers(o.price), cold=numbers(o.cold), below=numbers(o.below),
         ablation_retentions=numbers(o.ablation_retention),
         calibrate_tokens=o.calibrate_tokens, n_ctx=o.ctx, n_chunks=o.chunks, n_decode_chunks=o.decode_chunks,
@@ -435,6 +458,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--retention", d.retentions, "dynamic: dymoe's")
     add("--hobbit", d.thresholds, "dynamic: fit, or T1:T2")
     add("--price", d.prices, "dynamic, ablation: of policy damage, nats a MiB; empty leaves it out")
+    add("--strength", d.strengths, "dynamic: of policy reroute, by the mean and by the token's own score range")
+    add("--prior", d.prior, "dynamic: of the rival cache-prior")
     add("--cold", d.cold, "dynamic: shares of the least used experts to drop")
     add("--below", d.below, "dynamic: shares of a token's gate weight below which an expert is dropped")
     add("--ablation-retention", d.ablation_retentions, "ablation: dymoe's")

@@ -42,6 +42,8 @@ class Options:
     retentions: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)
     thresholds: tuple[str, ...] = ("fit", "0.6:0.9", "0.2:1", "0.4:1", "0.6:1", "0.8:1")
     prices: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01)
+    strengths: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)
+    prior: tuple[float, ...] = (0.1, 0.2, 0.4)
     cold: tuple[float, ...] = (0.1, 0.25, 0.5)
     below: tuple[float, ...] = (0.1, 0.15, 0.2)
     ablation_retentions: tuple[float, ...] = (0.4, 0.6, 0.75, 0.9)  # below 1/k the guard of one expert decides
@@ -70,7 +72,8 @@ class Setting:
 
 
 EXACT = Setting("exact", "")
-OURS = ("dymoe", "hobbit", "damage")  # how the families under test begin
+REPLACING = ", replacing"  # how the families end whose policy may replace an expert by another
+OURS = ("dymoe", "hobbit", "damage", "reroute")  # how the families under test begin
 
 
 def dynamic_settings(o: Options) -> list[Setting]:
@@ -81,11 +84,12 @@ def dynamic_settings(o: Options) -> list[Setting]:
         for r in o.retentions
     ]
     settings += [Setting("hobbit", text, hobbit_options(text)) for text in o.thresholds]
-    settings += damage_settings(o)
+    settings += damage_settings(o) + reroute_settings(o)
     numbers: dict[str, Sequence[float]] = {
         "top-k less": (1, 2), "top-k less on miss": (1, 2), "weight below": o.below, "weight below on miss": o.below,
         "cold dropped": o.cold,
-    }  # fmt: skip
+    }
+    settings += [Setting("cache-prior", f"{v:g}", rival=Rival("cache-prior", v)) for v in o.prior]  # fmt: skip
     for name, values in numbers.items():
         for renormalise in (False, True):
             family = name + (", renormalised" if renormalise else "")
@@ -94,10 +98,20 @@ def dynamic_settings(o: Options) -> list[Setting]:
 
 
 def damage_settings(o: Options) -> list[Setting]:
+    """Without replacing an expert by another, and with it."""
     return [
-        Setting(f"damage {low}", f"{p:g}", PolicyOptions("damage", price=p, low_level=low))
+        Setting(f"damage {low}{name}", f"{p:g}", PolicyOptions("damage", price=p, low_level=low, substitute=how))
+        for name, how in (("", "off"), (REPLACING, "auto"))
         for low in ("low", "skip")
         for p in o.prices
+    ]
+
+
+def reroute_settings(o: Options) -> list[Setting]:
+    return [
+        Setting(f"reroute {kind}", f"{s:g}", PolicyOptions("reroute", strength=s, score_range=kind))
+        for kind in ("mean", "token")
+        for s in o.strengths
     ]
 
 

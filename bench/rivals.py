@@ -7,15 +7,21 @@ differs. Gate weights are used in steps of one token; micro-batches of several t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from moe_edge.models.calibration import Calibration
 from moe_edge.models.errors import UnknownName
-from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
+from moe_edge.schedulers.layout import SKIP, Layout, Selection, Selections, Step, StepPlan
+from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policies.importance import gate_mass, most_important
-from moe_edge.schedulers.policies.levels import HIGH, LevelPolicy
+from moe_edge.schedulers.policies.levels import HIGH, IntArray, LevelPolicy
+from moe_edge.schedulers.policies.reroute import Reroute
 from moe_edge.schedulers.policy import Policy
+
+SMALLEST = 1e-30  # of a probability, for its logarithm
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,25 @@ class NoCold(SkipPolicy):
         return [expert not in cold for expert in step.experts]
 
 
+class CachePrior(Reroute):
+    """Cache-Prior as it is published: the logits get the bonus, by the running mean of their range; the first stays.
+
+    For routers that rank by a softmax: its logarithm is the logits but for a number that all of a token's share.
+    """
+
+    name = "rival"
+
+    def __init__(self, layout: Layout, arena_bytes: int, strength: float) -> None:
+        super().__init__(layout, arena_bytes, PolicyOptions("reroute", strength=strength, keep_top=1))
+
+    def select(self, selection: Selection) -> Sequence[int] | None:
+        logits = [math.log(max(p, SMALLEST)) for p in selection.scores]
+        return super().select(selection._replace(scores=logits))
+
+    def select_many(self, selections: Selections) -> IntArray | None:
+        return super().select_many(selections._replace(scores=np.log(np.maximum(selections.scores, SMALLEST))))
+
+
 class OnDemand(LevelPolicy):
     """Everything at the high level and no cache: a step's experts leave before the next step's are read."""
 
@@ -121,6 +146,7 @@ RULES: dict[str, Make] = {
     "weight below": lambda la, a, c, v: BelowThreshold(la, a, c, v, on_miss=False),
     "weight below on miss": lambda la, a, c, v: BelowThreshold(la, a, c, v, on_miss=True),
     "cold dropped": lambda la, a, c, v: NoCold(la, a, c, v, on_miss=False),
+    "cache-prior": lambda la, a, c, v: CachePrior(la, a, v),
     "on demand": lambda la, a, c, v: OnDemand(la, a, c),
 }
 

@@ -8,6 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from moe_edge.models.formats.floats import Float64Array
 
+# how llama.cpp makes gate weights of what its router says of the chosen experts (native/capi.h, me_gates)
+GATES_UNKNOWN, GATES_PLAIN, GATES_NORMALISED, GATES_SOFTMAX = 0, 1, 2, 3
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -26,6 +29,21 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Substitution:
+    """What it costs to take another expert than the router chose.
+
+    factor [L, B]: squared change of the layer's output when one of a token's experts is replaced, relative to
+    g^2 |E(x)|^2 of the one that is replaced; by the ratio of the two gates, B bins from 0 to 1. The other experts'
+    weights change as the model makes them; that is in it. gates [L]: how gate weights come about, GATES_*;
+    scale [L]: their factor.
+    """
+
+    factor: Float64Array
+    gates: npt.NDArray[np.int64]
+    scale: Float64Array
+
+
+@dataclass(frozen=True)
 class Calibration:
     """L MoE layers, E experts of the widest layer (narrower ones padded with zeros), the store's n levels.
 
@@ -39,6 +57,7 @@ class Calibration:
     use_damage [L, 101]: quantiles 0 to 100 % over the uses of a layer of g^2 * unit_damage at the level `low` (or of
     skipping, when the store has one level).
     settings: measured rows, fastest first; empty when none were measured.
+    substitution: None when it was not measured, as before 2026-11-27 and for models whose graph does not let it.
     """
 
     text_sha256: str
@@ -52,6 +71,7 @@ class Calibration:
     cumulated: Float64Array
     use_damage: Float64Array
     settings: tuple[Setting, ...] = ()
+    substitution: Substitution | None = None
 
     @property
     def damage_scale(self) -> float:

@@ -237,7 +237,8 @@ class NativeModel:
         v = SelectionView()
         self._lib.me_model_selection(self._open_handle(), ctypes.byref(v))
         array, shape = np.ctypeslib.as_array, (v.n_tokens, v.n_expert)
-        chosen = select(Selections(layer, v.n_used, array(v.order, shape), array(v.scores, shape)))
+        gates = array(v.gates, shape) if v.gates else None
+        chosen = select(Selections(layer, v.n_used, array(v.order, shape), array(v.scores, shape), gates))
         if chosen is None:
             return SCHEDULE_RESIDENT
         array(v.selected, (v.n_tokens, v.n_used))[:] = chosen

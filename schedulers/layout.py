@@ -128,13 +128,15 @@ class Selection(NamedTuple):
 class Selections(NamedTuple):
     """The same for the T tokens of a micro-batch; views of buffers that are overwritten afterwards.
 
-    order: int32 [T, n_expert], best first. scores: float32 [T, n_expert], by expert.
+    order: int32 [T, n_expert], best first. scores, gates: float32 [T, n_expert], by expert; gates None where the graph
+    hides them.
     """
 
     layer: int
     n_used: int
     order: npt.NDArray[np.int32]
     scores: npt.NDArray[np.float32]
+    gates: npt.NDArray[np.float32] | None = None
 
 
 class Prefetch(NamedTuple):

@@ -14,7 +14,7 @@ from moe_edge.convert import allocate as rules
 from moe_edge.convert.conversion_plan import ExpertTypes
 from moe_edge.convert.convert import ConvertReport
 from moe_edge.convert.quantize import dequantize, quantize
-from moe_edge.models.calibration import Calibration
+from moe_edge.models.calibration import GATES_NORMALISED, Calibration
 from moe_edge.models.errors import MoeEdgeError, UnknownName, UsageError
 from moe_edge.models.formats.ggml_types import find_type, tensor_bytes
 from moe_edge.models.store.store import expert_name, open_model
@@ -26,7 +26,9 @@ from moe_edge.runner.engine import Engine
 from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.measure.evaluate import eval_options
 from moe_edge.runner.measure.logits import cut_chunks, kld_of_rows, logits_pass, tokenize_text
+from moe_edge.runner.sizes import NO_LIMIT
 from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
+from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policies.damage import PRICE
 from random_models import Shape, write_random_model
 from test_calibration import make_calibration
@@ -231,6 +233,37 @@ def test_the_measured_importance_reaches_the_quantizer(measured: Calibrator, rep
     found = model.files[piece.file].read_bytes()[piece.offset : piece.offset + piece.nbytes]
     assert found == quantize(rows, piece.type, measured.importance[key])
     assert found != quantize(rows, piece.type, None)
+
+
+def test_what_a_replacement_costs_is_measured_and_policy_damage_trades_by_it(
+    calibration: Calibration, report: ConvertReport
+) -> None:
+    measured = calibration.substitution
+    assert measured is not None and set(measured.gates.tolist()) == {GATES_NORMALISED}
+    assert (measured.factor > 0).all()
+    assert report.skeleton is not None
+    counts = []
+    for substitute in ("off", "auto"):
+        policy = PolicyOptions("damage", price=100.0, substitute=substitute)
+        o = EngineOptions(n_ctx=256, n_threads=1, policy=policy)
+        with Engine(report.skeleton, replace(o, ram_bytes=_half(report.skeleton, o))) as engine:
+            tokens = tokenize_text(engine, b"Where the disk is slow, fewer bytes are read.")[:40]
+            with engine.decoding():
+                engine.llama.eval([int(t) for t in tokens])
+                for token in tokens[:20]:
+                    engine.llama.eval([int(token)])
+            counts.append(engine.counters())
+            assert engine.policy.stats.substituted == counts[-1].substituted_uses
+            assert (engine.policy.stats.expected_damage or 0.0) > 0
+    assert counts[0].substituted_uses == 0 < counts[1].substituted_uses
+    assert counts[1].committed_bytes <= counts[1].peak_committed_bytes
+
+
+def _half(model: Path, options: EngineOptions) -> int:
+    """A --ram with room for half of the experts."""
+    probe = Engine(model, replace(options, ram_bytes=NO_LIMIT))
+    probe.close()
+    return probe.plan.fixed.total_bytes + probe.layout.total_bytes // 2
 
 
 def test_the_table_of_settings_is_sorted_and_the_store_still_whole(

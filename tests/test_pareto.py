@@ -18,10 +18,10 @@ from moe_edge.models.errors import UnknownName, UsageError
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.measure.logits import logits_pass
-from moe_edge.schedulers.layout import Layout, Step
+from moe_edge.schedulers.layout import Layout, Selection, Step
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policies.levels import HIGH
-from moe_edge.schedulers.policy import Policy
+from moe_edge.schedulers.policy import Policy, make_policy
 from pareto_points import Saving, bytes_at_kld, front, kld_at_bytes, kld_ratio, saving
 from random_models import Shape, write_random_model
 from rivals import RULES, Rival, make_rival
@@ -184,8 +184,37 @@ def test_the_engine_carries_out_every_rivals_plans(model: Path, name: str, budge
         assert (counters.uses, counters.skipped_uses) == (stats.high_uses, stats.skipped_uses)
         if name == "on demand":
             assert counters.hits == 0
+        elif name == "cache-prior":
+            assert stats.skipped_uses == 0 and (counters.substituted_uses > 0 or budget == "floor")
         elif "miss" not in name:
             assert stats.skipped_uses > 0
+
+
+def test_cache_prior_boosts_logits_where_reroute_boosts_probabilities() -> None:
+    p = [0.6, 0.3, 0.06, 0.04]  # the logits' range is 2.71, the second is 1.61 above the third: 0.59 of it
+    asked = Selection(0, 2, [0, 1, 2, 3], p, p)
+    for strength, found in ((0.55, None), (0.65, [0, 2])):
+        prior = rival("cache-prior", strength)
+        prior.reset([2])
+        assert prior.select(asked) == found
+    reroute = make_policy(PolicyOptions("reroute", strength=0.45), Layout((4,), 1, (UNIT,) * 4), 4 * UNIT)
+    reroute.reset([2])
+    assert reroute.select(asked) == [0, 2]  # 0.24 of a range of 0.56 is 0.43
+
+
+def test_bytes_at_equal_kld_are_compared_with_the_best_that_replaces_nothing() -> None:
+    def row(family: str, size: float, kld: float) -> dict[str, object]:
+        return {"family": family, "bytes_per_token": 1024 * size, "kld_source": kld}
+
+    rows = [
+        row("exact", 400, 0.0001), row("exact, one type", 200, 0.001), row("damage low", 160, 0.001),
+        row("damage low", 100, 0.002), row("damage low, replacing", 120, 0.001), row("reroute mean", 176, 0.001),
+    ]  # fmt: skip
+    lines = pareto.at_equal_kld(rows)
+    cells = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in lines[2:]}
+    assert cells["the best that replaces nothing"][1:] == ["160", "100 |"]
+    assert cells["damage low, replacing"][1:] == ["120 (-25 %)", "N/A |"]
+    assert cells["reroute mean"][1] == "176 (+10 %)" and cells["exact, one type"][1:] == ["200", "N/A |"]
 
 
 # the command

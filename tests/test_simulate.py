@@ -399,10 +399,20 @@ def test_look_ahead_on_a_trace_without_scores_is_refused_with_the_command_that_r
         run_simulations(one_layer([0]), [SimBudget(20)], policies_named("exact", lookaheads="stacked"))
 
 
+def test_a_policy_that_chooses_experts_is_simulated_without_that_and_it_is_said() -> None:
+    trace = one_layer([0, 1], [2, 3], [0, 1])
+    s = run_simulations(trace, [SimBudget(20)], policies_named("exact,reroute"), belady=False)
+    assert [row.loads for row in s.rows] == [6, 6]
+    assert "reroute: a trace has the experts that were chosen, not the scores of the others" in s.notes[0]
+    assert s.notes[0] in s.text().splitlines()
+    weak = policies_named("reroute", PolicyOptions("reroute", strength=0.0))
+    assert not run_simulations(trace, [SimBudget(20)], weak, belady=False).notes
+
+
 def test_policies_the_model_cannot_serve_are_left_out_and_named() -> None:
     trace = one_layer([0, 1], [2, 3])
     s = run_simulations(trace, [SimBudget(20)], policies_named("all"), belady=False)
-    assert [r.policy for r in s.rows] == ["exact"] * (len(RULES) - 1) + ["hobbit"]
+    assert [r.policy for r in s.rows] == ["exact"] * (len(RULES) - 1) + ["hobbit", "reroute"]
     assert s.rows[0].reads_to_belady is None
     assert s.left_out[0].startswith("dymoe: the model has no low level; convert it with --low")
     assert [line.split(":")[0] for line in s.left_out] == ["dymoe", "damage"]

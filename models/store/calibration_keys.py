@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from moe_edge.models.calibration import Calibration, Setting
+from moe_edge.models.calibration import Calibration, Setting, Substitution
 from moe_edge.models.errors import BadFile, UsageError
 from moe_edge.models.formats.floats import Float64Array
 from moe_edge.models.formats.gguf import GGUFFile, read_gguf
@@ -23,8 +23,9 @@ VERSION = 1
 PREFIX = "moe_edge.calibration."
 SETTING_ROWS = 16
 QUANTILES = 101
+SUBSTITUTION_BINS = 10
 # numbers in the file; never reorder
-POLICIES = ("exact", "dymoe", "hobbit", "damage")
+POLICIES = ("exact", "dymoe", "hobbit", "damage", "reroute")
 LOW_LEVELS = ("low", "skip", "")
 
 _U32_MAX = 2**32 - 1
@@ -49,7 +50,22 @@ def calibration_kvs(calibration: Calibration) -> dict[str, bytes]:
         if values.shape != shape:
             raise UsageError(f"the calibration's {name} has shape {list(values.shape)}, expected {list(shape)}")
         kvs.append(_f32s(name, values.ravel()))
+    if calibration.substitution is not None:
+        kvs += _substitution_kvs(calibration.substitution, n_layers)
     return dict(kvs) | _settings_kvs(calibration.settings)
+
+
+def _substitution_kvs(measured: Substitution, n_layers: int) -> list[tuple[str, bytes]]:
+    shapes = {"factor": (n_layers, SUBSTITUTION_BINS), "gates": (n_layers,), "scale": (n_layers,)}
+    for name, shape in shapes.items():
+        found = getattr(measured, name).shape
+        if found != shape:
+            raise UsageError(f"the calibration's substitution.{name} has shape {list(found)}, expected {list(shape)}")
+    return [
+        _f32s("substitution.factor", measured.factor.ravel()),
+        _u32s("substitution.gates", measured.gates.tolist()),
+        _f32s("substitution.scale", measured.scale),
+    ]
 
 
 def read_calibration(kv: KeyValues, where: str = "calibration") -> Calibration | None:
@@ -72,6 +88,7 @@ def read_calibration(kv: KeyValues, where: str = "calibration") -> Calibration |
         levels=levels,
         counts=np.asarray(reader.array("counts", U32, n_layers * n_experts), np.int64).reshape(n_layers, n_experts),
         settings=reader.settings(),
+        substitution=reader.substitution(n_layers),
         **arrays,
     )
 
@@ -180,6 +197,16 @@ class _Reader:
         if not np.isfinite(values).all():
             raise BadFile(f"{self.where}: {PREFIX}{name} holds numbers that are not finite")
         return values.reshape(shape)
+
+    def substitution(self, n_layers: int) -> Substitution | None:
+        """None in a calibration that was made before it was measured."""
+        if PREFIX + "substitution.factor" not in self.kv:
+            return None
+        return Substitution(
+            self.floats("substitution.factor", (n_layers, SUBSTITUTION_BINS)),
+            np.asarray(self.array("substitution.gates", U32, n_layers), np.int64),
+            self.floats("substitution.scale", (n_layers,)),
+        )
 
     def settings(self) -> tuple[Setting, ...]:
         count = self.number("settings.count")

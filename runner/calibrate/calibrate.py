@@ -38,9 +38,10 @@ from moe_edge.convert.type_damage import (
     column_importance,
     expert_errors,
     expert_hidden,
+    expert_output,
     find_activation,
 )
-from moe_edge.models.calibration import Calibration
+from moe_edge.models.calibration import Calibration, Substitution
 from moe_edge.models.errors import UsageError
 from moe_edge.models.formats.floats import Float64Array, FloatArray
 from moe_edge.models.formats.ggml_types import find_type, tensor_bytes
@@ -52,6 +53,7 @@ from moe_edge.models.store.source import Source
 from moe_edge.models.store.store import HIGH_NAME, LOW_NAME, store_path
 from moe_edge.runner.calibrate.measured_settings import measure_settings
 from moe_edge.runner.calibrate.observe import LayerView, Observed, observe
+from moe_edge.runner.calibrate.substitution import measure_substitution
 from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.prove import prove
 
@@ -137,6 +139,8 @@ class Calibrator:
         self.options, self.tell = options, tell
         self._folder = folder
         self._errors: dict[tuple[int, int], ExpertErrors] = {}
+        self._substitution_known: Substitution | None = None
+        self._substitution_measured = False
         find_activation(self.source.architecture.name, self.source.name)
         for name in options.types:
             target_type(name, with_imatrix=True)
@@ -203,12 +207,25 @@ class Calibrator:
         """Convert with what was measured. Raises what convert() raises."""
         o = self.options
         plan = make_plan(self.source, types=types, dense_type=dense_type, importance=self.importance)
-        calibration = _result(self.source, self.seen, plan, self._measure_levels(plan))
+        calibration = replace(
+            _result(self.source, self.seen, plan, self._measure_levels(plan)), substitution=self._substitution()
+        )
         return convert(
             self.source_path, output, types=types, importance=self.importance, dense_importance=self.dense_importance,
             calibration=calibration, dense_type=dense_type, threads=o.n_threads or None, overwrite=overwrite,
             prove=self._prove_and_measure, pack=pack,
         )  # fmt: skip
+
+    def _substitution(self) -> Substitution | None:
+        """What another expert in the place of one costs; measured once."""
+        if not self._substitution_measured and self.seen.rankings:
+            self._substitution_known = measure_substitution(
+                self.seen.rankings, lambda layer: self.seen.layers[layer].inputs,
+                lambda layer, expert, x: self._weights.output(self.source.layers[layer], expert, x), self.seen.gating,
+            )  # fmt: skip
+            self._substitution_measured = True
+            self.tell("substitution: all blocks")
+        return self._substitution_known
 
     def _prove_and_measure(self, skeleton: Path) -> None:
         """The last part of a conversion: what it raises, an interrupt too, removes both files."""
@@ -274,6 +291,10 @@ class _Weights:
             data = self._files.read(entry, 0, entry.nbytes)
             found[projection] = dequantize(data, entry.type, entry.shape[0])
         return found
+
+    def output(self, layer: MoELayer, expert: int, x: FloatArray) -> FloatArray:
+        """(n, n_embd): the expert's output, without its gate weight."""
+        return expert_output(x, self.of(layer, expert), self._activation)
 
     def importance(self, layer: MoELayer, expert: int, view: LayerView) -> ColumnImportance:
         x, g, _ = _some_rows(view, expert)

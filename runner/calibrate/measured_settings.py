@@ -72,12 +72,14 @@ class _BytesUsed:
         sizes, n_levels = self._layout.unit_bytes, self._layout.n_levels
         first = self._layout.first_unit[step.layer]
         exact = sum(sizes[first + expert * n_levels] for expert in step.experts)
+        # an expert that took another's place came from memory: the one it replaced is not read
+        free = getattr(self._policy, "replacements", ())
         self.exact_bytes += exact
         if made is None:
-            self.bytes += exact
+            self.bytes += sum(sizes[first + expert * n_levels] for expert in step.experts if expert not in free)
             return None
         for i, level in zip(made.order, made.levels, strict=True):
-            if level != SKIP:
+            if level != SKIP and step.experts[i] not in free:
                 self.bytes += sizes[first + step.experts[i] * n_levels + level]
         return made
 

@@ -16,11 +16,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from moe_edge.models.formats.floats import Float64Array
+from moe_edge.runner.calibrate.substitution import SAMPLED, Ranking, WatchRanking
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.measure.evaluate import IntArray, eval_options
 from moe_edge.runner.measure.logits import ReferenceLogits, bos_token, cut_chunks, logits_pass, read_text, tokenize_text
 from moe_edge.schedulers.layout import Routing
+from moe_edge.schedulers.options import PolicyOptions
 
 CHUNK = 512  # tokens
 # Noise of 20 % of a layer's output, about what three bits a weight do: at less, flips of the routers' choice make up
@@ -44,12 +46,17 @@ class LayerView:
 
 @dataclass(frozen=True)
 class Observed:
-    """text_sha256, n_tokens: the text as it was used. layers: by position. sensitivity [L]: see Calibration."""
+    """text_sha256, n_tokens: the text as it was used. layers: by position. sensitivity [L]: see Calibration.
+
+    rankings, gating: of each layer, see runner/calibrate/substitution.py; empty for a model whose graph hides them.
+    """
 
     text_sha256: str
     n_tokens: int
     layers: tuple[LayerView, ...]
     sensitivity: Float64Array
+    rankings: tuple[Ranking, ...] = ()
+    gating: tuple[tuple[int, float], ...] = ()
 
 
 @contextlib.contextmanager
@@ -72,11 +79,26 @@ def observe(
     with tempfile.TemporaryDirectory(prefix="moe-edge-calibrate-") as folder, Engine(model, o) as engine:
         tokens = tokenize_text(engine, data)
         chunks = spread_chunks(cut_chunks(tokens, CHUNK, bos=bos_token(engine)), n_tokens)
+        rankings = _rankings(engine, chunks.size)
         layers = _watch(engine, chunks, Path(folder), tell)
+        gating = tuple(engine.native.gating(layer) for layer in range(len(layers))) if rankings else ()
+        engine.set_policy(PolicyOptions())
         few = spread_chunks(chunks, sensitivity_tokens)
         sensitivity = measure_sensitivity(engine, few, NOISE, tell=tell)
         engine.close()
-        yield Observed(hashlib.sha256(data).hexdigest(), chunks.size, layers, sensitivity)
+        yield Observed(
+            hashlib.sha256(data).hexdigest(), chunks.size, layers, sensitivity,
+            rankings.rankings() if rankings else (), gating,
+        )  # fmt: skip
+
+
+def _rankings(engine: Engine, n_tokens: int) -> WatchRanking | None:
+    """Exact, with the rankings of a sample of tokens kept; None where the graph does not show them."""
+    if engine.native.why_not_selecting():
+        return None
+    watch = WatchRanking(engine.layout, engine.plan.arena_bytes, max(1, n_tokens // SAMPLED))
+    engine._use(watch)
+    return watch
 
 
 def spread_chunks(chunks: IntArray, n_tokens: int) -> IntArray:

@@ -24,6 +24,7 @@ from moe_edge.schedulers.replay.belady import has_one_size, simulate_belady
 from moe_edge.schedulers.replay.prediction import Quality, missed_uses, prediction_quality
 from moe_edge.schedulers.replay.simulate import Costs, SimResult, simulate_policy
 from moe_edge.schedulers.replay.trace import Trace
+from moe_edge.schedulers.settings import policy_selects
 
 BELADY = "belady"
 SLACK = 0.15  # what the default cache rule may read above the best one without a note
@@ -249,9 +250,19 @@ def run_simulations(
         belady_exact=has_one_size(trace),
         rows=tuple(rows),
         left_out=tuple(dict.fromkeys(left_out)),
-        notes=tuple(_far_from_best(rows)),
+        notes=(*_cannot_choose(usable, calibration), *_far_from_best(rows)),
         prediction=prediction,
     )
+
+
+def _cannot_choose(policies: Sequence[PolicyOptions], calibration: Calibration | None) -> list[str]:
+    """What a simulation leaves out of policies that choose other experts than the router."""
+    names = dict.fromkeys(options.name for options in policies if policy_selects(options, calibration))
+    return [
+        f"{name}: a trace has the experts that were chosen, not the scores of the others, so nothing is replaced here "
+        f"and its rows read more than it does; measure it with moe-edge eval MODEL --policy {name}"
+        for name in names
+    ]
 
 
 def _usable(

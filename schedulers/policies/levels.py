@@ -26,8 +26,9 @@ class PolicyStats:
 
     uses = high_uses + low_uses + skipped_uses, by the level computed. wanted_*: by the level the policy asked for,
     whatever the cache made of it; hobbit asks about misses only and counts only those.
-    expected_damage: nats, sum over low and skipped uses of the squared gate weight times the calibrated damage of a
-    use; None without a calibration.
+    substituted: uses, of all tokens, that the policy gave to another expert for less damage than a read would save.
+    expected_damage: nats, sum over low, skipped and substituted uses of the squared gate weight times the calibrated
+    damage of a use; None without a calibration.
     """
 
     uses: int = 0
@@ -37,6 +38,7 @@ class PolicyStats:
     wanted_high: int = 0
     wanted_low: int = 0
     wanted_skip: int = 0
+    substituted: int = 0
     expected_damage: float | None = None
 
     def copy(self) -> PolicyStats:

@@ -105,7 +105,7 @@ class Reroute(LevelPolicy):
         )  # fmt: skip
 
     def select_many(self, selections: Selections) -> IntArray | None:
-        layer, n_used, order, scores = selections
+        layer, n_used, order, scores, _ = selections
         finite = np.where(np.isfinite(scores), scores, np.inf).min(axis=1)
         spans = scores.max(axis=1) - finite
         if self._mean is not None:
