@@ -18,6 +18,7 @@ from moe_edge.models.store.watch import check_replaced
 from moe_edge.runner import signals
 from moe_edge.runner.capi import Counters
 from moe_edge.runner.engine_options import EngineOptions
+from moe_edge.runner.kv.held import Held, auto_bytes
 from moe_edge.runner.kv.identity import identity_of, prompt_folder
 from moe_edge.runner.kv.prefix import keep_evaluated, keep_prefix
 from moe_edge.runner.kv.prompt_cache import PromptCache
@@ -33,7 +34,7 @@ from moe_edge.runner.sizes import fixed_sizes, layout_of
 from moe_edge.runner.turns import Turns
 from moe_edge.runner.warm import Preloaded, WarmStart, usage_path
 from moe_edge.runner.workers.words import board_lines
-from moe_edge.schedulers.budget import MemoryPlan, plan_memory
+from moe_edge.schedulers.budget import FixedSizes, MemoryPlan, plan_memory
 from moe_edge.schedulers.crowd import CrowdControl
 from moe_edge.schedulers.options import RENORMALISE, PolicyOptions
 from moe_edge.schedulers.policies import DEFAULTS
@@ -81,6 +82,7 @@ class Engine:
         )
         self.llama: Any = None
         self.prompts: PromptCache | None = None
+        self.held: Held | None = None
         self._pool: ThreadPool | None = None
         self._crowd: CrowdWatch | None = None
         self._last_counters = Counters()
@@ -91,13 +93,22 @@ class Engine:
             self.native.set_selecting(self._selecting)  # which takes memory, to be planned
             with signals.deferred():  # freeing what was asked calls back into Python, as close() says
                 fixed = fixed_sizes(self._loading, self.native, program_bytes)
-            ram = self.options.ram_bytes
-            self.plan: MemoryPlan = plan_memory(
-                auto_budget_bytes() if ram is None else ram, fixed, self.layout, self.model.n_expert_used
-            )
+            self.plan: MemoryPlan = self._plan(fixed)
         except BaseException:
             self.close()
             raise
+
+    def _plan(self, fixed: FixedSizes) -> MemoryPlan:
+        ram, held = self.options.ram_bytes, self.options.held_bytes
+        budget = auto_budget_bytes() if ram is None else ram
+        plan = plan_memory(budget, fixed, self.layout, self.model.n_expert_used)
+        if held == 0:
+            return plan
+        if self._loading.window:
+            self._tell("conversations are not held in memory: a copy of a sliding window could not be cut again")
+            return plan
+        nbytes = auto_bytes(fixed.kv_bytes, plan.budget_bytes - plan.floor_bytes) if held is None else held
+        return plan_memory(budget, replace(fixed, held_bytes=nbytes), self.layout, self.model.n_expert_used)
 
     @property
     def policy(self) -> Policy:
@@ -124,6 +135,8 @@ class Engine:
         self.checkpoints = Checkpoints(self.llama)
         self._open_prompts()
         self._check_selecting()
+        if self.plan.fixed.held_bytes:
+            self.held = Held(self.llama, self.checkpoints, self.plan.fixed.held_bytes, self.prompts)
         self.llama._moe_edge = self  # whoever keeps the Llama keeps the engine its experts come from
         if self.native.bound_tensors == 0:
             raise EngineError(f"{self.name}: llama.cpp offered no expert tensor of it to the engine")
@@ -151,11 +164,14 @@ class Engine:
         return identity_of(
             self.model.store_id, self.options.policy.to_json(DEFAULTS), n_ctx=self.n_ctx, n_ubatch=self.n_ubatch,
             flash_attn=self.flash_attn, cache_types=(self.options.cache_type_k, self.options.cache_type_v),
+            n_threads=self.options.threads(),
         )  # fmt: skip
 
     def keep_prefix(self, tokens: Sequence[int]) -> int:
         """Cut the KV cache down to what a prompt begins with, or load a conversation that has more of it; how many
         tokens need no evaluation."""
+        if self.held is not None:
+            return self.held.keep_prefix(tokens)
         if self.prompts is not None:
             return self.prompts.keep_prefix(tokens)
         return keep_prefix(self.llama, self.checkpoints, tokens)
@@ -295,10 +311,13 @@ class Engine:
         The experts in memory stay.
         """
         self._turns.check_open()
-        if self.prompts is not None:
-            self.prompts.store()
-        clear_memory(self.llama)
-        self.checkpoints.clear()
+        if self.held is not None:
+            self.held.new_conversation()
+        else:
+            if self.prompts is not None:
+                self.prompts.store()
+            clear_memory(self.llama)
+            self.checkpoints.clear()
         self.policy.new_conversation()
 
     def check_open(self) -> None:
@@ -327,6 +346,8 @@ class Engine:
         if self.llama is not None:
             if self.prompts is not None:
                 self.prompts.store()
+            if self.held is not None:
+                self.held.close()
             self.checkpoints.clear()
             self.llama.close()
             self.llama = None

@@ -60,7 +60,8 @@ class EngineOptions:
     warm_start: read the experts that earlier runs used most before the first token, and keep the usage of this one.
     prompt_cache_bytes: how much of the disk conversations may take, to be gone on with in later runs; 0: none are kept.
     cache_type_k, cache_type_v: how keys and values are kept, of CACHE_TYPES; all but f16 are lossy, and need flash
-    attention. context_shift: a full context forgets its older half and the reply goes on; lossy.
+    attention. held_bytes: memory for conversations beside the present one, see runner/kv/held.py; None: `auto`.
+    context_shift: a full context forgets its older half and the reply goes on; lossy.
     verbose: let llama.cpp write to standard error while it loads.
     proof: what a child process must have shown before this one gives the model to llama.cpp, see runner/prove.py.
     """
@@ -83,6 +84,7 @@ class EngineOptions:
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
     context_shift: bool = False
+    held_bytes: int | None = 0
     verbose: bool = False
     proof: str = DECODES
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import mmap
 import os
 import re
 import struct
@@ -316,6 +317,60 @@ def sequence_bytes(llama: Any) -> int:
     import llama_cpp
 
     return int(llama_cpp.llama_state_seq_get_size(llama._ctx.ctx, 0))
+
+
+# Architectures with an index of their own beside the attention: llama-model.cpp, create_memory.
+OTHER_MEMORIES = ("minimax-m3", "glm-dsa", "deepseek32", "glm5-next", "qwen4exp", "deepseek4", "dots3note", "hy_v4")
+COPY_FRONT = 8  # bytes: a magic number and the sequence, in front of a copy's state and not of a file's
+
+
+def copy_sequence(llama: Any) -> memoryview:
+    """COPY_FRONT bytes, and the state of the conversation as save_sequence() writes it behind the tokens.
+
+    The memory is given back to the system with the copy. Raises EngineError when llama.cpp does not give it.
+    """
+    import llama_cpp
+
+    n = sequence_bytes(llama)
+    memory = mmap.mmap(-1, max(1, n))
+    into = (ctypes.c_uint8 * n).from_buffer(memory)
+    if llama_cpp.llama_state_seq_get_data(llama._ctx.ctx, into, n, 0) != n:
+        raise EngineError("llama.cpp did not give the state of the conversation")
+    return memoryview(into)
+
+
+def set_sequence(llama: Any, copy: memoryview, tokens: Any) -> bool:
+    """Take a conversation from copy_sequence() in place of the present one; as load_sequence(). tokens: its own."""
+    import llama_cpp
+
+    clear_memory(llama)
+    n = len(copy)
+    if llama_cpp.llama_state_seq_set_data(llama._ctx.ctx, (ctypes.c_uint8 * n).from_buffer(copy), n, 0) != n:
+        clear_memory(llama)
+        return False
+    llama.n_tokens = len(tokens)
+    llama.input_ids[: len(tokens)] = tokens
+    llama._requires_eval = True
+    return True
+
+
+def sequence_head(tokens: Any) -> bytes:
+    """What stands before a state in llama.cpp's file of a sequence. tokens: int32."""
+    import llama_cpp
+
+    front = struct.pack("<III", llama_cpp.LLAMA_STATE_SEQ_MAGIC, llama_cpp.LLAMA_STATE_SEQ_VERSION, len(tokens))
+    return front + bytes(tokens.tobytes())
+
+
+def partial_bytes(llama: Any) -> int | None:
+    """How many bytes at the end of a state are not of the attention that looks back all the way: those of a recurrent
+    state, or of a sliding window; 0 without one. None for memories of other kinds, whose order is not known here."""
+    import llama_cpp
+
+    if llama.metadata.get("general.architecture") in OTHER_MEMORIES:
+        return None
+    n = llama_cpp.llama_state_seq_get_size_ext(llama._ctx.ctx, 0, llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
+    return 0 if n >= sequence_bytes(llama) else max(0, int(n) - COPY_FRONT)
 
 
 def save_sequence(llama: Any, path: str | os.PathLike[str]) -> int:

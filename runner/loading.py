@@ -38,6 +38,7 @@ class Loading:
         self.flash_attn, self.n_ubatch = self._attention()
         self.name = str(named or (self.model.files[0] if self.model.in_place else self.model.skeleton))
         self._remember = named is None
+        self.window = 0  # of sliding attention, in tokens; known after a dry load
 
     @property
     def metadata(self) -> Mapping[str, Any]:

@@ -42,7 +42,8 @@ class FixedSizes:
     """What the model takes whatever the budget, in bytes.
 
     dense: skeleton weights with stubs; biases; vocabulary. kv: KV cache. compute: llama.cpp's graph and output buffers.
-    scratch: the engine's work buffers. program_excess: what the program holds above PROGRAM_ALLOWANCE_BYTES.
+    scratch: the engine's work buffers. program_excess: what the program holds above PROGRAM_ALLOWANCE_BYTES. held:
+    conversations beside the present one.
     """
 
     dense_bytes: int
@@ -50,10 +51,12 @@ class FixedSizes:
     compute_bytes: int
     scratch_bytes: int
     program_excess_bytes: int = 0
+    held_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        return self.dense_bytes + self.kv_bytes + self.compute_bytes + self.scratch_bytes + self.program_excess_bytes
+        work = self.compute_bytes + self.scratch_bytes + self.program_excess_bytes
+        return self.dense_bytes + self.kv_bytes + self.held_bytes + work
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,10 @@ class MemoryPlan:
     def lines(self) -> list[str]:
         """The split, one line, and a warning line where one is due."""
         f = self.fixed
+        held = f"conversations {format_bytes(f.held_bytes)}, " if f.held_bytes else ""
         out = [
             f"memory {format_bytes(self.budget_bytes)}: dense {format_bytes(f.dense_bytes)}, "
-            f"KV cache {format_bytes(f.kv_bytes)}, compute {format_bytes(f.compute_bytes + f.scratch_bytes)}, "
+            f"KV cache {format_bytes(f.kv_bytes)}, {held}compute {format_bytes(f.compute_bytes + f.scratch_bytes)}, "
             f"experts {format_bytes(self.arena_bytes)} of {format_bytes(self.resident_bytes - f.total_bytes)}"
         ]
         if self.below_comfortable:
@@ -112,6 +116,7 @@ def plan_memory(budget_bytes: int, fixed: FixedSizes, layout: Layout, top_k: int
         raise BudgetTooSmall(
             f"--ram {budget_bytes // MIB}MiB is too small: this model needs {format_arg(floor)} "
             f"(dense {format_bytes(fixed.dense_bytes)}, KV cache {format_bytes(fixed.kv_bytes)}, "
+            f"{f'conversations {format_bytes(fixed.held_bytes)}, ' if fixed.held_bytes else ''}"
             f"compute {format_bytes(fixed.compute_bytes + fixed.scratch_bytes + fixed.program_excess_bytes)}, "
             f"experts {format_bytes(arena_floor_bytes(layout))}); "
             f"try --ram {format_arg(floor)} or more, or a smaller --ctx-size",

@@ -122,6 +122,12 @@ ROWS: Mapping[str, Row] = {
     "maple": Row({**PATTERN, "swiglu_clamp_exp": [7.0, 7.0], "swiglu_clamp_shexp": [7.0, 7.0]}),
     **{name: Row(PATTERN) for name in ("mimo2", "step35", "granite_swa")},
     **{name: Row({"ssm.state_size": 64}) for name in ("qwen3next", "qwen35moe")},
+    "gemma4": Row({"attention.sliding_window_pattern": [1, 0], "embedding_length_per_layer_input": 16,
+                   "attention.key_length_swa": 32, "attention.value_length_swa": 32}),
+    # attention, experts, a recurrent layer: one thing a layer
+    "nemotron_h_moe": Row({"block_count": 3, "attention.head_count_kv": [N_HEAD, 0, 0],
+                           "feed_forward_length": [0, N_FF, 0], "leading_dense_block_count": None,
+                           "expert_latent_length": None}),
     "lfm2moe": Row(EVERY_OTHER),
     "granitehybrid": Row(EVERY_OTHER),
     **{name: Row(MLA) for name in ("deepseek2", "mistral4")},
@@ -225,7 +231,7 @@ def write_tiny_model(
     """Write the random model of `arch` and return its path. scales: keep the optional scale of each expert."""
     row = row or ROWS[arch]
     keys = keys_of(arch, row)
-    drop = re.compile(rf"{row.drop or '(?!)'}|input_scale$|{'(?<!_exps)' if scales else ''}\.scale$")
+    drop = re.compile(rf"{row.drop or '(?!)'}|input_scale$|{'(?<!_exps)' if scales else ''}(?<!gate_inp)\.scale$")
     writer = _writer(path, arch, keys)
     rng = np.random.default_rng(seed)
     for name, shape in tensors_of(arch, keys).items():

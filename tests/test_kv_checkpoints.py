@@ -11,13 +11,21 @@ from moe_edge.models.errors import EngineError
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.generate import Generation, Sampling, generate
-from moe_edge.runner.kv.prefix import BEFORE_END
-from moe_edge.runner.kv.rollback import FEWEST, MOST, SHARE_BYTES, Checkpoint, Checkpoints, checkpoints_bytes
+from moe_edge.runner.kv.rollback import (
+    BEFORE_END,
+    FEWEST,
+    MOST,
+    SHARE_BYTES,
+    Checkpoint,
+    Checkpoints,
+    checkpoints_bytes,
+)
 from moe_edge.runner.kv.rollback import how_many as n_kept
 from moe_edge.runner.prove import NOTHING
 
-RECURRENT = ("qwen3next", "qwen35moe", "lfm2moe", "granitehybrid", "kimi-linear")
-ATTENTION = ("qwen3moe", "gpt-oss", "step35")  # the last two with a sliding window
+RECURRENT = ("qwen3next", "qwen35moe", "lfm2moe", "granitehybrid", "kimi-linear", "nemotron_h_moe")
+WINDOW = ("gpt-oss", "step35", "gemma4")  # of sliding attention
+ATTENTION = ("qwen3moe", *WINDOW)
 GREEDY = Sampling(temp=0)
 N_REPLY = 12
 

@@ -17,11 +17,12 @@ from moe_edge.models.errors import BadChecksum, BadFile, BadMagic, CutFile
 from moe_edge.models.formats.work import is_part
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.kv.identity import difference, prompt_folder
-from moe_edge.runner.kv.prefix import BEFORE_END, keep_prefix
+from moe_edge.runner.kv.prefix import keep_prefix
 from moe_edge.runner.kv.prompt_cache import FIRST_SPEED, SUFFIX, pays, trim
+from moe_edge.runner.kv.rollback import BEFORE_END
 from moe_edge.runner.kv.state_file import load_state, read_header, write_state
 from test_every_architecture import last_logits
-from test_kv_checkpoints import ATTENTION, RECURRENT, opened, reply, words
+from test_kv_checkpoints import ATTENTION, RECURRENT, WINDOW, opened, reply, words
 
 N_KILLS = int(os.environ.get("MOE_EDGE_KILLS", "20"))
 MIB = 1 << 20
@@ -63,7 +64,7 @@ def test_a_later_run_goes_on_where_an_earlier_one_ended(
         result, again = reply(engine, second)
     with opened(tmp_path, arch) as engine:
         assert reply(engine, second)[1] == again
-    window = arch in ("gpt-oss", "step35")
+    window = arch in WINDOW
     assert result.prompt_tokens - result.reused_tokens <= (20 if not thinks else len(said) + 20 + BEFORE_END) or (
         window and thinks and result.reused_tokens == 0
     )
@@ -85,7 +86,7 @@ def test_going_on_from_a_file_gives_the_bits_of_going_on_in_memory(tmp_path: Pat
             assert np.array_equal(last_logits(engine), want)
 
 
-@pytest.mark.parametrize("arch", ["gpt-oss", "step35"])
+@pytest.mark.parametrize("arch", WINDOW)
 def test_a_state_without_what_the_window_left_is_not_cut(
     tmp_path: Path, arch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,9 +117,10 @@ def test_a_state_without_what_the_window_left_is_not_cut(
     assert kept == 60 and abs(logits - want).max() > 0.01
 
 
-def test_damage_of_any_byte_is_an_error_and_never_a_crash(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arch", ["qwen3next", "gpt-oss", "qwen3moe"])
+def test_damage_of_any_byte_is_an_error_and_never_a_crash(tmp_path: Path, arch: str) -> None:
     path = tmp_path / "state"
-    with opened(tmp_path, "qwen3next") as engine:
+    with opened(tmp_path, arch) as engine:
         made = reply(engine, words(0, 70))[1]
         write_state(path, engine.llama, engine.checkpoints, {"store": "x"})
         whole = path.read_bytes()
@@ -128,11 +130,14 @@ def test_damage_of_any_byte_is_an_error_and_never_a_crash(tmp_path: Path) -> Non
             path.write_bytes(data)
             with pytest.raises(BadFile):
                 load_state(read_header(path), engine.llama, engine.checkpoints)
+            assert engine.llama.n_tokens == 0  # since the first of them
         for n in (0, 10, 39, 40, 1000, len(whole) - 41, len(whole) - 1):
             path.write_bytes(whole[:n])
             with pytest.raises(CutFile if n < 40 else BadMagic):
                 read_header(path)
         path.write_bytes(whole)
+        state = read_header(path)
+        assert state.lists is not None and sum(n for _, n, _ in state.lists) < state.payload_bytes // 2
         load_state(read_header(path), engine.llama, engine.checkpoints)
         assert engine.llama.n_tokens == 70 + len(made)
 
@@ -163,6 +168,22 @@ def test_a_state_made_in_another_way_is_not_used(tmp_path: Path, more: dict[str,
     with with_cache(tmp_path, "qwen3moe", **more) as engine:
         assert reply(engine, tokens)[0].reused_tokens == 0
         assert next(iter(more)) in difference(ours, engine.identity())
+
+
+def test_with_flash_attention_the_number_of_threads_must_be_the_same(tmp_path: Path) -> None:
+    """Over 512 cells the bits differ by it; without flash attention they do not."""
+    bits: dict[tuple[bool, int], Any] = {}
+    for flash in (False, True):
+        for n_threads in (1, 2):
+            more = {"flash_attn": flash, "n_threads": n_threads, "n_ctx": 1024, "n_ubatch": 64}
+            with opened(tmp_path, "qwen3moe", **more) as engine, engine.decoding():
+                engine.llama.eval(words(0, 700))
+                engine.llama.eval([17])
+                bits[flash, n_threads] = last_logits(engine), engine.identity()
+    for flash in (False, True):
+        (one, ours), (two, theirs) = bits[flash, 1], bits[flash, 2]
+        assert np.array_equal(one, two) != flash
+        assert ("n_threads" in difference(ours, theirs)) == flash
 
 
 def test_a_conversation_that_another_takes_the_place_of_is_written_and_comes_back(

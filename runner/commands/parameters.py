@@ -244,7 +244,7 @@ def engine_options(o: dict[str, Any]) -> Any:
         ram_bytes=o["ram"], n_ctx=o["n_ctx"], n_ubatch=o["n_ubatch"], n_threads=o["n_threads"], policy=policy_of(o),
         seed=o.get("seed"), flash_attn=o["flash_attn"], charge_program=True, warm_start=o["warm_start"],
         prompt_cache_bytes=_prompt_cache_bytes(o), cache_type_k=o["cache_type_k"], cache_type_v=o["cache_type_v"],
-        context_shift=o.get("context_shift", False),
+        context_shift=o.get("context_shift", False), held_bytes=o.get("held_conversations", 0),
     )  # fmt: skip
 
 

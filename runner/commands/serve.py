@@ -9,11 +9,13 @@ from typing import Any
 import click
 from moe_edge.runner import terminal
 from moe_edge.runner.commands.parameters import (
+    CACHING,
     EVERYDAY,
     MODEL,
     TOKENS,
     Number,
     SectionedCommand,
+    Size,
     model_options,
     open_engine,
     option,
@@ -39,6 +41,8 @@ from moe_edge.runner.commands.parameters import (
 @option(EVERYDAY, "--no-api-key", is_flag=True, help="Let everybody in who reaches --host.")
 @option(EVERYDAY, "--cors", multiple=True, metavar="ORIGIN", help="Pages of this origin may ask; several times, or *.")
 @option(EVERYDAY, "--log-json", is_flag=True, help="One JSON object for each request, instead of a line.")
+@option(CACHING, "--held-conversations", type=Size(), default="auto", show_default=True,
+        help="Memory for conversations of several clients beside the one that runs; 0: none.")
 @model_options
 @workers_option
 @prompt_cache_options("on")

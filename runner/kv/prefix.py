@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from moe_edge.models.errors import Stopped
-from moe_edge.runner.kv.rollback import Checkpoints
+from moe_edge.runner.kv.rollback import BEFORE_END, Checkpoints
 from moe_edge.runner.llama import clear_memory, cut_memory
 
-BEFORE_END = 4  # tokens; as in llama.cpp's server
 WORTH_TOKENS = 32  # a shared beginning of fewer tokens is no place for a checkpoint
 
 
@@ -29,13 +28,21 @@ def shared_prefix(llama: Any, tokens: Sequence[int]) -> int:
     return n
 
 
-def keep_prefix(llama: Any, checkpoints: Checkpoints, tokens: Sequence[int]) -> int:
-    """Cut the KV cache down to what the prompt begins with; how many tokens of it are kept.
+def keep_prefix(llama: Any, checkpoints: Checkpoints, tokens: Sequence[int], most: int | None = None) -> int:
+    """Cut the KV cache down to what the prompt begins with, or to `most` tokens of that; how many tokens are kept.
 
     A recurrent state goes back to the last checkpoint before the place where they part; without one, and for a state
     that llama.cpp refuses, everything is evaluated again.
     """
     n = shared_prefix(llama, tokens)
+    if most is not None:
+        n = min(n, most)
+    kept = _cut(llama, checkpoints, n)
+    checkpoints.follow(kept, len(tokens), int(llama.n_batch))
+    return kept
+
+
+def _cut(llama: Any, checkpoints: Checkpoints, n: int) -> int:
     checkpoints.parted_at = n if n < llama.n_tokens else 0
     if n == llama.n_tokens:
         checkpoints.take()

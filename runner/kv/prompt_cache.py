@@ -80,12 +80,18 @@ class PromptCache:
         if leaves or from_disk:
             self.store()
         if found is not None and from_disk:
-            try:
-                load_state(found[1], self._llama, self._checkpoints)
-                os.utime(found[1].path)
-            except (BadFile, OSError) as e:
-                self._discard(found[1].path, e)
+            self.load(found[1])
         return keep_prefix(self._llama, self._checkpoints, tokens)
+
+    def load(self, state: StateFile) -> bool:
+        """Take a file's conversation in place of the present one; False, with a sentence, when that fails."""
+        try:
+            load_state(state, self._llama, self._checkpoints)
+            os.utime(state.path)
+        except (BadFile, OSError) as e:
+            self._discard(state.path, e)
+            return False
+        return True
 
     def _checkpoints_at(self) -> list[int]:
         return [each.n_tokens for each in self._checkpoints.kept]
@@ -103,13 +109,13 @@ class PromptCache:
 
     def _best(self, tokens: Sequence[int]) -> tuple[int, StateFile] | None:
         best: tuple[int, StateFile] | None = None
-        for state in self._states():
+        for state in self.states():
             n = self._usable(state.tokens, tokens, [at for at, _, _ in state.checkpoints], state.first)
             if n > 0 and len(state.tokens) < self._llama.n_ctx() and (best is None or n > best[0]):
                 best = n, state
         return best
 
-    def _states(self) -> Iterator[StateFile]:
+    def states(self) -> Iterator[StateFile]:
         """Those of this model and these options; damaged ones are removed, with a sentence."""
         for path in sorted(self._folder.glob(f"{self._key}-*{SUFFIX}")):
             try:
@@ -136,29 +142,44 @@ class PromptCache:
             return
         tokens = self._llama.input_ids[:n].astype(np.int32)
         nbytes = sequence_bytes(self._llama) + sum(len(each.copy) for each in self._checkpoints.kept)
+        c = self._checkpoints
+        extra = {"prompt_tokens": min(c.prompt_tokens, n), "aligned": min(c.aligned, n)}
+        self.keep(
+            tokens, nbytes,
+            lambda path: write_state(path, self._llama, self._checkpoints, self._identity, extra),
+        )  # fmt: skip
+
+    def keep(self, tokens: Any, nbytes: int, write: Callable[[Path], int]) -> None:
+        """Have a conversation of these tokens written, as store() does it. write: path -> the bytes of the file."""
+        n = len(tokens)
         try:
-            earlier = [each for each in self._states() if np.array_equal(each.tokens[:n], tokens[: len(each.tokens)])]
+            earlier = [each for each in self.states() if np.array_equal(each.tokens[:n], tokens[: len(each.tokens)])]
             known = max((len(state.tokens) for state in earlier), default=0)
             if known >= n or nbytes > self._limit:
                 return
             cost = self._seconds / self._evaluated if self._evaluated else 0.0
             if not self.always and not pays((n - known) * cost, nbytes, self._speed):
                 return
-            self._write(tokens, earlier)
+            self._write(tokens, earlier, write)
         except (MoeEdgeError, OSError) as e:
             self._tell(f"prompt cache: {e}")
 
-    def _write(self, tokens: Any, earlier: Sequence[StateFile]) -> None:
+    def _write(self, tokens: Any, earlier: Sequence[StateFile], write: Callable[[Path], int]) -> None:
         name = hashlib.blake2b(tokens.tobytes(), digest_size=8).hexdigest()
         started = time.monotonic()
         path = self._folder / f"{self._key}-{name}{SUFFIX}"
-        size = write_state(path, self._llama, self._checkpoints, self._identity)
+        size = write(path)
         self._speed = size / max(1e-3, time.monotonic() - started)
         with self._locked():
             if not self._checkpoints.are_needed and sliding_window(self._llama) == 0:
                 for state in earlier:  # the new file serves whatever they would
                     state.path.unlink(missing_ok=True)
             trim(self._folder, self._limit, path)
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What must be the same for a file to be used."""
+        return self._identity
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

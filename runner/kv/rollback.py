@@ -13,6 +13,7 @@ from typing import Any
 from moe_edge.runner.llama import cannot_go_back, partial_state, set_partial_state
 from moe_edge.schedulers.budget import MIB
 
+BEFORE_END = 4  # tokens before a prompt's end where a checkpoint is taken; as in llama.cpp's server
 FEWEST, MOST = 2, 8
 SHARE_BYTES = 256 * MIB  # of all copies together, if FEWEST are not more
 
@@ -43,6 +44,8 @@ class Checkpoints:
         self.are_needed = cannot_go_back(llama)
         self.kept: list[Checkpoint] = []  # by n_tokens, ascending
         self.parted_at = 0  # where the present prompt parted from what was evaluated before it
+        self.prompt_tokens = 0  # of the last prompt, or of the one that runs
+        self.aligned = 0  # tokens at the beginning that lie in the micro-batches of a prompt evaluated whole
 
     def take(self) -> None:
         """Copy the state as it is now, unless there is a copy of this position, or nothing was evaluated.
@@ -65,6 +68,17 @@ class Checkpoints:
         gaps = [(ends[at + 2] - ends[at], at) for at in range(len(self.kept) - 1)]
         del self.kept[min(gaps)[1]]
 
+    def follow(self, n_kept: int, n_prompt: int, n_ubatch: int) -> None:
+        """A prompt of n_prompt tokens goes on after n_kept of them."""
+        self.prompt_tokens = n_prompt
+        if n_kept > self.aligned or n_kept % n_ubatch:
+            self.aligned = min(self.aligned, n_kept) // n_ubatch * n_ubatch
+            return
+        whole = n_prompt - BEFORE_END if self.are_needed else n_prompt  # micro-batches end there, too
+        if self.are_needed and self.parted_at % n_ubatch and n_kept < self.parted_at < whole:
+            whole = self.parted_at
+        self.aligned = max(0, whole) // n_ubatch * n_ubatch
+
     def before(self, n_tokens: int) -> int:
         """The longest prefix of at most n_tokens that can be gone back to; 0 when there is none."""
         return max((each.n_tokens for each in self.kept if each.n_tokens <= n_tokens), default=0)
@@ -79,4 +93,5 @@ class Checkpoints:
         self.kept = [each for each in self.kept if each.n_tokens <= n_tokens]
 
     def clear(self) -> None:
-        self.kept.clear()
+        self.kept = []
+        self.prompt_tokens = self.aligned = 0

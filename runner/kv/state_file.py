@@ -16,7 +16,8 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -25,7 +26,17 @@ import numpy as np
 from moe_edge.models.errors import BadChecksum, BadFile, BadMagic, CannotWrite, CutFile
 from moe_edge.models.formats.work import create, part_path, remember, remove
 from moe_edge.runner.kv.rollback import Checkpoint, Checkpoints
-from moe_edge.runner.llama import first_position, load_sequence, save_sequence, sliding_window, state_from_bytes
+from moe_edge.runner.llama import (
+    COPY_FRONT,
+    clear_memory,
+    first_position,
+    load_sequence,
+    partial_bytes,
+    save_sequence,
+    sequence_head,
+    sliding_window,
+    state_from_bytes,
+)
 
 try:
     import fcntl
@@ -35,6 +46,8 @@ except ImportError:  # no such locks on this system
 MAGIC, VERSION = b"MoEeDgKv", 1
 FOOTER = struct.Struct("<8sIIQQII")
 BEFORE_TOKENS = 12  # bytes of llama.cpp's file: magic, version, number of tokens
+CELL_BYTES = 32  # of a cell in a list, at the most: its position, its sequences, positions of pictures
+BEFORE_CELLS = 4096  # more than stands before a list
 BLOCK = 4 << 20
 MOST_HEADER = 64 << 20  # bytes; it holds a session's messages
 LABEL = "state"
@@ -45,7 +58,8 @@ class StateFile:
     """What a state file says of itself. tokens: int32, in order. first: the first position whose cells it has.
 
     identity: see identity_of(). checkpoints: (n_tokens, offset, bytes) of each. extra: the writer's own, such as the
-    messages of a session. payload_bytes: of everything that payload_crc is the checksum of.
+    messages of a session. payload_bytes: of everything that payload_crc is the checksum of. lists: (offset, bytes,
+    CRC-32) of the places with lists of cells, damage in which ends the process; None where they are not known.
     """
 
     path: Path
@@ -56,6 +70,7 @@ class StateFile:
     extra: Mapping[str, Any]
     payload_bytes: int
     payload_crc: int
+    lists: tuple[tuple[int, int, int], ...] | None = None
 
 
 def write_state(
@@ -66,25 +81,53 @@ def write_state(
 
     The name appears when everything is on the disk, and the bytes leave the page cache. Raises CannotWrite.
     """
+    n = llama.n_tokens
+
+    def payload(file: IO[bytes], part: Path) -> None:
+        if n and not save_sequence(llama, part):
+            raise CannotWrite(f"{path}: llama.cpp could not write the conversation; is there room on the disk?")
+
+    kept = [] if n == 0 else checkpoints.kept
+    partial = partial_bytes(llama) if n else None
+    return _write(path, payload, kept, identity, extra, n_tokens=n, first=_first_in_file(llama), partial=partial)
+
+
+def write_copy(
+    path: Path, tokens: np.ndarray[Any, np.dtype[np.int32]], copy: memoryview, kept: Sequence[Checkpoint],
+    identity: Mapping[str, Any], extra: Mapping[str, Any], first: int, partial: int | None,
+) -> int:  # fmt: skip
+    """As write_state(), of a conversation that was copied; the file is the one that it would have been then."""
+
+    def payload(file: IO[bytes], part: Path) -> None:
+        file.write(sequence_head(tokens))
+        file.write(copy[COPY_FRONT:])
+
+    return _write(path, payload, kept, identity, extra, n_tokens=len(tokens), first=first, partial=partial)
+
+
+def _write(
+    path: Path, payload: Callable[[IO[bytes], Path], None], kept: Sequence[Checkpoint], identity: Mapping[str, Any],
+    extra: Mapping[str, Any] | None, *, n_tokens: int, first: int, partial: int | None,
+) -> int:  # fmt: skip
+    """payload: writes llama.cpp's part. partial: see partial_bytes()."""
     part = part_path(path.parent, LABEL)
     remember(part)
     try:
         with open(create(part), "r+b") as file:
             hold(file)  # a part file that nobody holds was left behind
-            kept = [] if llama.n_tokens == 0 else checkpoints.kept
-            if llama.n_tokens and not save_sequence(llama, part):
-                raise CannotWrite(f"{path}: llama.cpp could not write the conversation; is there room on the disk?")
+            payload(file, part)
             at = file.seek(0, os.SEEK_END)
-            places = []
+            end, places = at, []
             for each in kept:
                 places.append((each.n_tokens, at, len(each.copy)))
                 at += file.write(memoryview(each.copy))
             file.flush()
             os.fsync(file.fileno())
             crc = _checksum(file, at)
+            lists = _lists(file, n_tokens, end, partial)
             told = {
-                "identity": dict(identity), "n_tokens": llama.n_tokens, "checkpoints": places,
-                "extra": dict(extra or {}), "first": _first_in_file(llama),
+                "identity": dict(identity), "n_tokens": n_tokens, "checkpoints": places,
+                "extra": dict(extra or {}), "first": first, "lists": lists,
             }  # fmt: skip
             header = json.dumps(told).encode()
             file.seek(at)
@@ -101,6 +144,16 @@ def write_state(
     finally:
         remove(part)
     return size
+
+
+def _lists(file: IO[bytes], n_tokens: int, end: int, partial: int | None) -> list[tuple[int, int, int]] | None:
+    """Where llama.cpp's lists of cells can be: at the beginning, and in all that is not of the whole attention."""
+    if partial is None or n_tokens == 0:
+        return None
+    head = min(end, BEFORE_TOKENS + 4 * n_tokens + CELL_BYTES * n_tokens + BEFORE_CELLS)
+    tail = max(head, end - partial)
+    spans = ((0, head), (tail, min(end - tail, BEFORE_CELLS + CELL_BYTES * n_tokens)))
+    return [(at, n, _checksum(file, n, at)) for at, n in spans]
 
 
 def _first_in_file(llama: Any) -> int:
@@ -138,29 +191,45 @@ def read_header(path: Path) -> StateFile:
             file.seek(BEFORE_TOKENS)
             tokens = np.frombuffer(file.read(4 * n_tokens), np.int32)
             identity, extra, first = dict(told["identity"]), dict(told["extra"]), int(told["first"])
+            lists = told.get("lists")
+            spans = None if lists is None else tuple((int(at), int(n), int(crc)) for at, n, crc in lists)
         except (ValueError, KeyError, TypeError) as e:
             raise BadFile(f"{path}: its header is not one of this format") from e
     if len(tokens) != n_tokens or any(at + nbytes > payload for _, at, nbytes in places):
         raise BadFile(f"{path}: its header names more bytes than it has")
-    return StateFile(path, identity, tokens, first, places, extra, payload, crc)
+    return StateFile(path, identity, tokens, first, places, extra, payload, crc, spans)
 
 
 def load_state(state: StateFile, llama: Any, checkpoints: Checkpoints) -> None:
     """Take the file's conversation in place of the present one. The caller has compared the identity.
 
-    The checksum is looked at first, since llama.cpp ends the process on some damage. Raises BadFile, with an empty KV
-    cache; OSError when the file went away.
+    The disk is read once: the checksum is taken of the pages that llama.cpp reads, while it reads them. The lists of
+    cells are checked first, since llama.cpp ends the process on some damage in them; where they are not known, all is.
+    Raises BadFile, with an empty KV cache; OSError when the file went away.
     """
     checkpoints.clear()
-    with open(state.path, "rb") as file:
-        if _checksum(file, state.payload_bytes) != state.payload_crc:
-            raise BadChecksum(f"{state.path}: is damaged: its checksum does not fit its bytes")
-        if not load_sequence(llama, state.path):
+    with open(state.path, "rb") as file, open(state.path, "rb") as beside:
+        first = [(0, state.payload_bytes, state.payload_crc)] if state.lists is None else state.lists
+        if any(_checksum(file, n, at) != crc for at, n, crc in first):
+            clear_memory(llama)
+            raise _damaged(state)
+        with ThreadPoolExecutor(1) as aside:
+            checked = aside.submit(_checksum, beside, state.payload_bytes if state.lists is not None else 0)
+            took = load_sequence(llama, state.path)
+            whole = state.lists is None or checked.result() == state.payload_crc
+        if not (took and whole):
+            clear_memory(llama)
+            if not whole:
+                raise _damaged(state)
             raise BadFile(f"{state.path}: llama.cpp does not take this conversation")
         for n_tokens, at, nbytes in state.checkpoints:
             file.seek(at)
             checkpoints.kept.append(Checkpoint(n_tokens, state_from_bytes(file.read(nbytes))))
         _drop_pages(file)
+
+
+def _damaged(state: StateFile) -> BadChecksum:
+    return BadChecksum(f"{state.path}: is damaged: its checksum does not fit its bytes")
 
 
 def hold(file: IO[bytes]) -> bool:
@@ -174,9 +243,9 @@ def hold(file: IO[bytes]) -> bool:
     return True
 
 
-def _checksum(file: IO[bytes], nbytes: int) -> int:
-    """CRC-32 of the first nbytes, a block at a time."""
-    file.seek(0)
+def _checksum(file: IO[bytes], nbytes: int, at: int = 0) -> int:
+    """CRC-32 of nbytes from an offset on, a block at a time."""
+    file.seek(at)
     block, crc, left = bytearray(BLOCK), 0, nbytes
     while left > 0:
         n = file.readinto(memoryview(block)[: min(BLOCK, left)])  # type: ignore[attr-defined]

@@ -38,7 +38,7 @@ READ_ALIGN = 4096  # native/source.h
 _ARRAYS = ("unit_bytes", "read_bytes", "batch_tokens", "chunk_starts", "step_tokens", "experts", "weights")
 _OPTIONAL = ("attention", "ahead_experts", "ahead_scores", "compute_seconds", "other_seconds")
 _COUNTS = ("uses", "hits", "loads", "evictions", "bytes_read", "low_uses", "skipped_uses")
-_FIXED = tuple(field.name for field in fields(FixedSizes))
+_FIXED = tuple(field.name for field in fields(FixedSizes) if field.name != "held_bytes")  # of the model's own
 
 
 # ---- recording ---------------------------------------------------------------------------------------------

@@ -70,6 +70,7 @@ class EngineModel:
         self._engine, self._defaults, self._n_tokens = engine, defaults, n_tokens
         self._template: ChatTemplate | None = chat_template(engine)
         self._tags = self._template.format.tags if self._template is not None else ()
+        self._reused = 0  # tokens of prompts that were in memory or on disk
         self._visible = find_tokens(engine.llama, self._tags)
         self.facts = _facts(engine, name, self._template, defaults)
 
@@ -210,6 +211,7 @@ class EngineModel:
                 else:
                     emit(event)
         reply.finish()
+        self._reused += result.reused_tokens
         stop_text = result.stop_text if result.stop_text in prepared.request.stop else None
         return End(reply.reason(result), self._usage(result, reply, plan.dropped), stop_text)
 
@@ -262,9 +264,20 @@ class EngineModel:
             "prefetched": c.prefetched,
             "prefetch_useful": c.prefetch_useful,
             "prefetch_wasted": c.prefetch_wasted,
+            **self._conversations(),
             "budget_bytes": plan.budget_bytes,
             "arena_bytes": plan.arena_bytes,
         }
+
+    def _conversations(self) -> dict[str, float]:
+        held = self._engine.held
+        there = {"prefix_tokens_reused": float(self._reused)}
+        if held is not None:
+            there |= {
+                "conversations_held": held.n_conversations, "held_bytes": held.nbytes,
+                "conversations_restored": held.n_restored, "conversations_spilled": held.n_spilled,
+            }  # fmt: skip
+        return there
 
     def picture(self) -> Mapping[str, Any]:
         """Memory, which experts are in it, and what was read since the model was loaded."""
@@ -282,6 +295,7 @@ class EngineModel:
             "memory": [
                 {"name": "dense weights", "bytes": fixed.dense_bytes},
                 {"name": "KV cache", "bytes": fixed.kv_bytes},
+                *([{"name": "conversations", "bytes": fixed.held_bytes}] if fixed.held_bytes else []),
                 {"name": "compute", "bytes": fixed.compute_bytes + fixed.scratch_bytes + fixed.program_excess_bytes},
                 {"name": "experts", "bytes": engine.plan.arena_bytes},
             ],

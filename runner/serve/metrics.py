@@ -32,6 +32,11 @@ NUMBERS = {
     "prefetched": (True, "Experts read ahead."),
     "prefetch_useful": (True, "Experts read ahead that were then used."),
     "prefetch_wasted": (True, "Experts read ahead that left unused."),
+    "prefix_tokens_reused": (True, "Prompt tokens that a known conversation began with."),
+    "conversations_held": (False, "Conversations in memory, the present one among them."),
+    "held_bytes": (False, "Bytes of those beside the present one."),
+    "conversations_restored": (True, "Conversations put back from memory."),
+    "conversations_spilled": (True, "Conversations that left memory for others."),
     "budget_bytes": (False, "The memory that the model may take, --ram."),
     "arena_bytes": (False, "The part of it that holds experts."),
 }

@@ -154,7 +154,9 @@ export class ConsolePanel {
       row("expert uses", format.count(numbers.expert_uses ?? 0)),
       row("in low precision", share(numbers.low_uses)),
       row("skipped", share(numbers.skipped_uses)),
-      row("read from disk in all", format.bytes(numbers.expert_bytes_read ?? 0)));
+      row("read from disk in all", format.bytes(numbers.expert_bytes_read ?? 0)),
+      row("prompt tokens reused", format.count(numbers.prefix_tokens_reused ?? 0)),
+      row("conversations in memory", format.count(numbers.conversations_held ?? 1)));
   }
 
   draw() {
