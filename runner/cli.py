@@ -9,9 +9,11 @@ from importlib import metadata
 from typing import Any
 
 import click
+from moe_edge.runner import terminal
 from moe_edge.runner.commands import (
     bench,
     chat,
+    completion,
     convert,
     doctor,
     evaluate,
@@ -27,6 +29,7 @@ from moe_edge.runner.commands import (
     trace,
     worker,
 )
+from moe_edge.runner.commands.first_steps import first_steps
 
 
 class Commands(click.Group):
@@ -41,13 +44,20 @@ class Commands(click.Group):
             return 1
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "MOE_EDGE"})
+@click.group(
+    cls=Commands, invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "MOE_EDGE"},
+)  # fmt: skip
 @click.version_option(metadata.version("moe-edge"), prog_name="moe-edge")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Run Mixture-of-Experts language models on machines whose memory is too small for them."""
+    if ctx.invoked_subcommand is None:
+        terminal.write(first_steps())
 
 
 for module in (
     chat, generate, serve, worker, service, pull, ls, rm, convert, show, plan, doctor, bench, evaluate, trace, simulate,
+    completion,
 ):  # fmt: skip
     main.add_command(module.command)

@@ -375,7 +375,7 @@ def chat(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Terminal]]:
 # Python 3.12 and later warn about fork in a process with threads; the child execs at once.
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_conversation_in_a_terminal(chat: Callable[..., Terminal]) -> None:
-    t = chat("--ram", "40MiB", "--temp", "0", "-n", "2000", "-c", "2048")
+    t = chat(tiny_model_path(), "--ram", "40MiB", "--temp", "0", "-n", "2000", "-c", "2048")
     t.expect("continues the text")
     t.expect("> ")
     t.type("/help\n")

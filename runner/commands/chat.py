@@ -16,6 +16,8 @@ from moe_edge.runner.commands.parameters import (
     MODEL,
     SOME_TOKENS,
     SectionedCommand,
+    ask,
+    can_ask,
     model_options,
     open_engine,
     option,
@@ -45,12 +47,14 @@ def command(
     model: str | None, model_option: str | None, n_tokens: int, think: str, reasoning_effort: str | None,
     chat_template_kwargs: str | None, system_text: str | None, session: str | None, **o: Any,
 ) -> None:  # fmt: skip
-    """Talk to MODEL: a converted model, or a stock GGUF as it is. Without MODEL, the embedded tiny one.
+    """Talk to MODEL: a converted model, or a stock GGUF as it is. Without MODEL, one of the cache or of the hub
+    is offered on a terminal; else it is the embedded tiny one.
 
     A pipe on standard input is one shot: its text is the message.
     """
     from moe_edge.runner.chat import Chat
     from moe_edge.runner.chat_commands import THINK, run_command
+    from moe_edge.runner.hub.offer import offer_model
     from moe_edge.runner.thinking import parse_settings, thinking_settings
 
     told = thinking_settings(THINK[think], reasoning_effort)
@@ -63,7 +67,12 @@ def command(
 
         before = check_session(path)
         o["prompt_cache"] = "off"  # the session is where this conversation is kept
-    with open_engine(model or model_option, o) as engine:
+    chosen: str | Path | None = model or model_option
+    if chosen is None and can_ask():
+        chosen = offer_model(ask, terminal.say)
+    with open_engine(chosen, o) as engine:
+        if chosen is None and not can_ask():
+            offer_model(None, terminal.say)
         chat = Chat(engine, n_tokens, sampling_of(o), template_kwargs=told)
         with _kept(path, before, chat):
             if system_text:

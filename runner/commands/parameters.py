@@ -6,11 +6,14 @@ reading ahead.
 
 from __future__ import annotations
 
+import glob
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 from moe_edge.models.errors import UsageError
 from moe_edge.runner import terminal
 from moe_edge.schedulers.budget import parse_bytes
@@ -78,16 +81,32 @@ class ModelName(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         from moe_edge.runner.hub.names import hub_name
 
-        if hub_name(str(value)) is None:
+        if hub_name(str(value)) is None or (ctx is not None and ctx.resilient_parsing):  # the Tab key only looks
             return str(value)
         from moe_edge.runner.hub.pull import resolve_model
 
-        can_ask = sys.stdin.isatty() and sys.stderr.isatty()
-        return resolve_model(str(value), _ask if can_ask else None, terminal.say)
+        return resolve_model(str(value), ask if can_ask() else None, terminal.say)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Models of the cache by name, and files.
+
+        Files come first: bash then falls back to them only where no name matches, so GGUF files are listed as names.
+        """
+        from moe_edge.runner.hub.offer import in_cache, stored_name
+
+        names = [stored_name(each) for each in in_cache()]
+        found = [CompletionItem(name, help="in the cache") for name in names if name.startswith(incomplete)]
+        found += [CompletionItem(path) for path in sorted(glob.glob(glob.escape(incomplete) + "*.gguf"))]
+        return [CompletionItem(incomplete, type="file"), *found]
 
 
-def _ask(question: str) -> bool:
-    return click.confirm(question, default=True, err=True)
+def can_ask() -> bool:
+    """Whether somebody reads our questions and can answer."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def ask(question: str, default: bool = True) -> bool:
+    return click.confirm(question, default=default, err=True)
 
 
 MODEL = ModelName()
@@ -248,7 +267,7 @@ def engine_options(o: dict[str, Any]) -> Any:
     )  # fmt: skip
 
 
-def open_engine(model: str | None, o: dict[str, Any]) -> Any:
+def open_engine(model: str | Path | None, o: dict[str, Any]) -> Any:
     from moe_edge.models.embedded import tiny_model_path
     from moe_edge.runner.engine import Engine
 
