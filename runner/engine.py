@@ -36,9 +36,11 @@ from moe_edge.schedulers.crowd import CrowdControl
 from moe_edge.schedulers.lookahead.around import LookAheadPolicy
 from moe_edge.schedulers.lookahead.controller import Measured
 from moe_edge.schedulers.options import RENORMALISE, PolicyOptions
+from moe_edge.schedulers.packed import PackedSplit
 from moe_edge.schedulers.policies import DEFAULTS
 from moe_edge.schedulers.policy import Policy, make_policy
 from moe_edge.schedulers.settings import choose_setting, describe_options, describe_setting, resolve_options
+from moe_edge.schedulers.split import choose_packed_bytes
 
 
 class Engine:
@@ -83,9 +85,12 @@ class Engine:
             with signals.deferred():  # freeing what was asked calls back into Python, as close() says
                 fixed = fixed_sizes(self._loading, self.native, program_bytes)
             ram = self.options.ram_bytes
-            self.plan: MemoryPlan = plan_memory(
+            plan = plan_memory(
                 auto_budget_bytes() if ram is None else ram, fixed, self.layout, self.model.n_expert_used
             )
+            self._sizes = self.native.packed_sizes()
+            packed_bytes = choose_packed_bytes(self.options.packed_cache, self.layout, self._sizes, plan.arena_bytes)
+            self.plan: MemoryPlan = replace(plan, packed_bytes=packed_bytes)
         except BaseException:
             self.close()
             raise
@@ -108,7 +113,7 @@ class Engine:
         if self.options.warm_start:
             self._warm = WarmStart(usage_path(self.model.store_id), self.layout)
         self.set_policy(self.options.policy)
-        self.native.set_arena(self.plan.arena_bytes)
+        self.native.set_arena(self.plan.whole_bytes, self.plan.packed_bytes)
         self.native.pace(self.options.disk_bytes_per_second or 0)
         self.llama, _ = self._loading.llama(self.native, no_alloc=False)
         check_replaced(self.model)
@@ -121,7 +126,7 @@ class Engine:
             self._pool = ThreadPool(self.llama._ctx.ctx, self.options.threads())
         self._watch_neighbours()
         if self._warm is not None:
-            self._tell(self._warm.preload(self.native, self.policy, self.plan.arena_bytes))
+            self._tell(self._warm.preload(self.native, self.policy, self.plan.whole_bytes))
         self.load_seconds = time.monotonic() - self.started
         return self.llama
 
@@ -172,7 +177,11 @@ class Engine:
 
     def check_policy(self, options: PolicyOptions) -> None:
         """Raise what set_policy would raise."""
-        make_policy(options, self.layout, self.plan.arena_bytes, self.model.calibration)
+        make_policy(options, self.layout, self.plan.whole_bytes, self.model.calibration, None, self._packed_split)
+
+    @property
+    def _packed_split(self) -> PackedSplit | None:
+        return PackedSplit(self._sizes, self.plan.packed_bytes) if self.plan.packed_bytes else None
 
     def set_policy(self, options: PolicyOptions) -> Policy:
         """Schedule by another policy from the next step on; what is in memory stays.
@@ -181,7 +190,9 @@ class Engine:
         """
         self._turns.check_open()
         usage = self._warm.usage if self._warm is not None else None
-        policy = make_policy(options, self.layout, self.plan.arena_bytes, self.model.calibration, usage)
+        policy = make_policy(
+            options, self.layout, self.plan.whole_bytes, self.model.calibration, usage, self._packed_split
+        )
         self._use(policy)
         self.native.set_renormalise(options[RENORMALISE])
         self.options = replace(self.options, policy=options)  # so that a result names the knobs it was made with
@@ -202,10 +213,17 @@ class Engine:
             lines.append(f"lossy: policy {describe_options(o, calibration)}{known}")
         return lines
 
-    def _use(self, policy: Policy) -> None:
+    def _reset(self, policy: Policy) -> None:
+        """Let a policy start from what is really in memory."""
         policy.reset(self.native.resident_units())
+        if policy.packed is not None:
+            policy.packed.reset_parts(self.native.held_parts())
+
+    def _use(self, policy: Policy) -> None:
+        self._reset(policy)
         self._policy = policy
         self.native.schedule, self.native.meanwhile = policy.plan, policy.meanwhile
+        self.native.part_changes = None if policy.packed is None else policy.packed.take_changes
         self.native.wants_routing = policy.wants_routing
         if isinstance(policy, LookAheadPolicy):
             width = min(2 * self.model.n_expert_used, min(self.layout.n_experts))
@@ -255,7 +273,7 @@ class Engine:
         """After a failed decode: the reason as our own error; policy and KV cache set to what is really there."""
         said = self.native.take_error()
         raised, self.native.schedule_error = self.native.schedule_error, None
-        self.policy.reset(self.native.resident_units())
+        self._reset(self.policy)
         keep_evaluated(self.llama, self.checkpoints)
         if raised is not None and (isinstance(raised, MoeEdgeError) or not isinstance(raised, Exception)):
             return raised

@@ -48,6 +48,8 @@ class EngineOptions:
     prompt_cache_bytes: how much of the disk conversations may take, to be gone on with in later runs; 0: none are kept.
     cache_type_k, cache_type_v: how keys and values are kept, of CACHE_TYPES; all but f16 are lossy, and need flash
     attention.
+    packed_cache: how much of the experts' memory keeps packed experts, which need no read but must be unpacked: off,
+    auto, a size like 400MiB or a share like 50%; see schedulers/split.py.
     verbose: let llama.cpp write to standard error while it loads.
     proof: what a child process must have shown before this one gives the model to llama.cpp, see runner/prove.py.
     """
@@ -69,6 +71,7 @@ class EngineOptions:
     prompt_cache_bytes: int = 0
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
+    packed_cache: str = "off"
     verbose: bool = False
     proof: str = DECODES
 

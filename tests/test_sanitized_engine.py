@@ -20,7 +20,9 @@ from test_disk_source import ROOT, SANITIZERS, ggml_headers
 
 COMPILER = next((c for c in (os.environ.get("CXX", ""), "g++", "c++") if shutil.which(c)), None)
 FLAGS = ["-std=c++17", "-O0", "-g1", "-fPIC", "-pthread", "-fno-omit-frame-pointer", "-ffp-contract=off"]
-SOURCES = "arena codec disk_source model graph activation ffn attention router step backend capi".split()
+SOURCES = (
+    "arena codec disk_source parts unpackers model graph activation ffn attention router step backend capi".split()
+)
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a library is preloaded as on Linux"),
