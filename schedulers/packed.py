@@ -157,12 +157,15 @@ class PackedCache:
         self._window: OrderedDict[int, None] = OrderedDict.fromkeys(resident)  # in the arena to leave it, in this order
         self._whole: dict[int, None] = {}
         self._used = 0  # bytes of those
+        self._unpacking: list[int] = []  # whole since the present step
         self._heap: list[tuple[float, int]] = []  # (count, at most what it is now; whole unit)
 
     def note(self, step: Step) -> None:
         if step.layer <= self._last_layer:
             self._count_tokens(step.n_tokens)
         self._last_layer = step.layer
+        if self._unpacking:
+            self._drop_unpacked()
         self._parts.note(step)
         first, n_levels, counts, parts = (
             self._layout.first_unit[step.layer], self._layout.n_levels, self._counts, self._parts
@@ -188,7 +191,7 @@ class PackedCache:
             self._whole[unit] = None
             self._used += self._layout.unit_bytes[unit]
             heappush(self._heap, (self._counts[unit], unit))
-            self._drop(unit)
+            self._unpacking.append(unit)
         else:
             self._window[unit] = None
             self._pack(unit)
@@ -222,11 +225,16 @@ class PackedCache:
         self._window[unit] = None
         self._window.move_to_end(unit, last=False)
 
-    def _drop(self, unit: int) -> None:
-        for part in (N_PARTS * unit, N_PARTS * unit + 1):
-            if part in self._parts:
-                self._parts.remove(part)
-                self._changed[unit] = 0
+    def _drop_unpacked(self) -> None:
+        """What has come to stay whole need not be packed as well; it was unpacked from there, so not before now."""
+        for unit in self._unpacking:
+            if unit not in self._whole:
+                continue
+            for part in (N_PARTS * unit, N_PARTS * unit + 1):
+                if part in self._parts:
+                    self._parts.remove(part)
+                    self._changed[unit] = 0
+        self._unpacking.clear()
 
     def _pack(self, unit: int) -> None:
         """Its stored bytes pass through memory now: keep them."""

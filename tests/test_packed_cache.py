@@ -16,9 +16,11 @@ from moe_edge.models.store.store import open_model
 from moe_edge.runner.capi import Counters
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.engine_options import EngineOptions
+from moe_edge.runner.measure.record import load_trace, record_trace, save_trace
 from moe_edge.runner.sizes import sizes_of
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.packed import BOTH, EXPONENTS, MANTISSAS, window_bytes
+from moe_edge.schedulers.replay.simulate import simulate_policy
 from random_models import Shape, write_random_model
 from reference import logits_of_context, stock_logits
 from test_exact import some_tokens
@@ -179,3 +181,22 @@ def test_the_window_holds_what_a_step_streams_through(tmp_path: Path) -> None:
     with engine_with(packed, 0.5, "60%") as engine:
         assert engine.plan.whole_bytes >= window_bytes(engine.layout)
         assert "of it for packed ones" in engine.lines()[0]
+
+
+@pytest.mark.parametrize("one_by_one", [True, False], ids=["decode", "prefill"])
+def test_a_simulation_counts_what_the_engine_counts(tmp_path: Path, one_by_one: bool) -> None:
+    _, packed = packed_model(tmp_path, "BF16")
+    tokens = some_tokens(80)
+    for share, asked in ((0.2, "40%"), (0.5, "80%")):
+        with engine_with(packed, share, asked, n_ubatch=32) as engine:
+            trace = record_trace(engine, tokens, one_by_one=one_by_one)
+            c, plan = engine.counters(), engine.plan
+        assert trace.recorded is not None and plan.packed_bytes > 0
+        found = simulate_policy(trace, PolicyOptions(), plan.arena_bytes, packed_bytes=plan.packed_bytes)
+        names = ("uses", "hits", "loads", "evictions", "bytes_read", "packed_hits", "exponent_hits", "mantissa_hits")
+        assert {n: getattr(found, n) for n in names} == {n: getattr(c, n) for n in names}, (share, asked)
+        save_trace(tmp_path / "t.npz", trace)
+        assert load_trace(tmp_path / "t.npz").packed_sizes() == trace.packed_sizes() != None  # noqa: E711
+    without = simulate_policy(trace, PolicyOptions(), plan.arena_bytes)
+    if one_by_one:
+        assert found.bytes_read < without.bytes_read and found.packed_hits > 0
