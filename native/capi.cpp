@@ -71,7 +71,10 @@ void me_set_zstd(void * create, void * free, void * decompress, void * is_error)
 }
 
 int32_t me_unpack(const char * stored, int64_t stored_bytes, int32_t type, char * out, int64_t nbytes, char * error) {
-    const std::string wrong = decode_planes(stored, stored_bytes, type, out, nbytes);
+    Stored whole;
+    whole.head = stored;
+    whole.head_bytes = whole.tail_from = whole.bytes = stored_bytes;
+    const std::string wrong = decode_planes(whole, type, out, nbytes);
     if (wrong.empty()) return ME_OK;
     say(error, wrong.c_str());
     return ME_FAILED;
@@ -92,9 +95,9 @@ me_model * me_model_open(const me_model_desc * desc, char * error) {
     }
 }
 
-int32_t me_model_set_arena(me_model * m, int64_t arena_bytes, char * error) {
+int32_t me_model_set_arena(me_model * m, int64_t arena_bytes, int64_t packed_bytes, char * error) {
     try {
-        m->model.set_arena(arena_bytes);
+        m->model.set_arena(arena_bytes, packed_bytes);
         return ME_OK;
     } catch (const std::exception & e) {
         say(error, e.what());
@@ -140,6 +143,8 @@ void me_model_counters(me_model * handle, me_counters * out) {
     out->prefetch_busy_ns = read.soon_busy_ns;
     out->direct_files = read.direct_files;
     out->lent_bytes = read.lent_bytes;
+    out->packed_bytes = m.parts ? m.parts->committed_bytes() : 0;
+    out->peak_packed_bytes = m.parts ? m.parts->peak_committed_bytes() : 0;
     out->committed_bytes = m.arena ? static_cast<int64_t>(m.arena->committed_bytes()) : 0;
     out->peak_committed_bytes = m.arena ? static_cast<int64_t>(m.arena->peak_committed_bytes()) : 0;
 }
@@ -159,6 +164,21 @@ void me_model_resident(me_model * handle, uint8_t * out) {
 void me_model_unit_bytes(me_model * handle, int64_t * out) {
     Model & m = handle->model;
     for (int i = 0; i < m.n_units(); i++) out[i] = m.unit(i).bytes;
+}
+
+void me_model_part_bytes(me_model * handle, int64_t * out) {
+    Model & m = handle->model;
+    for (int i = 0; i < m.n_units(); i++, out += N_PARTS + BOTH_PARTS) {
+        out[HEAD] = m.part_bytes(i)[HEAD];
+        out[TAIL] = m.part_bytes(i)[TAIL];
+        for (uint32_t mask = 1; mask <= BOTH_PARTS; mask++) out[N_PARTS + mask - 1] = m.saved_bytes(i, mask);
+    }
+}
+
+void me_model_held_parts(me_model * handle, uint8_t * out) {
+    Model & m = handle->model;
+    std::lock_guard<std::mutex> lock(m.step_mutex);
+    for (int i = 0; i < m.n_units(); i++) out[i] = static_cast<uint8_t>(m.held_parts(i));
 }
 
 int32_t me_model_step(me_model * m, me_step_view * out) {

@@ -48,6 +48,9 @@ struct me_mailbox {
     int32_t * prefetch_units;         //   else to do; absent ones that this step does not use; [number of units]
     int32_t * prefetch_victim_count;  //   what each evicts before its read, none of this step's,
     int32_t * prefetch_victims;       //   unit after unit; the step's own victims go first
+    int32_t * part_count;             // [1] Python -> native, with every answer, 0 unless written: what the packed cache
+    int32_t * part_units;             //   is to hold from now on of these units; [number of units]
+    int32_t * part_masks;             //   1: exponents, 2: signs and mantissas, 3: both, 0: nothing; see native/parts.h
     int32_t * ahead_counts;           // [ME_MAX_AHEAD] native -> Python, by me_model_ahead: experts predicted for the
     int32_t * ahead_experts;          //   layers behind this one, [depth][width], most probable first; room for
     float * ahead_scores;             //   ME_MAX_AHEAD times the largest n_expert; and their router probabilities
@@ -119,14 +122,16 @@ struct me_selection_view {
 //   look_ahead_ns: asking the routers. meanwhile_ns: scheduling while the step waited for reads; not in schedule_ns.
 //   preloaded: units read by me_model_preload. unpack_ns, unpacked_bytes: of packed pieces, summed over the threads that
 //     read; the bytes are those of the matrices. lent_bytes: of the buffers that packed pieces are read into.
+//   packed_hits, exponent_hits, mantissa_hits: loads of units that the packed cache held whole, or in that part only;
+//     unread_bytes: what they did not read. packed_bytes, peak_packed_bytes: of the packed cache, in memory.
 #define ME_COUNTERS(X) \
     X(steps) X(tokens) X(uses) X(hits) X(low_uses) X(skipped_uses) X(loads) X(evictions) X(graphs) X(prefetched) \
     X(prefetch_useful) X(prefetch_late) X(prefetch_wasted) X(prefetch_cancelled) X(prefetch_failed) X(wasted_bytes) \
     X(preloaded) X(stall_ns) X(compute_ns) X(schedule_ns) X(step_ns) X(look_ahead_ns) X(meanwhile_ns) \
-    X(unpack_ns) X(unpacked_bytes) X(substituted_uses)
+    X(unpack_ns) X(unpacked_bytes) X(substituted_uses) X(packed_hits) X(exponent_hits) X(mantissa_hits) X(unread_bytes)
 #define ME_SOURCE_COUNTERS(X) \
     X(reads) X(bytes_read) X(read_busy_ns) X(disk_busy_ns) X(prefetch_bytes) X(prefetch_busy_ns) X(direct_files) \
-    X(committed_bytes) X(peak_committed_bytes) X(lent_bytes)
+    X(committed_bytes) X(peak_committed_bytes) X(lent_bytes) X(packed_bytes) X(peak_packed_bytes)
 
 #define ME_FIELD(name) int64_t name;
 struct me_counters { ME_COUNTERS(ME_FIELD) ME_SOURCE_COUNTERS(ME_FIELD) };
@@ -157,8 +162,8 @@ ME_API void me_set_zstd(void * create, void * free, void * decompress, void * is
 // Unpack one matrix of nbytes of a ggml type from `stored`; for checks.
 ME_API int32_t me_unpack(const char * stored, int64_t stored_bytes, int32_t type, char * out, int64_t nbytes, char * error);
 ME_API me_model * me_model_open(const struct me_model_desc * desc, char * error);
-// Reserve the arena; once, before the first decode. Units are loaded only after it.
-ME_API int32_t me_model_set_arena(me_model * model, int64_t arena_bytes, char * error);
+// Reserve the arena, and beside it the packed cache (0: none); once, before the first decode. Units are loaded only after.
+ME_API int32_t me_model_set_arena(me_model * model, int64_t arena_bytes, int64_t packed_bytes, char * error);
 ME_API void me_model_close(me_model * model);
 // Read absent units into the arena, in this order, and wait for them; not within a step. Nobody uses them yet: they count
 // as preloaded, not as loads. On failure those that were read stay; the sentence names file and tensor.
@@ -173,6 +178,10 @@ ME_API void me_model_counters(me_model * model, struct me_counters * out);
 ME_API int32_t me_model_take_error(me_model * model, char * error);
 ME_API void me_model_resident(me_model * model, uint8_t * out);  // one byte for each unit
 ME_API void me_model_unit_bytes(me_model * model, int64_t * out);
+// For each unit: what its exponents and its signs and mantissas take in the packed cache; and what need not be read when
+// it holds the former, the latter, both. Zeros for units that are not packed. out: [units][5].
+ME_API void me_model_part_bytes(me_model * model, int64_t * out);
+ME_API void me_model_held_parts(me_model * model, uint8_t * out);  // the mask of each unit
 // 0 when no step is being scheduled.
 ME_API int32_t me_model_step(me_model * model, struct me_step_view * out);
 // Ask the routers of the next `depth` layers for their best `width` experts, by me_model_ahead. 0: never. rescale: correct

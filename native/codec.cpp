@@ -86,15 +86,28 @@ void place(const char * plane, int bytes, char * dst, int64_t stride, int64_t n)
     }
 }
 
+// Some bytes of a piece: where they lie, or put together in `joined` when they run over the end of the head.
+const char * stretch(const Stored & s, int64_t at, int64_t n, std::vector<char> & joined) {
+    if (at + n <= s.head_bytes) return s.head + at;
+    if (at >= s.tail_from) return s.tail + (at - s.tail_from);
+    joined.resize(static_cast<size_t>(n));
+    const int64_t in_head = s.head_bytes - at;  // the tail goes on from there: it begins before the head ends
+    memcpy(joined.data(), s.head + at, static_cast<size_t>(in_head));
+    memcpy(joined.data() + in_head, s.tail + (s.head_bytes - s.tail_from), static_cast<size_t>(n - in_head));
+    return joined.data();
+}
+
 // A packed piece whose header and table have been checked against its size.
 struct Packed {
+    Stored stored;
     const Fields * fields = nullptr;
     Header header{};
     int64_t block_bytes = 0;
     std::vector<uint32_t> sizes;
-    std::vector<const char *> next;  // of each plane: its next chunk
+    std::vector<int64_t> next;  // of each plane: its next chunk, from the start of the piece
+    std::vector<char> joined[MAX_PLANES];
 
-    std::string open(const char * stored, int64_t stored_bytes, int32_t type, int64_t nbytes);
+    std::string open(const Stored & stored, int32_t type, int64_t nbytes);
     int64_t blocks_of(uint32_t chunk) const {
         const uint64_t first = static_cast<uint64_t>(chunk) * header.chunk_blocks;
         return static_cast<int64_t>(std::min<uint64_t>(header.chunk_blocks, header.n_blocks - first));
@@ -102,12 +115,14 @@ struct Packed {
     std::string plane(int p, uint32_t chunk, Scratch & scratch, char * room, const char *& out);
 };
 
-std::string Packed::open(const char * stored, int64_t stored_bytes, int32_t type, int64_t nbytes) {
+std::string Packed::open(const Stored & from, int32_t type, int64_t nbytes) {
+    stored = from;
+    const int64_t stored_bytes = stored.bytes;
     fields = fields_of(type);
     if (!fields) return "is packed in planes, which its type does not have";
     for (int p = 0; p < fields->n; p++) block_bytes += fields->bytes[p];
     if (stored_bytes < static_cast<int64_t>(sizeof header)) return "is packed in fewer bytes than a header takes";
-    memcpy(&header, stored, sizeof header);
+    memcpy(&header, stretch(stored, 0, sizeof header, joined[0]), sizeof header);
     const auto n_blocks = static_cast<uint64_t>(nbytes / block_bytes);
     const bool sound = header.magic == MAGIC && header.type == static_cast<uint32_t>(type) && header.n_blocks == n_blocks &&
                        header.n_planes == static_cast<uint32_t>(fields->n) && header.chunk_blocks > 0 &&
@@ -117,9 +132,9 @@ std::string Packed::open(const char * stored, int64_t stored_bytes, int32_t type
     int64_t at = static_cast<int64_t>(sizeof header) + n_sizes * 4;
     if (at > stored_bytes) return "is packed with a table that is cut short; convert or download it again";
     sizes.resize(static_cast<size_t>(n_sizes));
-    memcpy(sizes.data(), stored + sizeof header, static_cast<size_t>(n_sizes) * 4);
+    memcpy(sizes.data(), stretch(stored, sizeof header, n_sizes * 4, joined[0]), static_cast<size_t>(n_sizes) * 4);
     for (int64_t i = 0; i < n_sizes; i++) {
-        if (i % header.n_chunks == 0) next.push_back(stored + at);
+        if (i % header.n_chunks == 0) next.push_back(at);
         at += sizes[static_cast<size_t>(i)];
     }
     if (at != stored_bytes) {
@@ -131,14 +146,15 @@ std::string Packed::open(const char * stored, int64_t stored_bytes, int32_t type
 
 // A chunk of a plane: where it lies when it is raw, else unpacked into `room`.
 std::string Packed::plane(int p, uint32_t chunk, Scratch & scratch, char * room, const char *& out) {
-    const char * stored = next[static_cast<size_t>(p)];
+    int64_t & at = next[static_cast<size_t>(p)];
     const size_t size = sizes[static_cast<size_t>(p) * header.n_chunks + chunk];
     const size_t needed = static_cast<size_t>(blocks_of(chunk) * fields->bytes[p]);
-    next[static_cast<size_t>(p)] += size;
-    out = stored;
+    const char * chunk_bytes = stretch(stored, at, static_cast<int64_t>(size), joined[p]);
+    at += static_cast<int64_t>(size);
+    out = chunk_bytes;
     if (size == needed) return {};
     out = room;
-    const size_t got = zstd.decompress(scratch.context, room, needed, stored, size);
+    const size_t got = zstd.decompress(scratch.context, room, needed, chunk_bytes, size);
     if (!zstd.is_error(got) && got == needed) return {};
     return "does not unpack: plane " + std::to_string(p) + ", chunk " + std::to_string(chunk) + " should give " +
            std::to_string(needed) + " bytes; it is damaged: convert or download it again";
@@ -148,10 +164,17 @@ std::string Packed::plane(int p, uint32_t chunk, Scratch & scratch, char * room,
 
 bool planes_of_type(int32_t type) { return fields_of(type) != nullptr; }
 
-std::string decode_planes(const char * stored, int64_t stored_bytes, int32_t type, char * dst, int64_t nbytes) {
+int64_t planes_cut(int32_t type, int64_t stored_bytes, int64_t nbytes) {
+    const Fields * fields = fields_of(type);
+    if (!fields || fields->n != 2) return 0;
+    const int64_t last = nbytes / (fields->bytes[0] + fields->bytes[1]) * fields->bytes[1];
+    return last < stored_bytes ? stored_bytes - last : 0;
+}
+
+std::string decode_planes(const Stored & stored, int32_t type, char * dst, int64_t nbytes) {
     static thread_local Scratch scratch;
     Packed packed;
-    std::string error = packed.open(stored, stored_bytes, type, nbytes);
+    std::string error = packed.open(stored, type, nbytes);
     if (!error.empty()) return error;
     if (!scratch.context) scratch.context = zstd.usable() ? zstd.create() : nullptr;
     if (!scratch.context) return "is packed, and zstd could not be started to unpack it";

@@ -22,11 +22,24 @@ struct Zstd {
 };
 extern Zstd zstd;
 
+// The stored bytes of a packed piece, in two stretches that may overlap: [0, head_bytes) at `head`, and [tail_from, bytes)
+// at `tail`. Whole in one place: a head that is all of it.
+struct Stored {
+    const char * head = nullptr;
+    int64_t head_bytes = 0;
+    const char * tail = nullptr;
+    int64_t tail_from = 0;
+    int64_t bytes = 0;
+};
+
 // Whether `planes` has a layout for a ggml type.
 bool planes_of_type(int32_t type);
+// Where the stored bytes of a piece are best cut in two: before its last plane, the one of 16-bit floats that does not
+// pack (sign and mantissa). 0: its type has no such plane, or the rest before it would be nothing.
+int64_t planes_cut(int32_t type, int64_t stored_bytes, int64_t nbytes);
 // What a thread that unpacks keeps between calls, at most: a chunk of 128 KiB, and zstd's context.
 constexpr int64_t UNPACK_BYTES = 512 << 10;
 // Unpack a piece of nbytes of this type into dst. Returns what is wrong, or nothing. Any thread may call it.
-std::string decode_planes(const char * stored, int64_t stored_bytes, int32_t type, char * dst, int64_t nbytes);
+std::string decode_planes(const Stored & stored, int32_t type, char * dst, int64_t nbytes);
 
 }  // namespace moe_edge

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <stdexcept>
 
 #include "disk_source.h"
@@ -23,6 +24,12 @@ uint32_t Unit::bit(Projection p) const {
         if (pieces[i].projection == p) return 1u << i;
     }
     return 0;
+}
+
+uint32_t Unit::packed_bits() const {
+    uint32_t bits = 0;
+    for (int p = 0; p < n_pieces; p++) bits |= pieces[p].packed() ? 1u << p : 0;
+    return bits;
 }
 
 static const char * const PROJECTION_NAMES[] = {"up", "gate", "down", "gate_up"};
@@ -73,6 +80,7 @@ void Model::add_units(const me_model_desc & desc) {
                 add_piece(u.pieces[p], desc.pieces[next++], l, e / n_levels);
             }
             lay_out(u);
+            part_bytes_.push_back(lay_out_parts(u));
             largest_unit_ = std::max(largest_unit_, u.bytes);
             smallest_unit_ = std::min(smallest_unit_, u.bytes);
         }
@@ -104,16 +112,24 @@ void Model::add_piece(Piece & piece, const me_piece_desc & d, const Layer & laye
     }
 }
 
-void Model::set_arena(int64_t arena_bytes) {
+void Model::set_arena(int64_t arena_bytes, int64_t parts_bytes) {
     if (arena) throw std::runtime_error("the arena of this model is already set");
     const int64_t budget = pages.floor(arena_bytes);
     const int64_t n_slots = std::min<int64_t>(n_units(), budget / smallest_unit_ + 1);
     arena = std::make_unique<Arena>(static_cast<size_t>(largest_unit_), static_cast<size_t>(n_slots), static_cast<size_t>(budget),
                                     pages);
+    if (parts_bytes <= 0) return;
+    parts = std::make_unique<Parts>(part_bytes_, pages.floor(parts_bytes), pages);
+    unpackers_ = std::make_unique<Unpackers>(static_cast<int>(n_io_threads_), [this](int64_t tag) {
+        ReadJob job;
+        job.tag = tag;
+        on_read(job, {});
+    });
 }
 
 Model::~Model() {
     if (source) drain();
+    unpackers_.reset();
     source.reset();
 }
 
@@ -132,6 +148,24 @@ void Model::lay_out(Unit & u) {
     u.bytes = pages.ceil(at);
 }
 
+PartBytes Model::lay_out_parts(Unit & u) const {
+    PartBytes at{0, 0};
+    for (int p = 0; p < u.n_pieces; p++) {
+        Piece & piece = u.pieces[p];
+        if (!piece.packed()) continue;
+        const int64_t cut = planes_cut(piece.type, piece.stored_bytes, piece.nbytes);
+        const int64_t at_cut = piece.offset - piece.read_offset + cut;
+        const bool can_cut = cut > 0 && at_cut >= 2 * READ_ALIGN;  // the tail may begin a block before, behind the offset
+        piece.head_bytes = can_cut ? std::min(ceil_to(at_cut, READ_ALIGN), piece.read_bytes) : piece.read_bytes;
+        piece.tail_from = can_cut ? floor_to(at_cut, READ_ALIGN) : piece.read_bytes;
+        piece.part_offset[HEAD] = at[HEAD];
+        piece.part_offset[TAIL] = at[TAIL];
+        at[HEAD] += piece.head_bytes;
+        at[TAIL] += piece.read_bytes - piece.tail_from;
+    }
+    return {pages.ceil(at[HEAD]), pages.ceil(at[TAIL])};
+}
+
 bool Model::place(int unit_id) {
     if (!arena) return false;
     Unit & u = unit(unit_id);
@@ -146,17 +180,109 @@ bool Model::place(int unit_id) {
 void Model::submit(int unit_id, int p, bool soon) {
     Unit & u = unit(unit_id);
     const Piece & piece = u.pieces[p];
-    ReadJob job;
-    job.file = piece.file;
-    job.offset = piece.read_offset;
-    job.length = piece.read_bytes;
-    job.needed = piece.offset + piece.stored_bytes - piece.read_offset;
-    job.dst = piece.packed() ? nullptr : arena->data(u.slot) + piece.slot_offset;
-    job.tag = static_cast<int64_t>(unit_id) * MAX_PIECES + p;
-    job.soon = soon;
+    const uint32_t had = u.had[p] = parts_of(unit_id, p);
+    const int64_t tag = static_cast<int64_t>(unit_id) * MAX_PIECES + p;
     u.pending |= 1u << p;
     in_flight_++;
+    if (piece.packed() && had == piece.all_parts()) {
+        unpackers_->submit(tag, soon);
+        return;
+    }
+    const int64_t from = had == HEAD_BIT ? piece.tail_from : 0, to = had == TAIL_BIT ? piece.head_bytes : piece.read_bytes;
+    ReadJob job;
+    job.file = piece.file;
+    job.offset = piece.read_offset + from;
+    job.length = to - from;
+    job.needed = std::min(piece.offset + piece.stored_bytes - piece.read_offset, to) - from;
+    job.dst = piece.packed() ? nullptr : arena->data(u.slot) + piece.slot_offset;
+    job.tag = tag;
+    job.soon = soon;
     source->submit(job);
+}
+
+uint32_t Model::parts_of(int unit_id, int p) const {
+    if (!parts) return 0;
+    const auto has = [&](int part) { return (parts->filled(unit_id, part) >> p) & 1u; };
+    return has(HEAD) * HEAD_BIT | has(TAIL) * TAIL_BIT;
+}
+
+uint32_t Model::held_parts(int unit_id) {
+    if (!parts) return 0;
+    std::lock_guard<std::mutex> lock(mutex_);
+    const uint32_t all = unit(unit_id).packed_bits();
+    uint32_t held = 0;
+    for (int part : {HEAD, TAIL}) {
+        const bool whole = parts->has_place(unit_id, part) && parts->filled(unit_id, part) == all;
+        held |= whole ? 1u << part : 0;
+    }
+    return held;
+}
+
+int64_t Model::saved_bytes(int unit_id, uint32_t mask) {
+    int64_t saved = 0;
+    const Unit & u = unit(unit_id);
+    for (int p = 0; p < u.n_pieces; p++) {
+        const Piece & piece = u.pieces[p];
+        if (!piece.packed() || mask == 0) continue;
+        if ((mask & piece.all_parts()) == piece.all_parts()) {
+            saved += piece.read_bytes;
+        } else if (piece.has_tail()) {
+            saved += mask & HEAD_BIT ? piece.tail_from : piece.read_bytes - piece.head_bytes;
+        }
+    }
+    return saved;
+}
+
+void Model::drop_part(int unit_id, int part) {
+    Unit & u = unit(unit_id);
+    std::unique_lock<std::mutex> lock(mutex_);
+    // What is being delivered may be using it. What is lost here of a prefetched unit is read again when it is needed.
+    if (u.pending) cancel_queued(unit_id, unit_id + 1);
+    arrived_.wait(lock, [&] { return u.pending == 0; });
+    parts->drop(unit_id, part);
+}
+
+bool Model::hold_parts(const int32_t * unit_ids, const int32_t * masks, int n) {
+    if (n == 0) return true;
+    if (!parts) {
+        set_error("the scheduler's plan keeps packed experts, and there is no packed cache");
+        return false;
+    }
+    for (int i = 0; i < n; i++) {
+        if (unit_ids[i] < 0 || unit_ids[i] >= n_units() || masks[i] < 0 || masks[i] > static_cast<int32_t>(BOTH_PARTS)) {
+            set_error("the scheduler's plan keeps parts of an expert that does not exist");
+            return false;
+        }
+        for (int part : {HEAD, TAIL}) {
+            if (!((masks[i] >> part) & 1) && parts->has_place(unit_ids[i], part)) drop_part(unit_ids[i], part);
+        }
+    }
+    for (int i = 0; i < n; i++) {
+        for (int part : {HEAD, TAIL}) {
+            if (!((masks[i] >> part) & 1) || part_bytes(unit_ids[i])[static_cast<size_t>(part)] == 0) continue;
+            std::unique_lock<std::mutex> lock(mutex_);
+            if (parts->hold(unit_ids[i], part)) continue;
+            lock.unlock();
+            set_error("the scheduler's plan exceeds the memory of the packed cache");
+            return false;
+        }
+    }
+    return true;
+}
+
+// A load of a unit of which something is in memory.
+void Model::count_parts(int unit_id) {
+    if (!parts) return;
+    const uint32_t held = held_parts(unit_id);
+    const PartBytes & bytes = part_bytes(unit_id);
+    const uint32_t all = (bytes[HEAD] ? HEAD_BIT : 0) | (bytes[TAIL] ? TAIL_BIT : 0);
+    if (held == 0) return;
+    if (held == all) {
+        counters.packed_hits++;
+    } else {
+        (held == HEAD_BIT ? counters.exponent_hits : counters.mantissa_hits)++;
+    }
+    counters.unread_bytes += saved_bytes(unit_id, held);
 }
 
 bool Model::start(int unit_id) {
@@ -170,6 +296,7 @@ bool Model::start(int unit_id) {
 }
 
 bool Model::load(int unit_id) {
+    count_parts(unit_id);
     if (!start(unit_id)) return false;
     counters.loads++;
     return true;
@@ -226,14 +353,22 @@ void Model::need(int unit_id) {
     }
     u.needed = true;
     if (whole) return;
-    source->promote(static_cast<int64_t>(unit_id) * MAX_PIECES, static_cast<int64_t>(unit_id + 1) * MAX_PIECES);
+    const int64_t first_tag = static_cast<int64_t>(unit_id) * MAX_PIECES, end_tag = first_tag + MAX_PIECES;
+    source->promote(first_tag, end_tag);
+    if (unpackers_) unpackers_->promote(first_tag, end_tag);
     for (int p = 0; p < u.n_pieces; p++) {
         if (!((u.ready | u.pending) & (1u << p))) submit(unit_id, p, false);
     }
 }
 
 void Model::cancel_queued(int first_unit, int end_unit) {
-    for (int64_t tag : source->cancel(static_cast<int64_t>(first_unit) * MAX_PIECES, static_cast<int64_t>(end_unit) * MAX_PIECES)) {
+    const int64_t first_tag = static_cast<int64_t>(first_unit) * MAX_PIECES, end_tag = static_cast<int64_t>(end_unit) * MAX_PIECES;
+    std::vector<int64_t> tags = source->cancel(first_tag, end_tag);
+    if (unpackers_) {
+        const std::vector<int64_t> more = unpackers_->cancel(first_tag, end_tag);
+        tags.insert(tags.end(), more.begin(), more.end());
+    }
+    for (int64_t tag : tags) {
         Unit & u = unit(static_cast<int>(tag / MAX_PIECES));
         u.pending &= ~(1u << (tag % MAX_PIECES));
         u.cancelled = true;
@@ -286,35 +421,80 @@ std::string Model::piece_name(int unit_id, int piece) const {
 
 std::string Model::unpack(const ReadJob & job) {
     using clock = std::chrono::steady_clock;
-    const Unit & u = unit(static_cast<int>(job.tag / MAX_PIECES));
-    const Piece & piece = u.pieces[job.tag % MAX_PIECES];
+    const auto unit_id = static_cast<int>(job.tag / MAX_PIECES), p = static_cast<int>(job.tag % MAX_PIECES);
+    const Unit & u = unit(unit_id);
+    const Piece & piece = u.pieces[p];
     if (!piece.packed()) return {};
     const auto t0 = clock::now();
-    std::string error = decode_planes(job.dst + (piece.offset - piece.read_offset), piece.stored_bytes, piece.type,
-                                      arena->data(u.slot) + piece.slot_offset, piece.nbytes);
+    const uint32_t had = u.had[p];
+    const int64_t lead = piece.offset - piece.read_offset;
+    Stored stored;
+    stored.bytes = piece.stored_bytes;
+    stored.head = (had & HEAD_BIT ? parts->data(unit_id, HEAD) + piece.part_offset[HEAD] : job.dst) + lead;
+    stored.head_bytes = std::min((had == 0 ? piece.read_bytes : piece.head_bytes) - lead, piece.stored_bytes);
+    stored.tail_from = piece.tail_from - lead;
+    if (had & TAIL_BIT) {
+        stored.tail = parts->data(unit_id, TAIL) + piece.part_offset[TAIL];
+    } else if (had & HEAD_BIT) {
+        stored.tail = job.dst;  // what was read begins there
+    } else {
+        stored.tail = job.dst + piece.tail_from;
+    }
+    std::string error = decode_planes(stored, piece.type, arena->data(u.slot) + piece.slot_offset, piece.nbytes);
     counters.unpack_ns += std::chrono::duration_cast<std::chrono::nanoseconds>(clock::now() - t0).count();
     counters.unpacked_bytes += piece.nbytes;
     return error;
 }
 
+// What was read of a packed piece goes where the packed cache wants it. Its places stay: they are dropped only when
+// nothing of the unit is pending.
+void Model::keep_parts(const ReadJob & job) {
+    const auto unit_id = static_cast<int>(job.tag / MAX_PIECES), p = static_cast<int>(job.tag % MAX_PIECES);
+    const Unit & u = unit(unit_id);
+    const Piece & piece = u.pieces[p];
+    char * to[N_PARTS] = {nullptr, nullptr};
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        for (int part : {HEAD, TAIL}) {
+            const bool wanted = parts->has_place(unit_id, part) && !((u.had[p] >> part) & 1u);
+            if (wanted) to[part] = parts->data(unit_id, part) + piece.part_offset[part];
+        }
+    }
+    if (to[HEAD]) memcpy(to[HEAD], job.dst, static_cast<size_t>(piece.head_bytes));
+    if (to[TAIL] && piece.has_tail()) {
+        const int64_t read_from = u.had[p] == HEAD_BIT ? piece.tail_from : 0;
+        memcpy(to[TAIL], job.dst + (piece.tail_from - read_from), static_cast<size_t>(piece.read_bytes - piece.tail_from));
+    }
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (int part : {HEAD, TAIL}) {
+        if (to[part]) parts->fill(unit_id, part, 1u << p);
+    }
+}
+
 // Unpacking happens here, on the thread that has read, before anybody is told; `pending` keeps the slot meanwhile.
 void Model::on_read(const ReadJob & job, const std::string & read_error) {
     const std::string error = read_error.empty() ? unpack(job) : read_error;
-    std::lock_guard<std::mutex> lock(mutex_);
     Unit & u = unit(static_cast<int>(job.tag / MAX_PIECES));
-    const uint32_t bit = 1u << (job.tag % MAX_PIECES);
+    const auto p = static_cast<int>(job.tag % MAX_PIECES);
+    const uint32_t bit = 1u << p;
+    if (error.empty() && parts && job.dst && u.pieces[p].packed()) {
+        u.ready |= bit;
+        tell_waiters();  // it can be computed with; what is kept for later is copied meanwhile
+        keep_parts(job);
+    }
+    std::lock_guard<std::mutex> lock(mutex_);
     u.pending &= ~bit;
     if (error.empty()) {
         u.ready |= bit;
     } else if (error == ExpertSource::CANCELLED && u.needed) {
         // Given up, and needed before this was told: need() still took it for one on its way.
-        submit(static_cast<int>(job.tag / MAX_PIECES), static_cast<int>(job.tag % MAX_PIECES), false);
+        submit(static_cast<int>(job.tag / MAX_PIECES), p, false);
     } else if (error == ExpertSource::CANCELLED) {
         u.cancelled = true;
     } else if (!u.needed) {
         counters.prefetch_failed++;  // read again, and told, by the step that needs it
     } else if (error_.empty()) {
-        error_ = piece_name(static_cast<int>(job.tag / MAX_PIECES), static_cast<int>(job.tag % MAX_PIECES)) + " " + error;
+        error_ = piece_name(static_cast<int>(job.tag / MAX_PIECES), p) + " " + error;
     }
     arrivals_++;
     in_flight_--;
@@ -353,6 +533,9 @@ void Model::drain() {
             arena->release(u.slot);
             u.slot = -1;
             u.ready = 0;
+        }
+        for (int part : {HEAD, TAIL}) {
+            if (parts && parts->has_place(i, part) && parts->filled(i, part) != u.packed_bits()) parts->drop(i, part);
         }
     }
 }

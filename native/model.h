@@ -16,8 +16,10 @@
 #include "capi.h"
 #include "codec.h"
 #include "ggml.h"
+#include "parts.h"
 #include "router.h"
 #include "source.h"
+#include "unpackers.h"
 
 namespace moe_edge {
 
@@ -33,8 +35,14 @@ struct Piece {
     int64_t nbytes = 0;                    // what the products read: the whole matrix
     int32_t codec = CODEC_RAW;             // what turns the one into the other
     int64_t read_offset = 0, read_bytes = 0;  // the aligned range that covers it
+    // Of the aligned range, when packed: HEAD is [0, head_bytes), TAIL [tail_from, read_bytes), which is nothing for a
+    // piece without a cut; the block that holds the cut is in both. And where each lies among its unit's parts.
+    int64_t head_bytes = 0, tail_from = 0;
+    int64_t part_offset[N_PARTS] = {0, 0};
     int64_t slot_offset = 0;               // where read_offset lands in the slot, or what a packed piece unpacks to
     bool packed() const { return codec != CODEC_RAW; }
+    bool has_tail() const { return tail_from < read_bytes; }
+    uint32_t all_parts() const { return has_tail() ? BOTH_PARTS : HEAD_BIT; }
     int64_t data_offset() const { return slot_offset + (packed() ? 0 : offset - read_offset); }
 };
 
@@ -53,6 +61,8 @@ struct Unit {
     const Piece & piece(Projection p) const;
     uint32_t bit(Projection p) const;
     uint32_t all_bits() const { return (1u << n_pieces) - 1; }
+    uint32_t packed_bits() const;
+    uint32_t had[MAX_PIECES] = {0, 0, 0};  // the parts of each piece that were in memory when it was asked for
 };
 
 struct Layer {
@@ -85,7 +95,8 @@ public:
     // Throws std::runtime_error with a sentence for the user.
     explicit Model(const me_model_desc & desc);
     ~Model();
-    void set_arena(int64_t arena_bytes);
+    // parts_bytes: of the packed cache, beside the arena; 0: none.
+    void set_arena(int64_t arena_bytes, int64_t parts_bytes = 0);
 
     Unit & unit(int layer_pos, int expert, int level) {
         return units_[static_cast<size_t>(layers[static_cast<size_t>(layer_pos)].first_unit + expert * n_levels + level)];
@@ -106,6 +117,14 @@ public:
     void cancel(int first_unit, int end_unit);
     // What is queued of it is cancelled; a piece that is being read is waited for, at most one of a prefetched unit.
     void evict(int unit_id);
+    // What the packed cache is to hold from now on: of unit_ids[i] the parts in masks[i], of others what it held. A part
+    // that has just been given its place is filled when the unit is read next. False, with an error, beyond its budget.
+    bool hold_parts(const int32_t * unit_ids, const int32_t * masks, int n);
+    // Bit b: part b of the unit is there, whole.
+    uint32_t held_parts(int unit_id);
+    // Bytes a part takes; bytes that need not be read when the parts of `mask` are there.
+    const PartBytes & part_bytes(int unit_id) const { return part_bytes_[static_cast<size_t>(unit_id)]; }
+    int64_t saved_bytes(int unit_id, uint32_t mask);
     // Sleep until something has changed since `seen` (a value of arrivals()): a piece arrived, a worker finished, an error.
     // n_waiters: threads that may wait at the same time; time in which all of them wait is counted as stall.
     // False when nothing can change any more: no read is in flight and no other thread is at work.
@@ -120,7 +139,7 @@ public:
 
     int layer_pos(int number) const;
     // What reading packed pieces takes beside the arena: buffers, and for each thread a chunk and zstd's context.
-    int64_t unpacking_bytes() const { return largest_packed_ ? source->totals().lent_bytes + n_io_threads_ * UNPACK_BYTES : 0; }
+    int64_t unpacking_bytes() const { return largest_packed_ ? source->totals().lent_bytes + 2 * n_io_threads_ * UNPACK_BYTES : 0; }
 
     std::vector<Layer> layers;
     int n_levels = 1;
@@ -139,6 +158,7 @@ public:
     std::atomic<bool> selecting{false};                // see me_model_set_selecting
     const me_selection_view * selection = nullptr;     // while it chooses
     std::unique_ptr<Arena> arena;
+    std::unique_ptr<Parts> parts;  // null without a packed cache
     std::unique_ptr<ExpertSource> source;
     Counters counters;
     std::mutex step_mutex;
@@ -148,9 +168,14 @@ private:
     void add_units(const me_model_desc & desc);
     void add_piece(Piece & piece, const me_piece_desc & desc, const Layer & layer, int expert) const;
     void lay_out(Unit & u);
+    PartBytes lay_out_parts(Unit & u) const;
     std::string piece_name(int unit_id, int piece) const;  // "FILE: tensor '...' of expert E"
     void on_read(const ReadJob & job, const std::string & error);
     std::string unpack(const ReadJob & job);  // into its slot; returns what is wrong
+    uint32_t parts_of(int unit_id, int piece) const;  // that are in memory; under mutex_
+    void keep_parts(const ReadJob & job);  // of what was read
+    void count_parts(int unit_id);
+    void drop_part(int unit_id, int part);
     bool place(int unit_id);  // gives it a slot
     bool start(int unit_id);  // and reads it there
     void submit(int unit_id, int piece, bool soon);  // under mutex_
@@ -158,6 +183,8 @@ private:
     void settle(Unit & u);  // count a prefetched unit that is evicted; under mutex_
 
     std::vector<Unit> units_;
+    std::vector<PartBytes> part_bytes_;  // of each unit
+    std::unique_ptr<Unpackers> unpackers_;  // with a packed cache
     int64_t n_io_threads_ = 0;
     int64_t largest_unit_ = 0, smallest_unit_ = INT64_MAX, largest_packed_ = 0;
     std::mutex mutex_;

@@ -85,7 +85,7 @@ void StepRunner::take_weights(const ggml_tensor * w) {
 // n: the experts that are asked about, or ME_MEANWHILE. ns: the counter that the time goes to.
 bool StepRunner::call_scheduler(int n, std::atomic<int64_t> & ns, bool & resident) {
     Model & m = *step_.model;
-    m.mail.prefetch_count[0] = 0;
+    m.mail.prefetch_count[0] = m.mail.part_count[0] = 0;
     const int64_t t0 = now_ns(), looked = m.counters.look_ahead_ns;
     m.step = &view_;
     m.step_layer = step_.layer_pos;
@@ -93,8 +93,16 @@ bool StepRunner::call_scheduler(int n, std::atomic<int64_t> & ns, bool & residen
     m.step = nullptr;
     ns += now_ns() - t0 - (m.counters.look_ahead_ns - looked);
     resident = status == ME_SCHEDULE_RESIDENT;
-    if (status == ME_SCHEDULE_OK || resident) return true;
+    if (status == ME_SCHEDULE_OK || resident) return take_parts();
     return fail(status == ME_SCHEDULE_STOP ? "stopped" : "the scheduler failed");
+}
+
+// What the packed cache is to hold, before anything of the plan is read.
+bool StepRunner::take_parts() {
+    Model & m = *step_.model;
+    const int n = m.mail.part_count[0];
+    if (n < 0 || n > m.n_units()) return fail("the scheduler's plan keeps parts of " + std::to_string(n) + " of " + std::to_string(m.n_units()) + " units");
+    return m.hold_parts(m.mail.part_units, m.mail.part_masks, n) || fail("");
 }
 
 // What the scheduler has to do besides the step: learn, and fetch ahead.
@@ -460,11 +468,13 @@ bool StepRunner::announce(const Stub & before, ggml_tensor * input) {
         for (int64_t j = 0; j < step_.n_used; j++) step_.weights[static_cast<size_t>(t * step_.n_used + j)] = p[ids[j]] / total;
     }
     const int n = write_experts();
+    m.mail.part_count[0] = 0;
     const int64_t t1 = now_ns();
     const int32_t status = m.announce(m.schedule_user, layer_pos, static_cast<int32_t>(step_.n_tokens), n);
     m.counters.look_ahead_ns += t1 - t0;
     m.counters.schedule_ns += now_ns() - t1;
     if (status != ME_SCHEDULE_OK) return fail(status == ME_SCHEDULE_STOP ? "stopped" : "the scheduler failed");
+    if (!take_parts()) return false;
     step_.groups.clear();  // the step before has computed all of its own: they may be evicted
     std::string error;
     // By the second queue, though they are certain: read by all threads at once they slowed attention down and came no

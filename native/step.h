@@ -50,6 +50,7 @@ private:
     bool take_plan(int n);
     bool take_planned(Group g, int level, const int32_t * victims, int n_victims);
     bool call_scheduler(int n, std::atomic<int64_t> & ns, bool & resident);
+    bool take_parts();
     bool meanwhile();
     bool take_prefetches(std::string & error);
     bool dispatch_loads(std::string & error);

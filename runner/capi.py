@@ -71,9 +71,9 @@ class Mailbox(Structure):
             ("experts", c_int32), ("counts", c_int32), ("weights", c_float), ("squares", c_float), ("order", c_int32),
             ("level", c_int32), ("victim_count", c_int32), ("victims", c_int32), ("later", c_int32),
             ("prefetch_count", c_int32), ("prefetch_units", c_int32), ("prefetch_victim_count", c_int32),
-            ("prefetch_victims", c_int32), ("ahead_counts", c_int32), ("ahead_experts", c_int32),
-            ("ahead_scores", c_float), ("select_order", c_int32), ("select_scores", c_float),
-            ("select_gates", c_float), ("selected", c_int32),
+            ("prefetch_victims", c_int32), ("part_count", c_int32), ("part_units", c_int32), ("part_masks", c_int32),
+            ("ahead_counts", c_int32), ("ahead_experts", c_int32), ("ahead_scores", c_float),
+            ("select_order", c_int32), ("select_scores", c_float), ("select_gates", c_float), ("selected", c_int32),
         )
     ]  # fmt: skip
 
@@ -138,13 +138,17 @@ class AbiInfo(Structure):
     ]
 
 
+PACKED_BYTES = ("packed_bytes", "peak_packed_bytes")  # counters of what is, not of what was done
+
+
 @dataclass(frozen=True)
 class Counters:
     """Counts since the model was opened; times in seconds. See native/capi.h for what a step, use and hit are.
 
     loads: read by the step that needed them, so hits + loads = uses; prefetched: read ahead, hits when they are used.
     preloaded: read before the first step. substituted_uses: of all tokens, uses that went to another expert than the
-    router's own choice.
+    router's own choice. packed_hits, exponent_hits, mantissa_hits: of the loads, those of experts that the packed cache
+    held whole, or that part of; unread_bytes: what they need not read.
     """
 
     steps: int = 0
@@ -183,11 +187,17 @@ class Counters:
     unpacked_bytes: int = 0
     lent_bytes: int = 0
     substituted_uses: int = 0
+    packed_hits: int = 0
+    exponent_hits: int = 0
+    mantissa_hits: int = 0
+    unread_bytes: int = 0
+    packed_bytes: int = 0
+    peak_packed_bytes: int = 0
 
     def since(self, earlier: Counters) -> Counters:
         """The difference; the committed bytes and the number of direct files stay absolute."""
         values = {k: getattr(self, k) - getattr(earlier, k) for k in self.__dataclass_fields__}
-        for k in ("committed_bytes", "peak_committed_bytes", "direct_files", "lent_bytes"):
+        for k in ("committed_bytes", "peak_committed_bytes", "direct_files", "lent_bytes", *PACKED_BYTES):
             values[k] = getattr(self, k)
         return Counters(**values)
 
@@ -323,7 +333,7 @@ def _declare(lib: Any) -> None:
         "me_threadpool_new": (c_void_p, [c_int32]),
         "me_threadpool_free": (None, [c_void_p]),
         "me_model_open": (model, [POINTER(ModelDesc), text]),
-        "me_model_set_arena": (c_int32, [model, c_int64, text]),
+        "me_model_set_arena": (c_int32, [model, c_int64, c_int64, text]),
         "me_model_preload": (c_int32, [model, POINTER(c_int32), c_int32, text]),
         "me_model_close": (None, [model]),
         "me_model_arm": (c_int32, [model, text]),
@@ -334,6 +344,8 @@ def _declare(lib: Any) -> None:
         "me_model_take_error": (c_int32, [model, text]),
         "me_model_resident": (None, [model, POINTER(c_uint8)]),
         "me_model_unit_bytes": (None, [model, POINTER(c_int64)]),
+        "me_model_part_bytes": (None, [model, POINTER(c_int64)]),
+        "me_model_held_parts": (None, [model, POINTER(c_uint8)]),
         "me_model_pace": (None, [model, c_int64]),
         "me_model_set_stop": (None, [model, c_int32]),
         "me_model_step": (c_int32, [model, POINTER(StepView)]),

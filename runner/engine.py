@@ -29,7 +29,7 @@ from moe_edge.runner.memory import auto_budget_bytes, current_rss_bytes
 from moe_edge.runner.native import NativeModel, ThreadPool
 from moe_edge.runner.neighbours import CrowdWatch, usable_cores
 from moe_edge.runner.reason import reason
-from moe_edge.runner.scheduling import use_policy
+from moe_edge.runner.scheduling import start_from_memory, use_policy
 from moe_edge.runner.sizes import fixed_sizes, layout_of
 from moe_edge.runner.turns import Turns
 from moe_edge.runner.warm import Preloaded, WarmStart, usage_path
@@ -37,6 +37,7 @@ from moe_edge.runner.workers.words import board_lines
 from moe_edge.schedulers.budget import FixedSizes, MemoryPlan, plan_memory
 from moe_edge.schedulers.crowd import CrowdControl
 from moe_edge.schedulers.options import RENORMALISE, PolicyOptions
+from moe_edge.schedulers.packed import PackedSplit
 from moe_edge.schedulers.policies import DEFAULTS
 from moe_edge.schedulers.policy import Policy, make_policy
 from moe_edge.schedulers.settings import (
@@ -47,6 +48,7 @@ from moe_edge.schedulers.settings import (
     policy_warning,
     resolve_options,
 )
+from moe_edge.schedulers.split import choose_packed_bytes
 
 
 class Engine:
@@ -93,7 +95,10 @@ class Engine:
             self.native.set_selecting(self._selecting)  # which takes memory, to be planned
             with signals.deferred():  # freeing what was asked calls back into Python, as close() says
                 fixed = fixed_sizes(self._loading, self.native, program_bytes)
-            self.plan: MemoryPlan = self._plan(fixed)
+            plan = self._plan(fixed)
+            self._sizes = self.native.packed_sizes()
+            packed_bytes = choose_packed_bytes(self.options.packed_cache, self.layout, self._sizes, plan.arena_bytes)
+            self.plan: MemoryPlan = replace(plan, packed_bytes=packed_bytes)
         except BaseException:
             self.close()
             raise
@@ -128,7 +133,7 @@ class Engine:
         if self.options.warm_start:
             self._warm = WarmStart(usage_path(self.model.store_id), self.layout)
         self.set_policy(self.options.policy)
-        self.native.set_arena(self.plan.arena_bytes)
+        self.native.set_arena(self.plan.whole_bytes, self.plan.packed_bytes)
         self.native.pace(self.options.disk_bytes_per_second or 0)
         self.llama, _ = self._loading.llama(self.native, no_alloc=False)
         check_replaced(self.model)
@@ -144,7 +149,7 @@ class Engine:
             self._pool = ThreadPool(self.llama._ctx.ctx, self.options.threads())
         self._watch_neighbours()
         if self._warm is not None:
-            self._tell(self._warm.preload(self.native, self.policy, self.plan.arena_bytes))
+            self._tell(self._warm.preload(self.native, self.policy, self.plan.whole_bytes))
         self.load_seconds = time.monotonic() - self.started
         return self.llama
 
@@ -198,7 +203,11 @@ class Engine:
 
     def check_policy(self, options: PolicyOptions) -> None:
         """Raise what set_policy would raise."""
-        make_policy(options, self.layout, self.plan.arena_bytes, self.model.calibration)
+        make_policy(options, self.layout, self.plan.whole_bytes, self.model.calibration, None, self._packed_split)
+
+    @property
+    def _packed_split(self) -> PackedSplit | None:
+        return PackedSplit(self._sizes, self.plan.packed_bytes) if self.plan.packed_bytes else None
 
     def set_policy(self, options: PolicyOptions) -> Policy:
         """Schedule by another policy from the next step on; what is in memory stays.
@@ -207,7 +216,9 @@ class Engine:
         """
         self._turns.check_open()
         usage = self._warm.usage if self._warm is not None else None
-        policy = make_policy(options, self.layout, self.plan.arena_bytes, self.model.calibration, usage)
+        policy = make_policy(
+            options, self.layout, self.plan.whole_bytes, self.model.calibration, usage, self._packed_split
+        )
         self._use(policy)
         self.native.set_renormalise(options[RENORMALISE])
         self.options = replace(self.options, policy=options)  # so that a result names the knobs it was made with
@@ -295,7 +306,7 @@ class Engine:
         """After a failed decode: the reason as our own error; policy and KV cache set to what is really there."""
         said = self.native.take_error()
         raised, self.native.schedule_error = self.native.schedule_error, None
-        self.policy.reset(self.native.resident_units())
+        start_from_memory(self.native, self.policy)
         keep_evaluated(self.llama, self.checkpoints)
         if raised is not None and (isinstance(raised, MoeEdgeError) or not isinstance(raised, Exception)):
             return raised

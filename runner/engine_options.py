@@ -62,6 +62,8 @@ class EngineOptions:
     cache_type_k, cache_type_v: how keys and values are kept, of CACHE_TYPES; all but f16 are lossy, and need flash
     attention. held_bytes: memory for conversations beside the present one, see runner/kv/held.py; None: `auto`.
     context_shift: a full context forgets its older half and the reply goes on; lossy.
+    packed_cache: how much of the experts' memory keeps packed experts, which need no read but must be unpacked: off,
+    auto, a size like 400MiB or a share like 50%; see schedulers/split.py.
     verbose: let llama.cpp write to standard error while it loads.
     proof: what a child process must have shown before this one gives the model to llama.cpp, see runner/prove.py.
     """
@@ -85,6 +87,7 @@ class EngineOptions:
     cache_type_v: str = "f16"
     context_shift: bool = False
     held_bytes: int | None = 0
+    packed_cache: str = "off"
     verbose: bool = False
     proof: str = DECODES
 

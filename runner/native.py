@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint8, c_void_p
 from typing import Any, ClassVar
 
@@ -45,6 +45,7 @@ from moe_edge.runner.capi import (
 from moe_edge.runner.turns import CLOSED
 from moe_edge.runner.zstd import zstd_functions
 from moe_edge.schedulers.layout import Ahead, Prefetch, Routing, Selection, Selections, Step, StepPlan
+from moe_edge.schedulers.packed import BOTH, N_PARTS, PackedSizes
 
 
 class ThreadPool:
@@ -102,6 +103,9 @@ class Mail:
         self.prefetch_units = (c_int32 * max(n_units, 1))()
         self.prefetch_victim_count = (c_int32 * max(n_units, 1))()
         self.prefetch_victims = (c_int32 * max(n_units, 1))()
+        self.part_count = (c_int32 * 1)()
+        self.part_units = (c_int32 * max(n_units, 1))()
+        self.part_masks = (c_int32 * max(n_units, 1))()
         self.ahead_counts = (c_int32 * MAX_AHEAD)()
         self.ahead_experts = (c_int32 * (MAX_AHEAD * max_experts))()
         self.ahead_scores = (c_float * (MAX_AHEAD * max_experts))()
@@ -118,6 +122,7 @@ class Mail:
 Schedule = Callable[[Step], StepPlan | None]
 FetchAhead = Callable[[Step], Sequence[Prefetch]]
 IntArray = npt.NDArray[np.int32]
+PartChanges = Callable[[], Mapping[int, int]]
 
 
 class NativeModel:
@@ -128,8 +133,8 @@ class NativeModel:
     several tokens their Routing. observe: called with each step's input and routing before it is scheduled; for
     calibration and traces. announce: a policy's plan_ahead(), called between two steps with the next one, while
     look-ahead is on, where the model routes before attention. select, select_many: a policy's own, while selecting is
-    on (set_selecting). each_step: called as a step begins, before it is
-    scheduled; must be cheap.
+    on (set_selecting). each_step: called as a step begins, before it is scheduled; must be cheap. part_changes: what
+    the packed cache is to hold otherwise since it was last asked; asked with every answer of the policy.
     """
 
     def __init__(self, model: ExpertModel, *, n_io_threads: int = 4, direct_io: bool = True) -> None:
@@ -145,6 +150,7 @@ class NativeModel:
         self.select: Callable[[Selection], Sequence[int] | None] | None = None
         self.select_many: Callable[[Selections], IntArray | None] | None = None
         self._n_experts = tuple(layer.n_expert for layer in model.layers)
+        self.part_changes: PartChanges | None = None
         self._present = Step(0, (), ())
         self._few, self._counter = CountersArray(), counter_index()
         self.wants_routing = False
@@ -173,6 +179,7 @@ class NativeModel:
             if n == MEANWHILE:
                 if self.meanwhile is not None:
                     self._mail_prefetch(self.meanwhile(self._present))
+                    self._mail_parts()
                 return SCHEDULE_OK
             if self.each_step is not None:
                 self.each_step()
@@ -185,6 +192,7 @@ class NativeModel:
             if self.observe is not None:
                 self.observe(layer, *self._routing())
             plan = self.schedule(step)
+            self._mail_parts()
             if step.later:
                 self._present = step
                 mail.later[0] = 1
@@ -209,6 +217,7 @@ class NativeModel:
         try:
             if self.announce is not None:
                 self._mail_prefetch(self.announce(self._new_step(layer, n_tokens, n)))
+                self._mail_parts()
             return SCHEDULE_OK
         except BaseException as e:
             self.schedule_error = e
@@ -266,6 +275,14 @@ class NativeModel:
             for victim in gone:
                 mail.prefetch_victims[at] = victim
                 at += 1
+
+    def _mail_parts(self) -> None:
+        if self.part_changes is None:
+            return
+        mail, changes = self.mail, self.part_changes()
+        mail.part_count[0] = len(changes)
+        for i, (unit, mask) in enumerate(changes.items()):
+            mail.part_units[i], mail.part_masks[i] = unit, mask
 
     def ask_ahead(self, depth: int) -> list[Ahead]:
         """Within a step: what the routers of at most `depth` later layers predict, nearest first."""
@@ -337,9 +354,10 @@ class NativeModel:
         """
         return float(self._lib.me_model_set_noise(self._open_handle(), layer, relative, seed))
 
-    def set_arena(self, arena_bytes: int) -> None:
+    def set_arena(self, arena_bytes: int, packed_bytes: int = 0) -> None:
+        """Reserve the expert arena, and beside it the packed cache. Raises EngineError."""
         error = ctypes.create_string_buffer(ERROR_BYTES)
-        if self._lib.me_model_set_arena(self._open_handle(), arena_bytes, error) != 0:
+        if self._lib.me_model_set_arena(self._open_handle(), arena_bytes, packed_bytes, error) != 0:
             raise EngineError(error.value.decode(errors="surrogateescape"))
 
     def preload(self, units: Sequence[int]) -> None:
@@ -391,6 +409,20 @@ class NativeModel:
         sizes = (c_int64 * self.n_units)()
         self._lib.me_model_unit_bytes(self._open_handle(), sizes)
         return tuple(sizes)
+
+    def packed_sizes(self) -> PackedSizes:
+        """What the units take packed; zeros for those that are not."""
+        row = N_PARTS + BOTH
+        sizes = (c_int64 * (row * self.n_units))()
+        self._lib.me_model_part_bytes(self._open_handle(), sizes)
+        rows = [sizes[at : at + row] for at in range(0, len(sizes), row)]
+        return PackedSizes(tuple((r[0], r[1]) for r in rows), tuple((0, r[2], r[3], r[4]) for r in rows))
+
+    def held_parts(self) -> dict[int, int]:
+        """unit -> the mask of the parts of it that the packed cache holds, of those it holds any of."""
+        masks = (c_uint8 * self.n_units)()
+        self._lib.me_model_held_parts(self._open_handle(), masks)
+        return {unit: mask for unit, mask in enumerate(masks) if mask}
 
     def pace(self, bytes_per_second: int) -> None:
         """Let expert reads take as long as on a disk of this speed, which serves one after the other; 0: no limit."""

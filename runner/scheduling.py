@@ -13,8 +13,9 @@ from moe_edge.schedulers.policy import Policy
 
 def use_policy(native: NativeModel, policy: Policy, layout: Layout, n_used: int) -> None:
     """Let this policy schedule from the next step on; it starts from what is in memory. n_used: experts of a token."""
-    policy.reset(native.resident_units())
+    start_from_memory(native, policy)
     native.schedule, native.meanwhile = policy.plan, policy.meanwhile
+    native.part_changes = None if policy.packed is None else policy.packed.take_changes
     native.wants_routing = policy.wants_routing
     if isinstance(policy, LookAheadPolicy):
         native.set_lookahead(policy.depth, min(2 * n_used, min(layout.n_experts)))
@@ -25,6 +26,13 @@ def use_policy(native: NativeModel, policy: Policy, layout: Layout, n_used: int)
         native.announce = None
     if policy.wants_attention:  # and from then on: graphs that llama.cpp keeps and uses again do not change
         native.watch_attention()
+
+
+def start_from_memory(native: NativeModel, policy: Policy) -> None:
+    """Let a policy start from what is really in memory."""
+    policy.reset(native.resident_units())
+    if policy.packed is not None:
+        policy.packed.reset_parts(native.held_parts())
 
 
 def _measured(native: NativeModel) -> Measured:

@@ -61,7 +61,7 @@ class FixedSizes:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The split of one budget. `arena_bytes` is what the experts get."""
+    """The split of one budget. `arena_bytes` is what the experts get; packed_bytes of them are for packed ones."""
 
     budget_bytes: int
     fixed: FixedSizes
@@ -69,6 +69,12 @@ class MemoryPlan:
     floor_bytes: int
     comfortable_bytes: int
     resident_bytes: int
+    packed_bytes: int = 0
+
+    @property
+    def whole_bytes(self) -> int:
+        """What of the experts' memory is for those that can be computed with."""
+        return self.arena_bytes - self.packed_bytes
 
     @property
     def below_comfortable(self) -> bool:
@@ -82,6 +88,7 @@ class MemoryPlan:
             f"memory {format_bytes(self.budget_bytes)}: dense {format_bytes(f.dense_bytes)}, "
             f"KV cache {format_bytes(f.kv_bytes)}, {held}compute {format_bytes(f.compute_bytes + f.scratch_bytes)}, "
             f"experts {format_bytes(self.arena_bytes)} of {format_bytes(self.resident_bytes - f.total_bytes)}"
+            + (f", {format_bytes(self.packed_bytes)} of it for packed ones" if self.packed_bytes else "")
         ]
         if self.below_comfortable:
             out.append(

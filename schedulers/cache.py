@@ -116,7 +116,6 @@ class ExpertCache:
 
     def learn(self) -> None:
         self._rule.learn()
-
     def favour_first_layer(self, weight: float) -> None:
         """Take the first layer's experts for `weight` times as likely as they are; for look-ahead, which hides misses
         in all layers but that one. Heeded by the rule `learned`, which shifts misses to later layers at hardly more of

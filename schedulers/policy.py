@@ -14,6 +14,7 @@ from moe_edge.schedulers.cache import ExpertCache
 from moe_edge.schedulers.layout import Layout, Prefetch, Selection, Selections, Step, StepPlan
 from moe_edge.schedulers.lookahead.around import with_lookahead
 from moe_edge.schedulers.options import PolicyOptions
+from moe_edge.schedulers.packed import PackedCache, PackedSplit
 from moe_edge.schedulers.policies import find_policy
 from moe_edge.schedulers.policies.levels import IntArray, PolicyStats
 from moe_edge.schedulers.settings import check_options, resolve_options
@@ -46,6 +47,11 @@ class Policy(Protocol):
 
     @property
     def cache(self) -> ExpertCache: ...
+
+    @property
+    def packed(self) -> PackedCache | None:
+        """Which experts are packed in memory; None without a packed cache."""
+        ...
 
     @property
     def resident(self) -> tuple[int, ...]:
@@ -95,15 +101,16 @@ def make_policy(
     arena_bytes: int,
     calibration: Calibration | None = None,
     usage: Usage | None = None,
+    packed: PackedSplit | None = None,
 ) -> Policy:
     """The policy that `options` ask for. Raises UnknownName, and UsageError for knobs that do not go together.
 
     usage: what earlier runs used, where eviction rules that count start (eviction.make_rule). This run is counted in
-    it too.
+    it too. packed: keep packed experts too, in memory beside the arena.
     """
     options = resolve_options(options, calibration)
     check_options(options, layout, calibration)
     policy = find_policy(options.name).make(layout, arena_bytes, options, calibration)
-    policy.use_cache(options.cache, usage, usage)
+    policy.use_cache(options.cache, usage, usage, packed)
     made: Policy = with_lookahead(policy, layout, options.lookahead)
     return made

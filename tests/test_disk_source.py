@@ -29,7 +29,7 @@ SOURCES = {
     "reader": ["tests/native/disk_source_stress.cpp", "native/disk_source.cpp", "native/pages.cpp"],
     "model": [
         "tests/native/model_stress.cpp", "native/model.cpp", "native/codec.cpp", "native/disk_source.cpp",
-        "native/arena.cpp", "native/pages.cpp",
+        "native/arena.cpp", "native/pages.cpp", "native/parts.cpp", "native/unpackers.cpp",
     ],
 }
 PROGRAMS = [("reader", "plain"), ("reader", "thread"), ("reader", "address"), ("model", "thread"), ("model", "address")]

@@ -20,7 +20,7 @@ from test_disk_source import ROOT, SANITIZERS, ggml_headers
 
 COMPILER = next((c for c in (os.environ.get("CXX", ""), "g++", "c++") if shutil.which(c)), None)
 FLAGS = ["-std=c++17", "-O0", "-g1", "-fPIC", "-pthread", "-fno-omit-frame-pointer", "-ffp-contract=off"]
-SOURCES = "arena codec disk_source model graph activation ffn attention router selection step backend capi".split()
+SOURCES = sorted(path.stem for path in (ROOT / "native").glob("*.cpp"))
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a library is preloaded as on Linux"),

@@ -36,7 +36,9 @@ Predict = Callable[[int, FloatArray], tuple[Array, Array]]
 READ_ALIGN = 4096  # native/source.h
 
 _ARRAYS = ("unit_bytes", "read_bytes", "batch_tokens", "chunk_starts", "step_tokens", "experts", "weights")
-_OPTIONAL = ("attention", "ahead_experts", "ahead_scores", "compute_seconds", "other_seconds")
+_OPTIONAL = (
+    "attention", "ahead_experts", "ahead_scores", "compute_seconds", "other_seconds", "part_bytes", "saved_bytes",
+)  # fmt: skip
 _COUNTS = ("uses", "hits", "loads", "evictions", "bytes_read", "low_uses", "skipped_uses")
 _FIXED = tuple(field.name for field in fields(FixedSizes) if field.name != "held_bytes")  # of the model's own
 
@@ -184,6 +186,12 @@ class TraceRecorder:
     def trace(self, recorded: Recorded | None = None) -> Trace:
         """The tokens so far."""
         engine, n = self._engine, self._row
+        read_bytes, packed = unit_read_bytes(engine.model), engine.native.packed_sizes()
+        parts: dict[str, Any] = {}
+        if packed.largest_bytes:
+            saved = np.array([row[1:] for row in packed.saved_bytes], np.int64)
+            parts = {"part_bytes": np.array(packed.part_bytes, np.int64),
+                     "saved_bytes": np.minimum(saved, read_bytes[:, None])}  # fmt: skip
         watched = not np.isnan(self._attention).all()
         return Trace(
             model=engine.model.skeleton.name,
@@ -191,7 +199,7 @@ class TraceRecorder:
             n_experts=engine.layout.n_experts,
             n_levels=engine.layout.n_levels,
             unit_bytes=np.array(engine.layout.unit_bytes, np.int64),
-            read_bytes=unit_read_bytes(engine.model),
+            read_bytes=read_bytes,
             batch_tokens=np.array(self._batch_tokens, np.int32),
             chunk_starts=np.array(self._chunk_starts, np.int32),
             step_tokens=np.array(self._step_tokens, np.int32),
@@ -204,6 +212,7 @@ class TraceRecorder:
             other_seconds=np.array(self._other, np.float32),
             fixed=engine.plan.fixed,
             recorded=recorded,
+            **parts,
         )
 
     def _finish_step(self) -> None:

@@ -131,7 +131,7 @@ class RemoteCache:
 class RemotePolicy:
     """As a Policy: the boards have one each. What only a board asks of it is not here to be asked."""
 
-    name, wants_routing, wants_attention, selects = "exact", False, False, False
+    name, wants_routing, wants_attention, selects, packed = "exact", False, False, False, None
 
     def __init__(self, native: RemoteNative) -> None:
         self._native = native

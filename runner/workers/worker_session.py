@@ -14,7 +14,7 @@ from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.loading import Loading
 from moe_edge.runner.memory import current_rss_bytes
 from moe_edge.runner.native import NativeModel
-from moe_edge.runner.scheduling import use_policy
+from moe_edge.runner.scheduling import start_from_memory, use_policy
 from moe_edge.runner.sizes import layout_of
 from moe_edge.runner.workers.guard import board_counts, limit_buffers, trim_memory, use_experts
 from moe_edge.runner.workers.part import part_of
@@ -116,7 +116,7 @@ class Session:
         raised, self.native.schedule_error = self.native.schedule_error, None
         said = self.native.take_error()
         if self.policy is not None:
-            self.policy.reset(self.native.resident_units())
+            start_from_memory(self.native, self.policy)
         if raised is not None:
             return f"the scheduler failed: {raised!r}"
         return said or "a graph could not be computed"

@@ -17,6 +17,7 @@ from moe_edge.schedulers.layout import SKIP, Ahead, Layout, Prefetch, Selection,
 from moe_edge.schedulers.lookahead.controller import Controller, Measured
 from moe_edge.schedulers.lookahead.rules import make_rule
 from moe_edge.schedulers.lookahead.rules.rule import MOST_DEPTH, Predicted, Rule
+from moe_edge.schedulers.packed import PackedCache
 from moe_edge.schedulers.policies.levels import LOW, IntArray, PolicyStats
 
 MOST_TOKENS = 4  # of a step that is looked ahead from (native/router.h)
@@ -28,6 +29,7 @@ class Inner(Protocol):
     """What of a LevelPolicy with a plan() look-ahead needs."""
 
     cache: ExpertCache
+    packed: PackedCache | None
 
     @property
     def name(self) -> str: ...
@@ -130,6 +132,10 @@ class LookAheadPolicy:
     @property
     def cache(self) -> ExpertCache:
         return self.inner.cache
+
+    @property
+    def packed(self) -> PackedCache | None:
+        return self.inner.packed
 
     @property
     def resident(self) -> tuple[int, ...]:

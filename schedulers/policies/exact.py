@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from moe_edge.schedulers.layout import Layout, Prefetch, Step, StepPlan
 from moe_edge.schedulers.lookahead.prompt import PromptAhead
+from moe_edge.schedulers.packed import PackedSplit
 from moe_edge.schedulers.policies.entry import PolicyEntry
 from moe_edge.schedulers.policies.levels import HIGH, LevelPolicy
 from moe_edge.schedulers.usage import Usage
@@ -27,21 +28,27 @@ class ExactLru(LevelPolicy):
         self._ahead = PromptAhead(layout, self.cache)
         self.stats.expected_damage = 0.0
 
-    def use_cache(self, rule: str, usage: Usage | None = None, count: Usage | None = None) -> None:
-        super().use_cache(rule, usage, count)
+    def use_cache(
+        self, rule: str, usage: Usage | None = None, count: Usage | None = None, packed: PackedSplit | None = None
+    ) -> None:
+        super().use_cache(rule, usage, count, packed)
         self._ahead = PromptAhead(self._layout, self.cache)
 
     def plan(self, step: Step) -> StepPlan | None:
         self.stats.wanted_high += len(step.experts)
         plan = None if self._all_high(step) else self.serve(step, [HIGH] * len(step.experts))
-        if step.n_tokens > 1 and self._ahead.wants(step):
+        if step.n_tokens > 1 and self._reads_ahead(step):
             step.later = True
         return plan
 
     def meanwhile(self, step: Step) -> Sequence[Prefetch]:
         """Let the eviction rule learn, and read for the next layer of a prompt."""
         super().meanwhile(step)
-        return self._ahead.fetch(step) if self._ahead.wants(step) else ()
+        return self._ahead.fetch(step) if self._reads_ahead(step) else ()
+
+    def _reads_ahead(self, step: Step) -> bool:
+        """Not beside a packed cache, whose experts pass through the arena as it is and mostly need no read."""
+        return self.packed is None and self._ahead.wants(step)
 
 
 POLICY = PolicyEntry(

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from moe_edge.models.calibration import Calibration
 from moe_edge.schedulers.cache import ExpertCache
 from moe_edge.schedulers.layout import SKIP, Layout, Prefetch, Selection, Selections, Step, StepPlan
+from moe_edge.schedulers.packed import PackedCache, PackedSplit
 from moe_edge.schedulers.usage import Usage
 
 HIGH, LOW = 0, 1
@@ -72,6 +73,7 @@ class LevelPolicy:
         self._layout = layout
         self._reuse = reuse
         self.cache = ExpertCache(layout, arena_bytes)
+        self.packed: PackedCache | None = None
         self.stats = PolicyStats()
         # [L][E] nats of one use with gate weight 1, as lists: numpy scalars would triple the time of a decode step
         self._low_damage = self._skip_damage = None
@@ -80,12 +82,18 @@ class LevelPolicy:
             self._low_damage = calibration.unit_damage(LOW if layout.n_levels > 1 else SKIP).tolist()
             self._skip_damage = calibration.unit_damage(SKIP).tolist()
 
-    def use_cache(self, rule: str, usage: Usage | None = None, count: Usage | None = None) -> None:
+    def use_cache(
+        self, rule: str, usage: Usage | None = None, count: Usage | None = None, packed: PackedSplit | None = None
+    ) -> None:
         """Evict by another rule of schedulers.eviction.RULES than LRU; before the first step.
 
-        usage, count: see ExpertCache.
+        usage, count: see ExpertCache. packed: keep packed experts beside the arena, those by this rule and the arena's
+        by PackedCache's own.
         """
-        self.cache = ExpertCache(self._layout, self.cache.arena_bytes, rule, usage=usage, count=count)
+        arena_bytes = self.cache.arena_bytes
+        if packed is not None:
+            self.packed = PackedCache(self._layout, arena_bytes, packed, rule, usage)
+        self.cache = ExpertCache(self._layout, arena_bytes, self.packed or rule, usage=usage, count=count)
 
     @property
     def resident(self) -> tuple[int, ...]:
@@ -167,6 +175,9 @@ class LevelPolicy:
                 skips.append(i)
             else:
                 misses.append(i)
+        if self.packed is not None and len(misses) > 1:
+            units = [first + step.experts[i] * n_levels + wishes[i] for i in misses]
+            misses = [misses[at] for at in self.packed.schedule(units, [step.counts[i] for i in misses])]
         self._count(step, hits + misses + skips, levels := hit_levels + [wishes[i] for i in misses + skips])
         if not any(levels) and not misses:
             return None

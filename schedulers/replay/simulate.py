@@ -7,7 +7,9 @@ the model change what later layers see and route to; a trace keeps the routing i
 The time model. One compute resource, one disk: a pipe that serves loads in the order they are asked for (FIFO), each
 for its bytes divided by disk_bytes_per_second. A step's experts are known when it begins. Hits are computed first, then
 each load as it arrives; a load whose victim the step still needs waits until that has been computed; the step ends with
-its last expert. Waiting with nothing to compute is stall. After a step come other_seconds, then the next step.
+its last expert. Waiting with nothing to compute is stall. What is packed is also unpacked by the one compute resource,
+when its bytes are there; with a packed cache, loads that need no read are done while others are read.
+After a step come other_seconds, then the next step.
 What is fetched ahead goes to a second queue, served a piece (a third of a unit) at a time while no load is queued; a
 unit that a step needs before it is whole comes before the step's loads. Of a unit that is cancelled, or still queued at
 the end, only the pieces that were begun count as read. Not modelled: several reads at once that share the disk, an
@@ -17,16 +19,17 @@ expert's first projections computed while the last arrives, prefill's threads ea
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Protocol
 
 from moe_edge.models.calibration import Calibration
-from moe_edge.models.errors import EngineError
+from moe_edge.models.errors import EngineError, UsageError
 from moe_edge.schedulers.layout import SKIP, Layout, Prefetch, Step, StepPlan
 from moe_edge.schedulers.lookahead.controller import Measured
 from moe_edge.schedulers.options import PolicyOptions
+from moe_edge.schedulers.packed import BOTH, EXPONENTS, MANTISSAS, PackedCache, PackedSplit
 from moe_edge.schedulers.policy import make_policy
 from moe_edge.schedulers.replay.trace import Array, Trace
 
@@ -52,6 +55,7 @@ class Costs:
     """disk_bytes_per_second: of the whole disk. use_seconds: computing one expert of a step. other_seconds: between
     the experts of one layer and the routing of the next.
 
+    unpack_bytes_per_second: what all threads together make of packed experts, in bytes of whole ones.
     disk_factor: the disk's speed at a time, as a factor; for disks that change.
 
     None: what the trace measured, a step's seconds spread evenly over its experts. Without measured seconds: the mean
@@ -62,6 +66,7 @@ class Costs:
     use_seconds: float | None = None
     other_seconds: float | None = None
     disk_factor: Callable[[float], float] | None = None
+    unpack_bytes_per_second: float = inf
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,9 @@ class SimResult:
     prefetch_late: int = 0
     prefetch_wasted: int = 0
     prefetch_cancelled: int = 0
+    packed_hits: int = 0
+    exponent_hits: int = 0
+    mantissa_hits: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -104,20 +112,25 @@ class SimResult:
 
 
 def simulate(
-    trace: Trace, make: MakePlanner, arena_bytes: int, costs: Costs | None = None, resident: Iterable[int] = ()
-) -> SimResult:
+    trace: Trace, make: MakePlanner, arena_bytes: int, costs: Costs | None = None, resident: Iterable[int] = (),
+    packed_bytes: int = 0,
+) -> SimResult:  # fmt: skip
     """Run the planner that make(layout, arena_bytes) gives through the trace.
 
     resident: units in the arena at the start, the first to evict first.
+    packed_bytes: of arena_bytes, what the planner's packed cache has; make() is given the rest.
     Raises BudgetTooSmall, and EngineError for a plan that the engine would refuse.
     """
     costs = costs or Costs()
     layout, resident = trace.layout(), tuple(resident)
-    planner = make(layout, arena_bytes)
+    planner = make(layout, arena_bytes - packed_bytes)
     planner.reset(resident)
     arena = SimArena(
-        layout, trace.read_bytes.tolist(), arena_bytes, costs.disk_bytes_per_second, resident, costs.disk_factor
-    )
+        layout, trace.read_bytes.tolist(), arena_bytes - packed_bytes, costs.disk_bytes_per_second, resident,
+        costs.disk_factor,
+    )  # fmt: skip
+    packed = getattr(planner, "packed", None)
+    arena.use_packed(packed, packed_bytes, 1 / costs.unpack_bytes_per_second if trace.packed_sizes() else 0.0)
     if hasattr(planner, "measure"):
         planner.measure = arena.measure
     use_seconds = _default_use_seconds(layout) if costs.use_seconds is None else costs.use_seconds
@@ -131,6 +144,8 @@ def simulate(
         if compute is not None:
             use_seconds = compute[batch][step.layer] / len(step.experts)
         planned = plan(step)
+        if packed is not None:
+            arena.hold(packed.take_changes())
         execute(step, planned, use_seconds, planner.meanwhile(step) if step.later else ())
         arena.clock += other_seconds if other is None else other[batch][step.layer]
         steps += 1
@@ -138,6 +153,7 @@ def simulate(
         arena_bytes, trace.n_tokens, steps, arena.uses, arena.hits, arena.loads, arena.evictions, arena.bytes_read,
         arena.low_uses, arena.skipped_uses, arena.stall_seconds, arena.clock,
         arena.prefetched, arena.prefetch_useful, arena.prefetch_late, arena.prefetch_wasted, arena.prefetch_cancelled,
+        *(arena.part_hits[mask] for mask in (BOTH, EXPONENTS, MANTISSAS)),
     )  # fmt: skip
 
 
@@ -148,13 +164,21 @@ def simulate_policy(
     costs: Costs | None = None,
     calibration: Calibration | None = None,
     resident: Iterable[int] = (),
+    packed_bytes: int = 0,
 ) -> SimResult:
-    """simulate() with the policy that make_policy makes of the options. Raises what either raises."""
+    """simulate() with the policy that make_policy makes of the options. Raises what either raises, and UsageError for a
+    packed cache on a trace of a raw store, or one that does not fit."""
+    split = None
+    if packed_bytes:
+        sizes = trace.packed_sizes()
+        if sizes is None:
+            raise UsageError(f"a packed cache needs packed experts, and those of {trace.model} are raw in its trace")
+        split = PackedSplit(sizes, packed_bytes)
 
     def make(layout: Layout, arena_bytes: int) -> Planner:
-        return make_policy(options, layout, arena_bytes, calibration)
+        return make_policy(options, layout, arena_bytes, calibration, None, split)
 
-    return simulate(trace, make, arena_bytes, costs, resident)
+    return simulate(trace, make, arena_bytes, costs, resident, packed_bytes)
 
 
 def _lists(seconds: Array | None) -> list[list[float]] | None:
@@ -194,6 +218,14 @@ class SimArena:
         self._cancelled: set[int] = set()
         self.prefetched = self.prefetch_useful = self.prefetch_late = self.prefetch_wasted = 0
         self.prefetch_cancelled = 0
+        self._packed: PackedCache | None = None
+        self._whole_read = list(read_bytes)
+        self._disk_rate = disk_bytes_per_second
+        self._unpack_seconds_a_byte = 0.0
+        self._parts: dict[int, int] = {}  # unit -> the mask of what is in the packed cache
+        self._wanted: dict[int, int] = {}  # unit -> the mask that it has once its bytes have come
+        self.packed_bytes = self.packed_used = 0
+        self.part_hits = dict.fromkeys(range(BOTH + 1), 0)
         self.uses = self.hits = self.loads = self.evictions = self.bytes_read = self.low_uses = self.skipped_uses = 0
 
     def execute(
@@ -217,6 +249,9 @@ class SimArena:
         if not loads:
             self._prefetch(prefetch, began)
             return
+        if self._unpack_seconds_a_byte or self._packed is not None:
+            self._prefetch(prefetch, self._compute_loads(loads, hits, began, use_seconds))
+            return
         busy_until = dict.fromkeys(hits, self.clock)  # the hits share a graph
         asked_at = began
         for unit, gone in loads:
@@ -226,6 +261,67 @@ class SimArena:
             self._compute(self._read(unit, asked_at), use_seconds)
             busy_until[unit] = self.clock
         self._prefetch(prefetch, asked_at)
+
+    # ---- the packed cache
+
+    def use_packed(self, packed: PackedCache | None, nbytes: int, unpack_seconds_a_byte: float) -> None:
+        """Have a packed cache of so many bytes, empty; or none. Unpacking takes its time in any case."""
+        self._packed, self.packed_bytes, self._unpack_seconds_a_byte = packed, nbytes, unpack_seconds_a_byte
+
+    def hold(self, changes: Mapping[int, int]) -> None:
+        """What the packed cache is to have from now on: what goes goes at once, what comes is there once it is read."""
+        assert self._packed is not None
+        for unit, mask in changes.items():
+            before = self._wanted.get(unit, 0)
+            self.packed_used += self._mask_bytes(unit, mask) - self._mask_bytes(unit, before)
+            self._wanted[unit] = mask
+            self._have(unit, self._held(unit) & mask)
+        if self.packed_used > self.packed_bytes:
+            raise EngineError("the scheduler's plan exceeds the memory of the packed cache")
+
+    def _mask_bytes(self, unit: int, mask: int) -> int:
+        assert self._packed is not None
+        return sum(n for part, n in enumerate(self._packed.sizes.part_bytes[unit]) if mask >> part & 1)
+
+    def _held(self, unit: int) -> int:
+        return self._parts.get(unit, 0)
+
+    def _have(self, unit: int, mask: int) -> None:
+        """These parts of a unit are in memory: that much less of it is to be read."""
+        assert self._packed is not None
+        self._parts[unit] = mask
+        self._read_bytes[unit] = self._whole_read[unit] - self._packed.sizes.saved_bytes[unit][mask]
+        self._read_seconds[unit] = self._read_bytes[unit] / self._disk_rate
+
+    def _count_parts(self, unit: int) -> None:
+        if self._packed is not None and (mask := self._held(unit)):
+            self.part_hits[BOTH if mask == self._packed.sizes.all_parts(unit) else mask] += 1
+
+    def _compute_loads(
+        self, loads: list[tuple[int, Sequence[int]]], hits: list[int], began: float, use: float
+    ) -> float:
+        """Read what is to be read in plan order; of what is there, the processor takes the first. When it was asked."""
+        busy = dict.fromkeys(hits, self.clock)
+        waiting: list[tuple[float, int]] = []  # when its bytes are there, unit; in plan order
+        asked_at = began
+
+        def compute_one() -> None:
+            there = [entry for entry in waiting if entry[0] <= self.clock]
+            entry = there[0] if there else min(waiting)
+            waiting.remove(entry)
+            self._compute(entry[0], use + self._layout.unit_bytes[entry[1]] * self._unpack_seconds_a_byte)
+            busy[entry[1]] = self.clock
+
+        for unit, gone in loads:
+            for victim in gone:
+                while any(victim == other for _, other in waiting):
+                    compute_one()
+                asked_at = max(asked_at, busy.get(victim, began))
+                self._evict(victim)
+            waiting.append((self._read(unit, asked_at), unit))
+        while waiting:
+            compute_one()
+        return asked_at
 
     def measure(self) -> Measured:
         """The sums a controller decides by; planning costs nothing here."""
@@ -279,6 +375,7 @@ class SimArena:
         else:
             del self._left[unit]
             self.ready_at[unit] = self.disk_free_at
+            self._came(unit)
 
     def _prefetch(self, prefetch: Sequence[Prefetch], now: float) -> None:
         if not prefetch:
@@ -336,11 +433,21 @@ class SimArena:
         self._take(unit)
         self.bytes_read += self._read_bytes[unit]
         self.loads += 1
+        self._count_parts(unit)
         if self._soon:
             self._read_soon(asked_at)
+        if self._read_bytes[unit] == 0:
+            self.ready_at[unit] = asked_at
+            return asked_at
         self._disk(asked_at, unit, 1)
+        self._came(unit)
         self.ready_at[unit] = self.disk_free_at
         return self.disk_free_at
+
+    def _came(self, unit: int) -> None:
+        """All of a unit was read: what the packed cache wants of it is there from now on."""
+        if self._packed is not None and unit in self._wanted:
+            self._have(unit, self._wanted[unit])
 
     def _take(self, unit: int) -> None:
         self.used_bytes += self._unit_bytes[unit]

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from moe_edge.schedulers.budget import FixedSizes
 from moe_edge.schedulers.layout import Ahead, Layout, Routing, Step
+from moe_edge.schedulers.packed import PackedSizes
 
 TRACE_VERSION = 1
 NO_EXPERT = -1  # in `experts`: the step did not have this token
@@ -61,6 +62,8 @@ class Trace:
     layer l + 1 + d, best first; NO_EXPERT where there is no such layer or prediction; or None.
     compute_seconds float32 [B, L]: measured, the experts of the step; other_seconds float32 [B, L]: from there to the
     next step's routing, without waiting for reads; or None.
+    part_bytes int64 [U, 2], saved_bytes int64 [U, 3]: what the parts of packed units take in memory, and what need not
+    be read with exponents, signs and mantissas, or both there (schedulers/packed.py); None for a store that is raw.
     fixed: what of --ram the experts do not get; recorded: the engine's own counts. None for a trace made by hand.
 
     Raises ValueError, one sentence, when the parts do not fit together.
@@ -82,6 +85,8 @@ class Trace:
     ahead_scores: npt.NDArray[np.float16] | None = None
     compute_seconds: npt.NDArray[np.float32] | None = None
     other_seconds: npt.NDArray[np.float32] | None = None
+    part_bytes: Ints | None = None
+    saved_bytes: Ints | None = None
     fixed: FixedSizes | None = None
     recorded: Recorded | None = None
     version: int = TRACE_VERSION
@@ -89,6 +94,7 @@ class Trace:
     def __post_init__(self) -> None:
         _check_layout(self)
         _check_shapes(self)
+        _check_parts(self)
         _check_steps(self)
 
     @property
@@ -115,6 +121,13 @@ class Trace:
 
     def layout(self) -> Layout:
         return Layout(self.n_experts, self.n_levels, tuple(self.unit_bytes.tolist()))
+
+    def packed_sizes(self) -> PackedSizes | None:
+        """What its units take packed; None when the store is raw."""
+        if self.part_bytes is None or self.saved_bytes is None:
+            return None
+        parts, saved = self.part_bytes.tolist(), self.saved_bytes.tolist()
+        return PackedSizes(tuple((a, b) for a, b in parts), tuple((0, a, b, c) for a, b, c in saved))
 
     def steps(self, *, with_routing: bool = False, with_ahead: bool = False) -> Iterator[tuple[int, Step]]:
         """(micro-batch, step) in order: the values that runner/native.py gives to a policy.
@@ -241,6 +254,8 @@ def _check_shapes(t: Trace) -> None:
         "chunk_starts": (("int32",), (len(t.chunk_starts),)),
         "step_tokens": (("int32",), (batches, layers)),
         "attention": (("float32",), (tokens, layers)),
+        "part_bytes": (("int64",), (len(t.unit_bytes), 2)),
+        "saved_bytes": (("int64",), (len(t.unit_bytes), 3)),
         "compute_seconds": (("float32",), (batches, layers)),
         "other_seconds": (("float32",), (batches, layers)),
     }
@@ -248,13 +263,21 @@ def _check_shapes(t: Trace) -> None:
         _need(t.ahead_experts.ndim == 4, f"ahead_experts has shape {t.ahead_experts.shape}, expected (T, L, D, K)")
         ahead = (tokens, layers, *t.ahead_experts.shape[2:])
         needed |= {"ahead_experts": (("int16",), ahead), "ahead_scores": (("float16",), ahead)}
-    for one, other in (("ahead_experts", "ahead_scores"), ("compute_seconds", "other_seconds")):
+    pairs = (("ahead_experts", "ahead_scores"), ("compute_seconds", "other_seconds"), ("part_bytes", "saved_bytes"))
+    for one, other in pairs:
         _need((getattr(t, one) is None) == (getattr(t, other) is None), f"has only one of {one} and {other}")
     for name, (types, shape) in needed.items():
         array = getattr(t, name)
         if array is not None:
             _need(array.dtype.name in types, f"{name} is {array.dtype}, expected {' or '.join(types)}")
             _need(array.shape == shape, f"{name} has shape {array.shape}, expected {shape}")
+
+
+def _check_parts(t: Trace) -> None:
+    if t.part_bytes is None or t.saved_bytes is None:
+        return
+    _need((t.part_bytes >= 0).all() and (t.saved_bytes >= 0).all(), "has a packed part of fewer than 0 bytes")
+    _need((t.saved_bytes <= t.read_bytes[:, None]).all(), "saves more bytes than it reads")
 
 
 def _check_steps(t: Trace) -> None:
