@@ -227,6 +227,9 @@ class EngineModel:
             "arena_bytes": plan.arena_bytes,
         }
 
+    def boards(self) -> Sequence[Mapping[str, Any]]:
+        return self._engine.board_reports()
+
     def picture(self) -> Mapping[str, Any]:
         """Memory, which experts are in it, and what was read since the model was loaded."""
         engine, layout = self._engine, self._engine.layout
@@ -258,6 +261,7 @@ class EngineModel:
             "bytes_per_token": c.bytes_read / evaluated,
             "low_uses": c.low_uses,
             "skipped_uses": c.skipped_uses,
+            "boards": self._engine.board_reports(),
         }
 
     def recency(self) -> bytes:
