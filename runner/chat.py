@@ -180,7 +180,7 @@ class Chat:
         ahead = LookAheadState.of(self.engine.policy)
         if ahead is not None:
             lines.append(f"session: {ahead.text(total)}")
-        lines += self.engine.plan.lines()
+        lines += self.engine.plan.lines() + self.engine.board_lines()
         return "\n".join(lines)
 
     def loop(self) -> None:

@@ -149,6 +149,9 @@ class FakeModel:
         return {"expert_uses": 4.0, "expert_hits": 3.0, "expert_misses": 1.0, "expert_bytes_read": 100.0,
                 "tokens": 1.0, "budget_bytes": 1e6}  # fmt: skip
 
+    def boards(self) -> Sequence[Mapping[str, Any]]:
+        return ()
+
     def picture(self) -> Mapping[str, Any]:
         return {"memory": [{"name": "dense", "bytes": 1}, {"name": "experts", "bytes": 2}], "layers": [0, 1],
                 "resident": [[0, 1], [0]], "levels": ["high"]}  # fmt: skip

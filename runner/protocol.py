@@ -198,6 +198,10 @@ class ServedModel(Protocol):
         """Counters and gauges since the model was loaded, for /metrics. See NUMBERS in runner/serve/metrics.py."""
         ...
 
+    def boards(self) -> Sequence[Mapping[str, Any]]:
+        """A report of each board that computes layers, see BoardsEngine.board_reports(); none on one machine."""
+        ...
+
     def picture(self) -> Mapping[str, Any]:
         """What the console draws. See docs/SERVER.md, /moe-edge/picture."""
         ...

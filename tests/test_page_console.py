@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from browser import Opened, opened
 from moe_edge.models.embedded import tiny_model_path
@@ -43,6 +44,20 @@ def test_the_console_draws_experts_memory_and_figures(seen: Opened) -> None:
     expect(page.locator("#map-tip")).to_have_text("layer 3, expert 0: on disk")
     page.hover("#map", position={"x": 2, "y": 2})
     expect(page.locator("#map-tip")).to_have_text("layer 2, expert 0: on disk")
+    expect(page.locator("#boards-section")).to_be_hidden()
+
+
+def test_the_console_shows_where_the_layers_are(browser: Browser) -> None:
+    class OnBoards(Fake):
+        def picture(self) -> dict[str, Any]:
+            runs = (("a:1", [0, 9], 2048), ("b:2", [10, 12], 1024))
+            reports = [{"board": board, "layers": layers, "rss_bytes": n} for board, layers, n in runs]
+            return {**super().picture(), "boards": reports}
+
+    with serving(OnBoards()) as server, opened(browser, server.url) as seen:
+        expect(seen.page.locator("#boards dt")).to_have_text(["a:1", "b:2"])
+        expect(seen.page.locator("#boards dd")).to_have_text(["layers 0 to 9, 2.00 KiB", "layers 10 to 12, 1.00 KiB"])
+        expect(seen.page.locator("#boards-bar i")).to_have_count(2)
 
 
 def test_before_the_server_answers_the_console_shows_no_empty_figures(browser: Browser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
@@ -16,9 +17,12 @@ from moe_edge.models.formats.gguf import read_gguf
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.prove import LOADS
+from moe_edge.runner.sampling import Sampling
+from moe_edge.runner.serve.engine_model import EngineModel
 from moe_edge.runner.workers.boards_engine import BoardsEngine
 from moe_edge.runner.workers.wire import parse_addresses
 from random_models import Shape, write_random_model
+from serving import serving
 from worker_process import Tunnel, WorkerProcess, workers
 
 PROMPT = [int(t) for t in np.random.default_rng(3).integers(5, 250, 40)]
@@ -133,3 +137,34 @@ def test_the_command_line_gives_the_text_of_one_machine_and_a_line_for_the_board
     assert [each["board"] for each in other["boards"]] == [board.address] and one["boards"] == []
     said = subprocess.run([*call, "--workers", board.address], capture_output=True, text=True, check=True)
     assert f"board {board.address}: layers 0 to 3" in said.stderr.splitlines()[-1]
+
+
+def test_metrics_have_a_line_for_the_board(board: WorkerProcess) -> None:
+    model = Path(tiny_model_path())
+    with on_boards(model, [board.address]) as engine:
+        served = EngineModel(engine, name="tiny", defaults=Sampling(temp=0))
+        with serving(served) as server:
+            server.post("/v1/completions", {"prompt": "The king", "max_tokens": 4})
+            lines = server.get("/metrics").text.splitlines()
+            picture, live = server.get("/moe-edge/picture").json(), server.get("/moe-edge/live").json()
+    found = {line.split("{")[0]: float(line.split()[-1]) for line in lines if f'board="{board.address}"' in line}
+    assert found["moe_edge_board_expert_uses_total"] > 0 and found["moe_edge_board_up"] == 1
+    assert found["moe_edge_board_bytes_sent_total"] > 0 and found["moe_edge_board_rss_bytes"] > 1 << 20
+    assert [each["layers"] for each in picture["boards"]] == [[0, 3]]
+    resident = [level for layer in picture["resident"] for level in layer]
+    assert sum(map(bool, base64.b64decode(live["recency"]))) == sum(map(bool, resident)) > 0
+
+
+def test_plan_asks_the_board_and_says_what_binds(board: WorkerProcess) -> None:
+    call = [sys.executable, "-m", "moe_edge.runner.start", "plan", str(tiny_model_path()), "-c", "256", "-t", "1"]
+    call += ["--workers", board.address]
+    done = subprocess.run([*call, "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["will_run"] and found["tokens_per_second"] > 0
+    (only,) = found["boards"]
+    assert only["layers"] == [0, 3] and only["binds"] in ("disk", "compute", "memory bandwidth", "network")
+    assert 0 < only["network"]["latency_seconds"] < 1 and only["network"]["bytes_per_second"] > 1e5
+    assert len(found["more_boards"]) == 4, "the model has so many layers"
+    said = subprocess.run(call, capture_output=True, text=True)
+    assert f"board {board.address}: layers 0 to 3" in said.stdout and "tok/s" in said.stdout

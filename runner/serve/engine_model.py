@@ -279,6 +279,9 @@ class EngineModel:
             }  # fmt: skip
         return there
 
+    def boards(self) -> Sequence[Mapping[str, Any]]:
+        return self._engine.board_reports()
+
     def picture(self) -> Mapping[str, Any]:
         """Memory, which experts are in it, and what was read since the model was loaded."""
         engine, layout = self._engine, self._engine.layout
@@ -312,6 +315,7 @@ class EngineModel:
             "low_uses": c.low_uses,
             "skipped_uses": c.skipped_uses,
             "substituted_uses": c.substituted_uses,
+            "boards": self._engine.board_reports(),
         }
 
     def recency(self) -> bytes:

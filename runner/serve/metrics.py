@@ -42,6 +42,22 @@ NUMBERS = {
 }
 
 
+# Of each report of ServedModel.boards(): name -> (is it a counter, what it is).
+OF_BOARDS = {
+    "expert_uses": (True, "Experts that the board computed."),
+    "expert_hits": (True, "Of those, found in its memory."),
+    "expert_bytes_read": (True, "Bytes of experts read from its disk."),
+    "stall_seconds": (True, "Time that computing waited for its disk."),
+    "compute_seconds": (True, "Time that it spent on its layers, stalls included."),
+    "network_seconds": (True, "Time that was waited for its answers beyond that."),
+    "bytes_sent": (True, "Bytes that were sent to it."),
+    "bytes_received": (True, "Bytes that came from it."),
+    "rss_bytes": (False, "Memory that it holds."),
+    "arena_bytes": (False, "The part that holds experts."),
+    "up": (False, "1 while it answers."),
+}
+
+
 class Metrics:
     """Counts of one server."""
 
@@ -117,3 +133,10 @@ class _OfTheModel(Collector):
             if name in numbers:
                 family = CounterMetricFamily if counts else GaugeMetricFamily
                 yield family(f"moe_edge_{name}", words, numbers[name])
+        boards = model.boards()
+        for name, (counts, words) in OF_BOARDS.items() if boards else ():
+            kind = CounterMetricFamily if counts else GaugeMetricFamily
+            metric = kind(f"moe_edge_board_{name}", words, labels=["board"])
+            for board in boards:
+                metric.add_metric([board["board"]], float(board[name]))
+            yield metric

@@ -102,6 +102,7 @@ class RemoteNative:
             "board": str(board.address),
             "layers": [board.layers.start, board.layers.stop - 1],
             "lost": board.why_lost,
+            "up": board.why_lost is None,
             "expert_uses": counters.get("uses", 0),
             "expert_hits": counters.get("hits", 0),
             "expert_bytes_read": counters.get("bytes_read", 0),

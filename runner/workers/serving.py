@@ -7,9 +7,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 
 from moe_edge.models.errors import EngineError
 from moe_edge.runner.engine_options import EngineOptions
+from moe_edge.runner.measure.probe import Unmeasured
 from moe_edge.runner.workers.wire import Address
 from moe_edge.runner.workers.worker import Worker
 from moe_edge.schedulers.budget import format_bytes
@@ -20,7 +22,7 @@ def serve(
 ) -> int:
     """Work until a signal comes; the exit status. Raises what Worker raises, EngineError when ggml's server ends."""
     _keep_output()
-    worker = Worker(path, options, address, anywhere=anywhere, tell=tell)
+    worker = Worker(path, options, address, anywhere=anywhere, measure=lambda: _speeds(path, options), tell=tell)
     came: list[int] = []
     ended = threading.Event()
 
@@ -41,6 +43,13 @@ def serve(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _speeds(path: str, options: EngineOptions) -> dict[str, float] | str:
+    from moe_edge.runner.measure.boards_plan import speeds_here
+
+    found = speeds_here(path, options, lambda _: None)
+    return found.why if isinstance(found, Unmeasured) else asdict(found)
 
 
 def _keep_output() -> None:

@@ -43,9 +43,10 @@ class _Peer:
 
 
 class Worker:
-    """Listens from start() on. options: ram_bytes None is `auto`. disk_bytes_per_second: of its disk, if known.
+    """Listens from start() on. options: ram_bytes None is `auto`. disk_bytes_per_second: to pace its disk.
 
-    Raises UsageError for an address that others reach, unless `anywhere`; and what opening the model raises.
+    measure: MachineSpeeds as a dict, or why there are none. Raises UsageError for an address that others reach, unless
+    `anywhere`; and what opening the model raises.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Worker:
         address: Address,
         *,
         anywhere: bool = False,
-        facts: dict[str, Any] | None = None,
+        measure: Callable[[], dict[str, float] | str] = lambda: "this worker was not told how",
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         guard.rpc_library()
@@ -71,7 +72,7 @@ class Worker:
         self._content_id = content_id(self._loading.model)
         ram = options.ram_bytes
         self.ram_bytes = auto_budget_bytes() if ram is None else ram
-        self._facts = facts or {}
+        self._measure = measure
         self._session: Session | None = None
         self._peer: _Peer | None = None
         self._token = b""
@@ -187,6 +188,8 @@ class Worker:
                     answer = {"error": str(e), "kind": type(e).__name__}
                     if isinstance(e, BudgetTooSmall):
                         answer["needed_bytes"] = e.needed_bytes
+                except (KeyError, TypeError, ValueError, RuntimeError) as e:  # a question of another form than ours
+                    answer = {"error": f"the question '{asked.get('op')}' could not be answered: {e!r}"}
                 mine = mine or "token" in answer
                 lines.send(answer)
         finally:
@@ -202,6 +205,8 @@ class Worker:
         if op == "take":  # so many bytes follow: how fast is the network?
             lines.swallow(max(0, min(int(asked.get("bytes", 0)), 64 << 20)))
             return {}
+        if op == "speeds":
+            return self._speeds()
         if op == "open":
             return self._open(asked, peer)
         if not mine or self._session is None:
@@ -240,8 +245,14 @@ class Worker:
             "versions": versions(), "content_id": self._content_id, "name": self._loading.name,
             "ram_bytes": self.ram_bytes, "threads": self._options.threads(), "n_blocks": blocks,
             "expert_bytes": expert_bytes_by_block(model, blocks), "in_use_by": peer.name if peer else None,
-            **self._facts,
         }  # fmt: skip
+
+    def _speeds(self) -> dict[str, Any]:
+        """Of this board's disk and processor, measured once and kept."""
+        if self._peer is not None:
+            raise UsageError(f"is at work for {self._peer.name}, so its speeds cannot be measured now")
+        found = self._measure()
+        return {"why_not": found} if isinstance(found, str) else {"speeds": found}
 
     def _ping(self) -> dict[str, Any]:
         """progress changes as long as something is computed or read."""

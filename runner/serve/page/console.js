@@ -94,6 +94,19 @@ export class ConsolePanel {
     }));
     byId("memory").replaceChildren(...parts.map((part, at) =>
       el("div", {}, el("i", { class: `part-${kinds[at]}` }), el("dt", {}, part.name), el("dd", {}, format.bytes(part.bytes)))));
+    this.drawBoards(picture.boards ?? []);
+  }
+
+  /** A run of layers for each board, when there are several. */
+  drawBoards(boards) {
+    byId("boards-section").hidden = boards.length === 0;
+    byId("boards-bar").replaceChildren(...boards.map((board, at) => {
+      const piece = el("i", { class: `part-${at % 3}` });
+      piece.style.flexGrow = board.layers[1] - board.layers[0] + 1;
+      return piece;
+    }));
+    byId("boards").replaceChildren(...boards.map((board, at) => el("div", {}, el("i", { class: `part-${at % 3}` }),
+      el("dt", {}, board.board), el("dd", {}, `layers ${board.layers[0]} to ${board.layers[1]}, ${format.bytes(board.rss_bytes)}`))));
   }
 
   // ---- what does
