@@ -9,14 +9,15 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_edge.convert.arriving import Arriving, identity_of, left_of
 from moe_edge.convert.checkpoints import open_source
-from moe_edge.convert.conversion_plan import ConvertPlan, ExpertTypes, change, make_plan
+from moe_edge.convert.conversion_plan import ConvertPlan, ExpertTypes, PlannedTensor, change, make_plan
 from moe_edge.convert.imatrix import fill_unused
 from moe_edge.convert.quantize import check_importance
 from moe_edge.convert.stream import converted, packed
@@ -27,7 +28,7 @@ from moe_edge.models.formats.floats import FloatArray
 from moe_edge.models.formats.ggml_types import BF16, BY_NAME, F16, F32
 from moe_edge.models.formats.source_files import SourceFiles
 from moe_edge.models.formats.work import WorkFolder, renamed_in
-from moe_edge.models.formats.write import GGUFOutput, check_space, kv_string, kv_u32
+from moe_edge.models.formats.write import GGUFOutput, TensorSpec, check_space, kv_string, kv_u32
 from moe_edge.models.store.experts import MatrixKey
 from moe_edge.models.store.folder import STORE_SUFFIX, is_folder
 from moe_edge.models.store.skeleton import own_kvs, skeleton_kvs, stub_data
@@ -121,6 +122,7 @@ def convert(
     overwrite: bool = False,
     prove: Callable[[Path], None] | None = None,
     pack: str = "none",
+    arriving: Arriving | None = None,
 ) -> ConvertReport:
     """Convert a GGUF or a Hugging Face folder to `NAME.gguf` (output_path) and `NAME.experts.gguf`.
 
@@ -133,6 +135,7 @@ def convert(
     dense_type: type of the dense matrices, see make_plan. threads: to quantize with; None or 0: one each CPU.
     output_path: None only for a dry run, which writes nothing and returns the plan.
     progress: called with bytes written and bytes in all; None shows a bar when stderr is a terminal.
+    arriving: brings the source's bytes as they are read, and keeps what is written should this be stopped.
     prove: called with the skeleton, its store beside it, before they get their names; when it raises, both are gone.
     Raises NotMoE, UnknownName, UsageError (output in the way, a moe-edge file as source, types, an importance or a
     calibration of another model), MissingFile, DiskFull, BadFile and its kind: for an importance that does not fit its
@@ -160,12 +163,25 @@ def convert(
     names = (store_path(skeleton_path).name, skeleton_path.name)
     with WorkFolder(skeleton_path.parent, names) as work:
         store, skeleton = _outputs(plan, source, skeleton_path, calibration, work.path)
-        check_space(skeleton_path.parent, store.total_bytes + skeleton.total_bytes, str(skeleton_path))
+        beside, what = 0, str(skeleton_path)
+        if arriving is not None:
+            whole = arriving.resume(identity_of(store, skeleton))
+            store, skeleton = _outputs(plan, source, skeleton_path, calibration, arriving.folder, whole)
+            beside = arriving.begin(left_of(plan, len(whole[0]), len(whole[1])))
+            beside -= sum(each.part.stat().st_size for each in (store, skeleton) if each.checksums)
+            what = f"{skeleton_path}, with two layers on their way,"
+        check_space(skeleton_path.parent, store.total_bytes + skeleton.total_bytes + beside, what)
         total = sum(each.nbytes for each in plan.store_tensors) + sum(each.nbytes for each in skeleton.tensors)
         with _progress(progress, total, printable(skeleton_path.name)) as advance:
-            identity = _write_both(plan, source, store, skeleton, weights, _n_threads(threads), advance)
+            identity = _write_both(plan, source, store, skeleton, weights, _n_threads(threads), advance, arriving)
         _check_written(store, skeleton, prove)
+        if arriving is not None:
+            arriving.check()
+            for each in (store, skeleton):
+                os.replace(each.part, work.path / each.part.name)
         work.commit(lambda: check_output(skeleton_path, source, overwrite))
+        if arriving is not None:
+            arriving.finished()
     return ConvertReport(
         plan=plan,
         skeleton=skeleton_path,
@@ -253,9 +269,10 @@ def _importance_by_name(
 
 
 def _outputs(
-    plan: ConvertPlan, source: Source, skeleton_path: Path, calibration: Calibration | None, folder: Path
-) -> tuple[GGUFOutput, GGUFOutput]:
-    """Store and skeleton, to be written in `folder`."""
+    plan: ConvertPlan, source: Source, skeleton_path: Path, calibration: Calibration | None, folder: Path,
+    whole: tuple[Sequence[int] | None, Sequence[int] | None] = (None, None),
+) -> tuple[GGUFOutput, GGUFOutput]:  # fmt: skip
+    """Store and skeleton, to be written in `folder`. whole: what of them is there, as GGUFOutput has it."""
     final = store_path(skeleton_path)
     store = new_store(
         final,
@@ -267,6 +284,7 @@ def _outputs(
         calibration,
         folder / final.name,
         {each.name: (each.type, each.shape[0], each.shape[1]) for each in plan.experts if each.packed},
+        whole[0],
     )
     changed = {}
     if source.is_checkpoint and plan.dense_type in FILE_TYPES:
@@ -274,7 +292,7 @@ def _outputs(
     kvs = skeleton_kvs(source, own_kvs("0" * 32, source.name), changed)
     specs = [each.spec for each in plan.dense]
     part = folder / skeleton_path.name
-    return store, GGUFOutput(skeleton_path, kvs, (*specs, *plan.stubs), source.alignment, part)
+    return store, GGUFOutput(skeleton_path, kvs, (*specs, *plan.stubs), source.alignment, part, whole[1])
 
 
 def _write_both(
@@ -285,13 +303,22 @@ def _write_both(
     weights: Mapping[str, FloatArray],
     threads: int,
     advance: Callable[[int], None],
+    arriving: Arriving | None = None,
 ) -> str:
     """Write and check both files. Returns the store id."""
-    with SourceFiles(source.stamps) as files, store, skeleton:
-        _fill_store(store, plan, converted(plan.store_tensors, files, threads, weights), threads, advance)
+    experts, dense = plan.store_tensors[len(store.checksums) :], plan.dense[len(skeleton.checksums) :]
+    stubs = plan.stubs[max(0, len(skeleton.checksums) - len(plan.dense)) :]
+
+    def told(nbytes: int) -> None:
+        advance(nbytes)
+        if arriving is not None:
+            arriving.written(store, skeleton)
+
+    with (arriving.files if arriving else SourceFiles)(source.stamps) as files, store, skeleton:
+        _fill_store(store, experts, converted(experts, files, threads, weights), threads, told)
         identity = seal_store(store)
         skeleton.patch(STORE_ID, kv_string(STORE_ID, identity))
-        _fill(skeleton, _skeleton_data(plan, files, weights, threads), advance)
+        _fill(skeleton, _skeleton_data(dense, stubs, files, weights, threads), told)
         files.check_unchanged()
         skeleton.finish()
         store.verify()
@@ -322,15 +349,15 @@ def _fill(output: GGUFOutput, pieces: Generator[bytes, None, None], advance: Cal
 
 def _fill_store(
     store: GGUFOutput,
-    plan: ConvertPlan,
+    experts: Sequence[PlannedTensor],
     pieces: Generator[bytes, None, None],
     threads: int,
     advance: Callable[[int], None],
 ) -> None:
     """The same for the store, whose experts may be packed."""
-    tensors = iter(plan.store_tensors)
+    tensors = iter(experts)
     current = next(tensors, None)
-    with closing(packed(plan.store_tensors, pieces, threads)) as stored:
+    with closing(packed(experts, pieces, threads)) as stored:
         for data, ends in stored:
             assert current is not None
             if current.packed:
@@ -342,10 +369,11 @@ def _fill_store(
 
 
 def _skeleton_data(
-    plan: ConvertPlan, files: SourceFiles, weights: Mapping[str, FloatArray], threads: int
-) -> Generator[bytes, None, None]:
-    yield from converted(plan.dense, files, threads, weights)
-    for stub in plan.stubs:
+    dense: Sequence[PlannedTensor], stubs: Sequence[TensorSpec], files: SourceFiles, weights: Mapping[str, FloatArray],
+    threads: int,
+) -> Generator[bytes, None, None]:  # fmt: skip
+    yield from converted(dense, files, threads, weights)
+    for stub in stubs:
         yield from stub_data(stub.nbytes)
 
 

@@ -37,8 +37,9 @@ def new_store(
     calibration: Calibration | None = None,
     part: Path | None = None,
     packed: Mapping[str, tuple[int, int, int]] | None = None,
+    whole: Sequence[int] | None = None,
 ) -> GGUFOutput:
-    """The output for a store, to be filled and then closed by `seal_store`. part: as GGUFOutput has it.
+    """The output for a store, to be filled and then closed by `seal_store`. part, whole: as GGUFOutput has them.
 
     packed: name -> (type, cols, rows) of the tensors that are stored with the codec `planes`.
     Raises UsageError for a calibration the format cannot hold.
@@ -58,7 +59,7 @@ def new_store(
         kvs |= _packed_kvs(packed, tensors)
     if calibration is not None:
         kvs |= calibration_kvs(calibration)
-    return GGUFOutput(path, kvs, tensors, ALIGNMENT, part)
+    return GGUFOutput(path, kvs, tensors, ALIGNMENT, part, whole)
 
 
 def _packed_kvs(packed: Mapping[str, tuple[int, int, int]], tensors: Sequence[TensorSpec]) -> dict[str, bytes]:

@@ -44,7 +44,7 @@ class FakeHub:
         siblings = []
         for path, data in self.files.items():
             entry: dict[str, object] = {"rfilename": path, "size": len(data), "blobId": git_sha1(data)}
-            if path.endswith(".gguf"):
+            if path.endswith((".gguf", ".safetensors")):
                 sha = self.other_sha256.get(path) or hashlib.sha256(data).hexdigest()
                 entry["lfs"] = {"sha256": sha, "size": len(data), "pointerSize": 135}
             siblings.append(entry)
@@ -98,7 +98,7 @@ class Handler(BaseHTTPRequestHandler):
         data = self.hub.files.get(path)
         if data is None:
             return self.refuse(404, "EntryNotFound")
-        sha = hashlib.sha256(data).hexdigest() if path.endswith(".gguf") else git_sha1(data)
+        sha = hashlib.sha256(data).hexdigest() if path.endswith((".gguf", ".safetensors")) else git_sha1(data)
         with self.hub.lock:
             self.hub._uses[str(len(self.hub._uses))] = 0
             ticket = str(len(self.hub._uses) - 1)

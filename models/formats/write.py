@@ -109,6 +109,8 @@ class GGUFOutput:
     `finish`, check, and `commit`. Leaving without `commit` removes what was written, `part`.
     path: what the file will be called, also in messages. part: where to write it, in a work folder, from where the
     caller moves it after `close`; by default beside `path`, which `commit` renames it to.
+    whole: checksums of the first tensors when `part` is there and has them, from a writing that was stopped; None for a
+    file that is new and goes when it is not committed. With a list, even an empty one, `part` stays.
     Raises DiskFull, MissingFile when the folder cannot be written.
     """
 
@@ -119,33 +121,41 @@ class GGUFOutput:
         tensors: Iterable[TensorSpec],
         alignment: int = DEFAULT_ALIGNMENT,
         part: Path | None = None,
+        whole: Sequence[int] | None = None,
     ) -> None:
         self.path = path
         self.part = part or work.part_path(path.parent)
         self.tensors = list(tensors)
         self.alignment = alignment
-        self.checksums: list[int] = []
+        self.checksums: list[int] = list(whole or ())
+        self._stays = whole is not None
         self._kvs = kvs
         self._kv_offsets: dict[str, int] = {}
         self._left = 0  # bytes the current tensor still needs
         self._crc = 0
         self._unsynced = 0
         self._fd = -1
-        self._next = 0
+        self._next = len(self.checksums)
         self._is_kept = self._is_shorter = False
         self.offsets = _offsets(self.tensors, alignment)
         self.header = self._encode_header()
         self.total_bytes = self._total()
 
     def __enter__(self) -> GGUFOutput:
-        work.remember(self.part)
+        if not self._stays:
+            work.remember(self.part)
         try:
-            self._fd = work.create(self.part)
+            if self._stays and not self.checksums:
+                self.part.unlink(missing_ok=True)
+            self._fd = os.open(self.part, os.O_RDWR) if self.checksums else work.create(self.part)
         except OSError as error:
             work.forget(self.part)
             raise self._failed(error) from error
         try:
-            self._write_all(self.header)
+            if self.checksums:
+                self._go_on()
+            else:
+                self._write_all(self.header)
             self._begin_tensor()
         except BaseException:
             self._remove()
@@ -156,6 +166,20 @@ class GGUFOutput:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._remove()
+
+    def _go_on(self) -> None:
+        """Behind the tensors that are whole, with the header anew: what was patched is patched again."""
+        end = self.offsets[self._next] if self._next < len(self.tensors) else self._total() - len(self.header)
+        try:
+            _pwrite(self._fd, self.header, 0)
+            os.ftruncate(self._fd, len(self.header) + end)
+            os.lseek(self._fd, len(self.header) + end, os.SEEK_SET)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def sync(self) -> None:
+        """See what was written to the disk."""
+        self._sync()
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append bytes of the current tensor; a piece may not run into the next one."""
@@ -300,7 +324,7 @@ class GGUFOutput:
     def _remove(self) -> None:
         with contextlib.suppress(OSError):
             self._close()
-        if self._is_kept:
+        if self._is_kept or self._stays:
             work.forget(self.part)
         else:
             work.remove(self.part)

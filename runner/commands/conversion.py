@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moe_edge.convert.arriving import Arriving
 from moe_edge.convert.checkpoints import open_source
 from moe_edge.convert.conversion_plan import ExpertTypes
 from moe_edge.convert.convert import ConvertReport, convert
@@ -42,6 +43,7 @@ class ConvertRequest:
     dry_run: bool = False
     force: bool = False
     pack: str = "none"
+    arriving: Arriving | None = None
 
 
 def run_convert(r: ConvertRequest, tell: Callable[[str], None] = lambda _: None) -> ConvertReport:
@@ -64,7 +66,10 @@ def run_convert(r: ConvertRequest, tell: Callable[[str], None] = lambda _: None)
         return convert_and_prove(
             r.source, r.output, types=types, importance=importance, dense_importance=dense, dense_type=r.dense_type,
             dry_run=r.dry_run, overwrite=r.force, threads=r.n_threads or None, pack=r.pack,
+            arriving=r.arriving, progress=None if r.arriving is None else lambda done, total: None,
         )  # fmt: skip
+    if r.arriving is not None:
+        raise UsageError("--calibrate needs the model twice; pull it first, then convert it")
     from moe_edge.runner.calibrate.calibrate import DEFAULT_TYPES, CalibrateOptions, convert_calibrated
 
     options = CalibrateOptions(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from moe_edge.models.errors import UsageError
 from moe_edge.runner import terminal
 from moe_edge.runner.commands.parameters import THREADS, F, Number, SectionedCommand, Size, print_result
+
+if TYPE_CHECKING:
+    from moe_edge.convert.arriving import Arriving
+    from moe_edge.runner.commands.conversion import ConvertRequest
 
 PROJECTIONS = ("up", "gate", "down")
 
@@ -44,18 +49,24 @@ def type_options(f: F) -> F:
 @click.option("-t", "--threads", "n_threads", type=THREADS, default=0)
 def command(source: Path, output: Path | None, dry_run: bool, as_json: bool, **o: Any) -> None:
     """Turn SOURCE, a Hugging Face directory or a GGUF, into a skeleton and an expert store."""
-    from moe_edge.runner.commands.conversion import ConvertRequest, run_convert
+    from moe_edge.runner.commands.conversion import run_convert
 
     if output is None and not dry_run:
         raise UsageError("where to? give -o NAME.gguf (or --dry-run to see the plan)")
+    report = run_convert(request_of(source, {**o, "output": output, "dry_run": dry_run}), tell=terminal.say)
+    print_result(report.to_json() if as_json else report.text())
+
+
+def request_of(source: Path, o: Mapping[str, Any], arriving: Arriving | None = None) -> ConvertRequest:
+    """What the options of this command ask for."""
+    from moe_edge.runner.commands.conversion import ConvertRequest
+
     overrides = {
         (level, p): o[f"{level}_{p}"] for level in ("high", "low") for p in PROJECTIONS if o[f"{level}_{p}"] is not None
     }
-    request = ConvertRequest(
-        source, output, high=o["high"], low=o["low"], overrides=overrides, bits=o["bits"], low_bits=o["low_bits"],
+    return ConvertRequest(
+        source, o["output"], high=o["high"], low=o["low"], overrides=overrides, bits=o["bits"], low_bits=o["low_bits"],
         types=o["types"], calibrate=o["calibrate"], calibrate_tokens=o["calibrate_tokens"], imatrix=o["imatrix"],
-        dense_type=o["dense_type"], ram_bytes=o["ram"], n_threads=o["n_threads"], dry_run=dry_run, force=o["force"],
-        pack=o["pack"],
+        dense_type=o["dense_type"], ram_bytes=o["ram"], n_threads=o["n_threads"], dry_run=o["dry_run"],
+        force=o["force"], pack=o["pack"], arriving=arriving,
     )  # fmt: skip
-    report = run_convert(request, tell=terminal.say)
-    print_result(report.to_json() if as_json else report.text())

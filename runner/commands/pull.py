@@ -10,8 +10,22 @@ from moe_edge.models.errors import UsageError
 from moe_edge.runner import terminal
 from moe_edge.runner.commands.parameters import THREADS, TOKENS, SectionedCommand, Size, print_result
 
+THEN = "--then"
 
-@click.command("pull", cls=SectionedCommand)
+
+class PullCommand(SectionedCommand):
+    """What follows `--then convert` is convert's, and not looked at here."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if THEN in args:
+            at = args.index(THEN)
+            if args[at + 1 : at + 2] != ["convert"]:
+                raise UsageError("--then knows one thing to do: --then convert -o NAME.gguf ...")
+            ctx.meta[THEN], args = args[at + 2 :], args[:at]
+        return super().parse_args(ctx, args)
+
+
+@click.command("pull", cls=PullCommand)
 @click.argument("name", metavar="USER/REPO[:QUANT]")
 @click.option("--ram", "--budget", "ram", type=Size(), default="auto", show_default=True, help="To plan with.")
 @click.option("-c", "--ctx-size", "n_ctx", type=TOKENS, default=0, help="To plan with.")
@@ -20,9 +34,14 @@ from moe_edge.runner.commands.parameters import THREADS, TOKENS, SectionedComman
 @click.option("--best", is_flag=True, help="Instead of QUANT: the largest of the repository that runs here well.")
 @click.option("-y", "--yes", is_flag=True, help="Download even what will not run here.")
 @click.option("--json", "as_json", is_flag=True, help="The plan and the paths as JSON.")
+@click.option("--check", is_flag=True, help="With --then: read every file once more at the end, for its SHA-256.")
+@click.option(THEN, "then", metavar="convert ...",
+              help="Convert layer by layer instead, keeping two layers; what follows are convert's options.")
+@click.pass_context
 def command(
-    name: str, ram: int | None, n_ctx: int, n_threads: int, plan_only: bool, best: bool, yes: bool, as_json: bool
-) -> None:
+    ctx: click.Context, name: str, ram: int | None, n_ctx: int, n_threads: int, plan_only: bool, best: bool, yes: bool,
+    as_json: bool, check: bool, then: str | None,
+) -> None:  # fmt: skip
     """Download a model of the hub, after a look at its header: will it run here, how fast, which quant is the best.
 
     Goes on where an earlier pull stopped. Exit status 1 when it will not run on this machine.
@@ -35,6 +54,15 @@ def command(
     wanted = hub_name(name)
     if wanted is None:
         raise UsageError(f"{name}: is no name of the hub; give one like unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M")
+    if THEN in ctx.meta:
+        from moe_edge.runner.commands.pulled_conversion import pull_and_convert
+
+        if best or plan_only:
+            raise UsageError("--then convert takes a file as it is named; leave --best and --plan-only away")
+        pull_and_convert(Hub(), wanted, ctx.meta[THEN], check, as_json)
+        return
+    if check:
+        raise UsageError("--check is for --then convert; a plain pull compares the SHA-256 always")
     hub, options = Hub(), {"ram_bytes": ram, "n_ctx": n_ctx, "n_threads": n_threads}
     choice = find_choice(hub, wanted)
     if best:

@@ -52,7 +52,7 @@ class Download:
     def run(self, progress: Progress = lambda _: None, connections: int = CONNECTIONS) -> Path:
         """Fetch what is missing. Raises HubError, DiskFull, BadChecksum; KeyboardInterrupt leaves what has come."""
         self.blob.parent.mkdir(parents=True, exist_ok=True)
-        with _exclusive(self.blob.with_name(self.blob.name + ".moe-edge.lock")):
+        with exclusive(self.blob.with_name(self.blob.name + ".moe-edge.lock")):
             if self.blob.exists():  # another program brought it meanwhile
                 return self.blob
             self._done = self._read_journal()
@@ -140,7 +140,7 @@ class Download:
                 os.posix_fadvise(self._fd, start, end - start, os.POSIX_FADV_DONTNEED)
         with self._lock:
             self._done.add(number)
-            _replace(self.journal, json.dumps({**self._identity(), "done": sorted(self._done)}))
+            replace_text(self.journal, json.dumps({**self._identity(), "done": sorted(self._done)}))
 
     # ---- journal and check
 
@@ -185,14 +185,14 @@ def _pwrite(fd: int, data: bytes, offset: int, path: Path) -> None:
         view, offset = view[n:], offset + n
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     os.replace(part, path)
 
 
 @contextlib.contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
+def exclusive(path: Path) -> Iterator[None]:
     """Only one process fetches a file; another waits until it is there."""
     try:
         import fcntl

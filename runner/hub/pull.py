@@ -74,11 +74,12 @@ def _headers(hub: Hub, choice: Choice) -> Iterator[Path]:
     cache_folder().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".moe-edge-plan-", dir=cache_folder()) as folder:
         for file in choice.files:
-            _fetch_header(hub, choice, file, Path(folder) / Path(file.path).name)
+            write_header(hub, choice, file, Path(folder) / Path(file.path).name)
         yield Path(folder) / Path(choice.files[0].path).name
 
 
-def _fetch_header(hub: Hub, choice: Choice, file: RemoteFile, path: Path) -> None:
+def write_header(hub: Hub, choice: Choice, file: RemoteFile, path: Path) -> None:
+    """The beginning of a GGUF into `path`, as far as its header goes or a little further."""
     url = hub.address(choice.repo, file)
     wanted, at, failures = FIRST_BYTES, 0, 0
     with open(path, "wb") as out:
