@@ -129,7 +129,7 @@ def find_pre_tokenizer(
     names = KNOWN.get(found)
     if names is None:
         unknown = " and ".join(map(_shown, found)) or "ByteLevel that does not split"
-        raise ValueError(f"unknown pre-tokenizer: {unknown}; known: {', '.join(known_names())}")
+        raise ValueError(f"unknown pre-tokenizer: {unknown}; known: {_usual_names()}")
     if any(name == known_as for name, _ in names):
         return str(known_as)
     fitting = [name for name, ignores in names if ignores == ignore_merges]
@@ -140,6 +140,10 @@ def find_pre_tokenizer(
 
 def known_names() -> list[str]:
     return [name for names in KNOWN.values() for name, _ in names]
+
+
+def _usual_names() -> str:
+    return ", ".join(names[0][0] for names in KNOWN.values())
 
 
 def expression_of(name: str) -> str:
@@ -168,7 +172,7 @@ def _form(step: Mapping[str, Any], is_last: bool) -> str:
         return PUNCTUATION if behavior == "Isolated" else PUNCTUATION_RUNS
     if kind == "Split":
         return _split(step)
-    raise ValueError(f"unknown pre-tokenizer: {kind}; known: {', '.join(known_names())}")
+    raise ValueError(f"unknown pre-tokenizer: {kind}; known: {_usual_names()}")
 
 
 def _split(step: Mapping[str, Any]) -> str:
@@ -185,7 +189,7 @@ def _split(step: Mapping[str, Any]) -> str:
             return regex
     raise ValueError(
         f"unknown pre-tokenizer: Split {str(pattern)[:200]} {behavior}{' inverted' if invert else ''}; known: "
-        f"{', '.join(known_names())}"
+        f"{_usual_names()}"
     )
 
 

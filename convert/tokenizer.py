@@ -113,7 +113,8 @@ def _pre_tokenizer(
     except ValueError as error:
         if known in known_names():  # a spelling that is new to us; the proof compares its tokens
             return str(known), (f"the pre-tokenizer was known by its tokens: llama.cpp's converter calls it {known}",)
-        refuse(path, str(error))
+        hint = "" if reference is not None else "; it may be known by its tokens, with pip install tokenizers"
+        refuse(path, f"{error}{hint}")
 
 
 def _added_tokens(path: Path, data: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:

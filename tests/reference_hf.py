@@ -98,6 +98,9 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "head_dim": 16}),
     "hunyuan": ("HunYuanMoEV1ForCausalLM", "HunYuanMoEV1Config",
                 {"intermediate_size": 48, "num_experts": 4, "moe_topk": 2, "head_dim": 16}),
+    "hunyuan-alpha": ("HunYuanMoEV1ForCausalLM", "HunYuanMoEV1Config", {
+        "intermediate_size": 48, "num_experts": 4, "moe_topk": 2, "head_dim": 16, "rope_parameters": {
+            "rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 10000.0}}),
     "gemma4": ("Gemma4ForCausalLM", "Gemma4TextConfig", {
         "intermediate_size": 96, "enable_moe_block": True, "moe_intermediate_size": 48, "num_experts": 4,
         "top_k_experts": 2, "head_dim": 16, "num_hidden_layers": 3, "sliding_window": 64,

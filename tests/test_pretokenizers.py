@@ -36,7 +36,8 @@ needs_llama_cpp = pytest.mark.skipif(
 @pytest.mark.parametrize("pre", USUAL)
 def test_ids_equal_those_of_the_reference_library(tmp_path: Path, pre: str) -> None:
     # Trained on such texts, so that many pieces are tokens and another split shows.
-    trained_on = mixed_strings(500, seed=3)
+    # More of them where a difference is rare.
+    trained_on = mixed_strings(500 if pre in ("granite-embed-multi-97m", "youtu") else 250, seed=3)
     reference = train(pre, pre in IGNORES_MERGES, [*CORPUS, *TEXTS, *trained_on], 1500)
     made = read_tokenizer(write_tokenizer(tmp_path, reference), {})
     assert made.pre == pre

@@ -46,7 +46,8 @@ SAID_BY_US = {
     "granitehybrid": ("attention.head_count_kv",),  # nor that layer_types now say full_attention
     "ernie4_5": ("expert_shared_feed_forward_length",),  # it divides by the number of key heads
 }  # fmt: skip
-NOT_READ_BY_LLAMA_CPP = {"hunyuan", "qwen35moe"}  # settings of current transformers that its converter cannot read
+# settings of current transformers that its converter cannot read
+NOT_READ_BY_LLAMA_CPP = {"hunyuan", "hunyuan-alpha", "qwen35moe"}
 
 
 @pytest.fixture(scope="module")
