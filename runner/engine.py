@@ -123,7 +123,7 @@ class Engine:
         check_replaced(self.model)
         self.checkpoints = Checkpoints(self.llama)
         self._open_prompts()
-        self._check_selecting()
+        self._check_selecting(self.policy)
         self.llama._moe_edge = self  # whoever keeps the Llama keeps the engine its experts come from
         if self.native.bound_tensors == 0:
             raise EngineError(f"{self.name}: llama.cpp offered no expert tensor of it to the engine")
@@ -215,11 +215,11 @@ class Engine:
         return lines
 
     def _use(self, policy: Policy) -> None:
+        self._select_by(policy)
         policy.reset(self.native.resident_units())
         self._policy = policy
         self.native.schedule, self.native.meanwhile = policy.plan, policy.meanwhile
         self.native.wants_routing = policy.wants_routing
-        self._select_by(policy)
         if isinstance(policy, LookAheadPolicy):
             width = min(2 * self.model.n_expert_used, min(self.layout.n_experts))
             self.native.set_lookahead(policy.depth, width)
@@ -233,19 +233,20 @@ class Engine:
 
     def _select_by(self, policy: Policy) -> None:
         """Let the policy choose experts, or nobody; llama.cpp's graphs have to be built anew where that changes."""
+        if self.llama is not None:
+            self._check_selecting(policy)
         self.native.select, self.native.select_many = policy.select, policy.select_many
         changed, self._selecting = policy.selects != self._selecting, policy.selects
         if changed:
             self.native.set_selecting(policy.selects)
         if changed and self.llama is not None:
             rebuild_graphs(self.llama)
-            self._check_selecting()
 
-    def _check_selecting(self) -> None:
+    def _check_selecting(self, policy: Policy) -> None:
         """Raises UsageError for a policy that chooses experts when this model's graph does not let it."""
-        if self._selecting and (reason := self.native.why_not_selecting()):
+        if policy.selects and (reason := self.native.why_not_selecting()):
             raise UsageError(
-                f"{self.name}: policy {self.policy.name} cannot choose experts of a '{self.model.architecture}' model: "
+                f"{self.name}: policy {policy.name} cannot choose experts of a '{self.model.architecture}' model: "
                 f"{reason}; use another policy"
             )
 
