@@ -139,7 +139,7 @@ class Engine:
         check_replaced(self.model)
         self.checkpoints = Checkpoints(self.llama)
         self._open_prompts()
-        self._check_selecting()
+        self._check_selecting(self.policy)
         if self.plan.fixed.held_bytes:
             self.held = Held(self.llama, self.checkpoints, self.plan.fixed.held_bytes, self.prompts)
         self.llama._moe_edge = self  # whoever keeps the Llama keeps the engine its experts come from
@@ -252,25 +252,26 @@ class Engine:
         return board_lines(self.board_reports())
 
     def _use(self, policy: Policy) -> None:
+        self._select_by(policy)
         self._policy = policy
         use_policy(self.native, policy, self.layout, self.model.n_expert_used)
-        self._select_by(policy)
 
     def _select_by(self, policy: Policy) -> None:
         """Let the policy choose experts, or nobody; llama.cpp's graphs have to be built anew where that changes."""
+        if self.llama is not None:
+            self._check_selecting(policy)
         self.native.select, self.native.select_many = policy.select, policy.select_many
         changed, self._selecting = policy.selects != self._selecting, policy.selects
         if changed:
             self.native.set_selecting(policy.selects)
         if changed and self.llama is not None:
             rebuild_graphs(self.llama)
-            self._check_selecting()
 
-    def _check_selecting(self) -> None:
+    def _check_selecting(self, policy: Policy) -> None:
         """Raises UsageError for a policy that chooses experts when this model's graph does not let it."""
-        if self._selecting and (reason := self.native.why_not_selecting()):
+        if policy.selects and (reason := self.native.why_not_selecting()):
             raise UsageError(
-                f"{self.name}: policy {self.policy.name} cannot choose experts of a '{self.model.architecture}' model: "
+                f"{self.name}: policy {policy.name} cannot choose experts of a '{self.model.architecture}' model: "
                 f"{reason}; use another policy"
             )
 

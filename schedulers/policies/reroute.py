@@ -18,7 +18,7 @@ from moe_edge.schedulers.policies.entry import PolicyEntry
 from moe_edge.schedulers.policies.levels import HIGH, IntArray, LevelPolicy
 
 STRENGTH = Knob(
-    "strength", 0.1, "how much being in memory counts, as a share of the range of the router's scores; 0: nothing",
+    "strength", 0.05, "how much being in memory counts, as a share of the range of the router's scores; 0: nothing",
     is_what="a share of the range of the router's scores; give a number from 0 up",
 )  # fmt: skip
 KEEP_TOP = Knob(
