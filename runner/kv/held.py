@@ -151,7 +151,8 @@ class Held:
             self.copies.remove(oldest)
             self._spill(oldest)
         if self.nbytes + nbytes <= self.limit_bytes:
-            self.copies.append(Copy(present, copy_sequence(self._llama), kept, nbytes, partial_bytes(self._llama)))
+            data = copy_sequence(self._llama)
+            self.copies.append(Copy(present, data, kept, nbytes, partial_bytes(self._llama)))
         elif self._prompts is not None:
             self._prompts.store()
 
