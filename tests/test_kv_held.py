@@ -150,6 +150,14 @@ def test_memory_is_planned_and_the_wrong_size_is_refused(tmp_path: Path) -> None
     assert auto_bytes(10, -5) == 0 and auto_bytes(10, 10**6) == 10
 
 
+def test_a_file_is_not_read_for_a_few_tokens(tmp_path: Path, own_cache: Path) -> None:
+    with with_cache(tmp_path, "qwen3moe", held_bytes=64 * MIB) as engine:
+        reply(engine, words(1, 24))
+    assert len(files(own_cache)) == 1
+    with with_cache(tmp_path, "qwen3moe", held_bytes=64 * MIB) as engine:
+        assert reply(engine, [*words(1, 24), *words(2, 40)])[0].reused_tokens == 0
+
+
 def test_what_is_too_long_for_the_memory_is_not_held(tmp_path: Path) -> None:
     with held(tmp_path, "qwen3moe", held_bytes=1000) as engine:
         made = reply(engine, words(1, 70))[1]

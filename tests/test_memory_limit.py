@@ -168,6 +168,62 @@ def test_the_first_run_of_a_model_with_its_proof_keeps_within_the_floor(tmp_path
     assert list((tmp_path / "fresh" / "proven").iterdir())
 
 
+CONVERSATIONS = """
+import json, sys
+from moe_edge.runner.engine import Engine
+from moe_edge.runner.engine_options import EngineOptions
+from moe_edge.runner.generate import Sampling, generate
+from moe_edge.runner.memory import peak_rss_bytes
+from moe_edge.runner.sizes import sizes_of
+
+path, held, prompts = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+options = dict(n_ctx=768, n_threads=1, prompt_cache_bytes=1 << 30, charge_program=True)
+if not prompts:
+    print(sizes_of(path, EngineOptions(**options)).plan.floor_bytes)
+    sys.exit()
+ram = held + int(sys.argv[4])
+with Engine(path, EngineOptions(**options, ram_bytes=ram, held_bytes=held)) as engine:
+    engine.prompts.always = True
+    reused = []
+    for seed, n in prompts:
+        text = [(7 * i * i + 3 + 11 * seed) % 490 for i in range(n)]
+        reused.append(generate(engine, text, 2, Sampling(temp=0), ignore_end=True).reused_tokens)
+print(json.dumps({"reused": reused, "peak": peak_rss_bytes(), "ram": ram}))
+"""
+
+
+@pytest.mark.cgroup
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory cgroups are Linux's")
+@pytest.mark.parametrize("held", [0, 60 * MIB])
+def test_saving_and_restoring_conversations_keeps_the_budget(tmp_path: Path, cgroup: Cgroup, held: int) -> None:
+    """States of 44 MiB at the least --ram: a second copy of one, or its pages in the cache, would not fit."""
+    shape = Shape(n_layer=8, n_embd=256, n_ff=256, n_expert=4, n_used=1, head_dim=128, n_head=16, n_head_kv=16)
+    model = write_random_model(tmp_path / "m.gguf", "qwen3moe", shape)
+    environment = {**os.environ, "MOE_EDGE_CACHE": str(tmp_path / "cache")}
+
+    def run(prompts: list[tuple[int, int]], floor: int, inside: bool = True) -> str:
+        args = [sys.executable, "-c", CONVERSATIONS, str(model), str(held), json.dumps(prompts), str(floor)]
+        go = cgroup.run if inside else subprocess.run
+        kwargs = {} if inside else {"capture_output": True, "text": True, "check": False}
+        done = go(args, env=environment, **kwargs)  # type: ignore[call-overload]
+        assert done.returncode == 0, done.stderr
+        return str(done.stdout)
+
+    floor = int(run([], 0, inside=False))
+    cgroup.limit(floor + held + ALLOWANCE)
+    first = json.loads(run([(1, 700), (2, 650), (1, 720)], floor))
+    assert first["reused"][:2] == [0, 0] and first["reused"][2] >= 700  # from memory, or from the disk
+    files = list((tmp_path / "cache").parent.rglob("*.kv"))
+    assert sum(path.stat().st_size for path in files) > 80 * MIB
+    again = json.loads(run([(2, 680)], floor))
+    assert again["reused"][0] >= 649
+    for each in (first, again):
+        assert each["ram"] == floor + held and each["peak"] <= floor + held + ALLOWANCE
+    assert cgroup.peak_bytes() <= floor + held + ALLOWANCE
+    assert all(cached_bytes(path) <= path.stat().st_size // 4 for path in files if path.exists())
+
+
 @pytest.mark.cgroup
 @pytest.mark.skipif(sys.platform != "linux", reason="memory cgroups are Linux's")
 def test_auto_does_not_shrink_by_a_file_that_was_read_twice(tmp_path: Path, cgroup: Cgroup) -> None:

@@ -7,6 +7,7 @@ import random
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,32 @@ def test_a_form_on_harmonys_final_channel(tmp_path: Path) -> None:
         call = Request(messages=question, tools=TOOLS, tool_choice=ToolChoice("required", "weigh"), n_tokens=80)
         events, end = run(model, call)
         assert end.reason == "tool_calls" and any(isinstance(event, ToolStart) for event in events)
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_a_call_in_the_familys_own_words_behind_its_own_thinking(tmp_path: Path, several: bool) -> None:
+    """Seed's prompt leaves `<seed:think>` open, and its calls have tags of their own."""
+    tags = ["<seed:think>", "</seed:think>", "<seed:tool_call>", "</seed:tool_call>"]
+    template = TEMPLATE.replace("assistant\n", "assistant\n<seed:think>\n").replace("</think>", " and ".join(tags))
+    path = write_scripted_model(
+        tmp_path / "seed.gguf", ["Hm", " hm", "</seed:think>", "x", "y"], types=dict.fromkeys(tags, USER_DEFINED),
+        more_tokens=[tag for tag in tags if tag != "</seed:think>"], template=template,
+    )  # fmt: skip
+    question = ({"role": "user", "content": "Hi"},)
+    with open_engine(path, "resident", n_ctx=256, n_threads=1) as engine:
+        model = EngineModel(engine, name="seed", defaults=Sampling(temp=0.0))
+        request = Request(messages=question, tools=TOOLS, tool_choice=ToolChoice("required"), one_tool=not several)
+        prepared = model.prepare(replace(request, n_tokens=150))
+        assert prepared.extra.parser().__class__.__name__ == "TaggedCallParser"
+        events, end = run(model, replace(request, n_tokens=150))
+        assert "".join(event.text for event in events if isinstance(event, Reasoning)) == "Hm hm"
+        starts = [event for event in events if isinstance(event, ToolStart)]
+        assert starts and text_of(events) == "" and (several or len(starts) == 1)
+        first = "".join(e.text for e in events if isinstance(e, ToolArguments) and e.index == 0)
+        assert json.loads(first)["n"] in (1, 2, 3) and end.reason in ("tool_calls", "length")
+        schema = {"type": "object", "properties": {"x": {"enum": [7]}}, "required": ["x"]}
+        events, _ = run(model, Request(messages=question, schema=schema, n_tokens=60))
+        assert json.loads(text_of(events)) == {"x": 7}
 
 
 # ---- tools by force

@@ -292,9 +292,14 @@ def property_types(schema: Any, key: str) -> set[str]:
     for each in [spec, *(alt for name in ("anyOf", "oneOf") for alt in _list(spec, name))]:
         kind = each.get("type") if isinstance(each, Mapping) else None
         found |= {kind} if isinstance(kind, str) else {str(k) for k in kind} if isinstance(kind, list) else set()
-    if not found and isinstance(spec, Mapping) and all(isinstance(v, str) for v in _list(spec, "enum") or [0]):
-        found = {"string"}
+    if not found and isinstance(spec, Mapping):
+        values = _list(spec, "enum") or ([spec["const"]] if "const" in spec else [])
+        found = {_JSON_TYPES[type(value)] for value in values}
     return found
+
+
+_JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null", dict: "object",
+               list: "array"}  # fmt: skip
 
 
 def _list(spec: Any, name: str) -> list[Any]:

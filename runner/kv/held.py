@@ -84,7 +84,7 @@ class Held:
         for file in self._prompts.states() if self._prompts is not None else ():
             found = self._reuse(_known_of(file), tokens)
             worth = (best.rank[0], best.n + LEAST_TOKENS)
-            if found.rank >= worth and len(file.tokens) < self._llama.n_ctx():
+            if found.n >= LEAST_TOKENS and found.rank >= worth and len(file.tokens) < self._llama.n_ctx():
                 best, copy, state = found, None, file
         if copy is not None or state is not None or not best.continues:
             self.park(spare=copy)
@@ -151,7 +151,8 @@ class Held:
             self.copies.remove(oldest)
             self._spill(oldest)
         if self.nbytes + nbytes <= self.limit_bytes:
-            self.copies.append(Copy(present, copy_sequence(self._llama), kept, nbytes, partial_bytes(self._llama)))
+            data = copy_sequence(self._llama)
+            self.copies.append(Copy(present, data, kept, nbytes, partial_bytes(self._llama)))
         elif self._prompts is not None:
             self._prompts.store()
 
