@@ -106,9 +106,9 @@ def _pair(path: Path, number: int, line: bytes) -> tuple[bytes, int]:
     raise BadFile(f"{path}: line {number} is {shown(line[:60])}, expected a token in base64 and its rank")
 
 
-def merges_of(ranks: Mapping[bytes, int]) -> tuple[list[tuple[bytes, bytes]], int]:
-    """(merges in their order, how many tokens are merged of no two others)."""
-    merges, n_without = [], 0
+def merges_of(ranks: Mapping[bytes, int]) -> tuple[list[tuple[bytes, bytes]], list[bytes]]:
+    """(merges in their order, tokens that are merged of no two others: tiktoken makes those of whole pieces only)."""
+    merges, unmerged = [], []
     for token, own in sorted(ranks.items(), key=lambda each: each[1]):
         if len(token) == 1:
             continue
@@ -121,8 +121,8 @@ def merges_of(ranks: Mapping[bytes, int]) -> tuple[list[tuple[bytes, bytes]], in
         if len(parts) == 2:
             merges.append((parts[0], parts[1]))
         else:
-            n_without += 1
-    return merges, n_without
+            unmerged.append(token)
+    return merges, unmerged
 
 
 def byte_letters() -> list[str]:
@@ -145,7 +145,7 @@ def of_ranks(
     def spelled(token: bytes) -> str:
         return "".join(letters[byte] for byte in token)
 
-    merges, n_without = merges_of(ranks)
+    merges, unmerged = merges_of(ranks)
     size = config.get("vocab_size", len(ranks) + len(special))
     by_id = {rank: (spelled(token), NORMAL) for token, rank in ranks.items()}
     by_id |= {number: (text, CONTROL) for number, text in special.items()}
@@ -156,8 +156,8 @@ def of_ranks(
     ids = special_ids(path, named, config, added, size)
     bos = next((number for number, text in special.items() if text == kind.bos), None)
     notes = [_COMPOSES] if kind.composes else []
-    if n_without:
-        notes.append(f"{n_without} tokens of {kind.file} are merged of no two others; llama.cpp never makes them")
+    if unmerged:
+        notes.append(f"{len(unmerged)} tokens of {kind.file} are merged of no two others; llama.cpp never makes them")
     return Tokenizer(
         pre=kind.pre,
         tokens=tuple(text for text, _ in padded),

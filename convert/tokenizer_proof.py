@@ -11,9 +11,10 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from moe_edge.convert.differences import DIFFERENCES, may_differ
+from moe_edge.convert.differences import DIFFERENCES, Difference
 from moe_edge.convert.known_tokenizers import known_as
 from moe_edge.convert.mixed_texts import PROBES, mixed_strings
+from moe_edge.convert.ranks import merges_of, ranks_in, read_ranks
 from moe_edge.convert.reference import Encode, library_of, of_json, tokenizer_of
 from moe_edge.models.errors import UnknownName
 from moe_edge.models.formats.files import is_present, read_file
@@ -66,7 +67,8 @@ def _compare(
     theirs, ours = encoders
     both = ((text, theirs(text), ours(text)) for text in texts)
     apart = [(text, wanted, found) for text, wanted, found in both if wanted != found]
-    unexpected = [each for each in apart if not may_differ(pre, each[0])]
+    expected = _expected(folder, pre)
+    unexpected = [each for each in apart if not any(difference.concerns(each[0]) for difference in expected)]
     if unexpected and not _is_known(folder, pre):
         text, wanted, found = unexpected[0]
         alike = (a == b for a, b in zip(wanted, found, strict=False))
@@ -76,7 +78,7 @@ def _compare(
             f"{at} on ({found[at : at + 4]} instead of {wanted[at : at + 4]}); convert with llama.cpp's "
             "convert_hf_to_gguf.py and give moe-edge the GGUF"
         )
-    words = [each.words for each in DIFFERENCES.get(pre or "", ())] + ["other texts"] * bool(unexpected)
+    words = [each.words for each in expected] + ["other texts"] * bool(unexpected)
     if not words:
         return None
     example = f", first in {apart[0][0][:40]!r}" if apart else ""
@@ -84,6 +86,18 @@ def _compare(
         f"llama.cpp's pre-tokenizer {pre} may split {' and '.join(words)} otherwise than the model's: it did in "
         f"{len(apart)} of {len(texts)} mixed texts{example}"
     )
+
+
+def _expected(folder: Path, pre: str | None) -> list[Difference]:
+    """The differences of the pre-tokenizer, and of a ranks file with tokens that no merges make."""
+    found = list(DIFFERENCES.get(pre or "", ()))
+    kind = ranks_in(folder)
+    if kind is not None and library_of(folder) == "tiktoken":
+        _, unmerged = merges_of(read_ranks(folder / kind.file))
+        if unmerged:
+            words = f"texts with one of {len(unmerged)} tokens that are merged of no others"
+            found.append(Difference(lambda text: any(token in text.encode() for token in unmerged), words))
+    return found
 
 
 def _is_known(folder: Path, pre: str | None) -> bool:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import re
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,8 @@ from moe_edge.runner.sizes import sizes_of
 from test_safetensors import to_bf16, write_safetensors
 from test_tokenizer import CORPUS, TEXTS, Vocabulary, train, write_vocabulary
 
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON, LLAMA_CPP = ROOT / "build" / "reference" / "bin" / "python", ROOT / "build" / "llama.cpp"
 KINDS = {kind.pre: kind for kind in RANKS}
 N_SPECIAL = 210
 
@@ -77,7 +82,7 @@ def test_a_piece_is_merged_by_rank_the_leftmost_first() -> None:
 def test_ranks_come_to_the_merges_that_made_them(pre: str) -> None:
     tokens, merges = trained(pre)
     assert len(merges) == len(tokens) - 256 > 1000
-    assert merges_of({token: rank for rank, token in enumerate(tokens)}) == (merges, 0)
+    assert merges_of({token: rank for rank, token in enumerate(tokens)}) == (merges, [])
 
 
 @pytest.mark.parametrize("pre", KINDS)
@@ -128,10 +133,14 @@ def test_a_token_that_no_two_others_make_is_counted(tmp_path: Path) -> None:
     tokens = [*(bytes((i,)) for i in range(256)), b"ab", b"wxyz"]
     made = read_tokenizer(write_ranks(tmp_path, "kimi-k2", tokens), config_of(258))
     assert made.merges == ("a b",) and "1 tokens of tiktoken.model are merged of no two others" in made.notes[-1]
-    # " of" comes in the texts that are compared: then it is refused, not only told
-    made = read_tokenizer(write_ranks(tmp_path, "kimi-k2", [*tokens[:-1], b" of"]), config_of(258))
+    # " of" comes in the texts that are compared: what comes of it is counted and said
+    (tmp_path / "tiktoken.model").unlink()
+    made = read_tokenizer(write_ranks(tmp_path, "hunyuan", [*tokens[:-1], b" of"]), config_of(258))
     (tmp_path / "config.json").write_text(json.dumps(config_of(258)))
+    note = check_tokenizer(tmp_path, made.records(), made.pre) or ""
+    assert re.search(r"split texts with one of 1 tokens .* it did in [1-9]\d* of 1012 mixed texts, first in", note)
     with pytest.raises(UnknownName, match="as other tokens than this checkpoint's tokenizer does"):
+        write_ranks(tmp_path, "hunyuan", [*tokens[:-2], b"He", b"el"])  # other ranks than were converted
         check_tokenizer(tmp_path, made.records(), made.pre)
 
 
@@ -172,6 +181,35 @@ def test_ranks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadFile, match="two of its special tokens have the same text"):
         read_tokenizer(tmp_path, config_of(256))
     assert ranks_in(tmp_path) is KINDS["kimi-k2"] and len(read_ranks(tmp_path / "tiktoken.model")) == 256
+
+
+@pytest.mark.reference
+@pytest.mark.skipif(
+    not (PYTHON.exists() and LLAMA_CPP.exists()) and "CI" not in os.environ,
+    reason="llama.cpp's converter is not set up: make reference",
+)
+@pytest.mark.parametrize(
+    ("pre", "kind"), [("kimi-k2", "DeepseekV3ForCausalLM"), ("hunyuan", "HunYuanMoEV1ForCausalLM")]
+)
+def test_the_vocabulary_is_that_of_llama_cpps_converter(tmp_path: Path, pre: str, kind: str) -> None:
+    tokens, _ = trained(pre)
+    n = len(tokens)
+    named = {str(n): {"content": "[BOS]"}, str(n + 2): {"content": "<|im_end|>"}} if pre == "kimi-k2" else {}
+    config = config_of(n, pad_token_id=n + 5)
+    (write_ranks(tmp_path, pre, tokens, added_tokens_decoder=named) / "config.json").write_text(json.dumps(config))
+    done = subprocess.run(
+        [PYTHON, ROOT / "tests" / "reference_ranks.py", tmp_path, kind, pre, LLAMA_CPP], capture_output=True,
+        text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    theirs, made = json.loads(done.stdout), read_tokenizer(tmp_path, config)
+    assert theirs["add_tokenizer_model"] == made.model and theirs["add_tokenizer_pre"] == made.pre
+    assert theirs["add_token_list"] == list(made.tokens) and theirs["add_token_types"] == list(made.types)
+    assert theirs["add_token_merges"] == list(made.merges)
+    assert (theirs["add_eos_token_id"], theirs["add_pad_token_id"]) == (made.special["eos"], made.special["pad"])
+    # it writes the id that <|bos|> has in HunYuan-A13B, where we look for the token
+    assert theirs["add_bos_token_id"] == (127959 if pre == "hunyuan" else made.special["bos"])
+    assert made.tokens[made.special["bos"]] == ("<|bos|>" if pre == "hunyuan" else "[BOS]")
 
 
 # ---- whole checkpoints
