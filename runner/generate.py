@@ -138,12 +138,21 @@ class Generation:
         experts = f", {100 * c.low_uses / total:.0f} % low, {100 * c.skipped_uses / total:.0f} % skipped ({expected})"
         return experts + cache
 
+    def packed_text(self) -> str:
+        """The uses whose expert was packed in memory, whole or in part; empty when there were none."""
+        c = self.counters
+        of_parts = c.exponent_hits + c.mantissa_hits
+        if c.packed_hits + of_parts == 0:
+            return ""
+        parts = f", {100 * of_parts / c.uses:.0f} % in part" if of_parts else ""
+        return f", {100 * c.packed_hits / c.uses:.0f} % packed{parts}"
+
     def line(self) -> str:
         """The last line of a reply; another one behind it when there is look-ahead."""
         ahead = "" if self.lookahead is None else f"\n[{self.lookahead.text(self.counters)}]"
         return (
             f"[{self.generated_tokens} tokens, {self.decode_tokens_per_second:.1f} tok/s, "
-            f"first token {self.ttft_seconds:.2f} s, {100 * self.hit_rate:.0f} % expert hits, "
+            f"first token {self.ttft_seconds:.2f} s, {100 * self.hit_rate:.0f} % expert hits{self.packed_text()}, "
             f"{format_bytes(int(self.bytes_per_token))}/token read{self.lossy_text()}]{ahead}"
         )
 
