@@ -97,8 +97,8 @@ class Engine:
                 fixed = fixed_sizes(self._loading, self.native, program_bytes)
             plan = self._plan(fixed)
             self._sizes = self.native.packed_sizes()
-            packed_bytes = choose_packed_bytes(self.options.packed_cache, self.layout, self._sizes, plan.arena_bytes)
-            self.plan: MemoryPlan = replace(plan, packed_bytes=packed_bytes)
+            self._packed_note = ""
+            self.plan: MemoryPlan = replace(plan, packed_bytes=self._packed_bytes(plan.arena_bytes))
         except BaseException:
             self.close()
             raise
@@ -114,6 +114,19 @@ class Engine:
             return plan
         nbytes = auto_bytes(fixed.kv_bytes, plan.budget_bytes - plan.floor_bytes) if held is None else held
         return plan_memory(budget, replace(fixed, held_bytes=nbytes), self.layout, self.model.n_expert_used)
+
+    def _packed_bytes(self, arena_bytes: int) -> int:
+        """What of the experts' memory is for packed ones, as the options say."""
+        o = self.options
+        asked = choose_packed_bytes(o.packed_cache, self.layout, self._sizes, arena_bytes)
+        if asked is not None:
+            return asked
+        if o.packed_planner is None:
+            raise UsageError("packed_cache auto needs a packed_planner, runner/measure/packed_split.py has one")
+        nbytes, self._packed_note = o.packed_planner(
+            self.model, self.layout, self._sizes, arena_bytes, o.n_threads, o.disk_bytes_per_second
+        )
+        return nbytes
 
     @property
     def policy(self) -> Policy:
@@ -232,6 +245,8 @@ class Engine:
         if o.max_kld is not None:
             lines.append(describe_setting(choose_setting(calibration, o.max_kld), o.max_kld))
         o = resolve_options(o, calibration)
+        if self._packed_note:
+            lines.append(self._packed_note)
         if self.options.lossy_cache:
             lines.append(f"lossy: {self.options.lossy_cache}")
         if self.options.context_shift:

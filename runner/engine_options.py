@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from moe_edge.models.store.store import ExpertModel
 from moe_edge.runner.neighbours import usable_cores
 from moe_edge.runner.prove import DECODES
 from moe_edge.schedulers.budget import MIB
+from moe_edge.schedulers.layout import Layout
 from moe_edge.schedulers.options import PolicyOptions
+from moe_edge.schedulers.packed import PackedSizes
 
 MICRO_BATCH = 512  # large, since every micro-batch reads the experts it touches once
 LARGER_MICRO_BATCHES = (2048, 1024)
@@ -41,6 +45,7 @@ def buffer_bytes(n_embd: int, n_used: int) -> int:
 
 
 EXACT = PolicyOptions()
+PackedPlanner = Callable[[ExpertModel, Layout, PackedSizes, int, int, "float | None"], tuple[int, str]]
 CACHE_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}  # ggml's numbers
 
 
@@ -64,6 +69,8 @@ class EngineOptions:
     context_shift: a full context forgets its older half and the reply goes on; lossy.
     packed_cache: how much of the experts' memory keeps packed experts, which need no read but must be unpacked: off,
     auto, a size like 400MiB or a share like 50%; see schedulers/split.py.
+    packed_planner: says how much that is for auto: (model, layout, packed sizes, bytes for experts, threads, paced
+    disk) -> (bytes, why). Measuring the machine is no business of the engine; runner/measure/packed_split.py has one.
     verbose: let llama.cpp write to standard error while it loads.
     proof: what a child process must have shown before this one gives the model to llama.cpp, see runner/prove.py.
     """
@@ -88,6 +95,7 @@ class EngineOptions:
     context_shift: bool = False
     held_bytes: int | None = 0
     packed_cache: str = "off"
+    packed_planner: PackedPlanner | None = None
     verbose: bool = False
     proof: str = DECODES
 

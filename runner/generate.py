@@ -145,12 +145,21 @@ class Generation:
             experts += f", {c.substituted_uses} uses substituted"
         return f"{experts} ({expected}){cache}"
 
+    def packed_text(self) -> str:
+        """The uses whose expert was packed in memory, whole or in part; empty when there were none."""
+        c = self.counters
+        of_parts = c.exponent_hits + c.mantissa_hits
+        if c.packed_hits + of_parts == 0:
+            return ""
+        parts = f", {100 * of_parts / c.uses:.0f} % in part" if of_parts else ""
+        return f", {100 * c.packed_hits / c.uses:.0f} % packed{parts}"
+
     def line(self) -> str:
         """The last line of a reply; another one behind it when there is look-ahead."""
         ahead = "" if self.lookahead is None else f"\n[{self.lookahead.text(self.counters)}]"
         return (
             f"[{self.generated_tokens} tokens, {self.decode_tokens_per_second:.1f} tok/s, "
-            f"first token {self.ttft_seconds:.2f} s, {100 * self.hit_rate:.0f} % expert hits, "
+            f"first token {self.ttft_seconds:.2f} s, {100 * self.hit_rate:.0f} % expert hits{self.packed_text()}, "
             f"{format_bytes(int(self.bytes_per_token))}/token read{self.lossy_text()}]{ahead}"
         )
 
@@ -174,6 +183,10 @@ class Generation:
             "stall_s": c.stall_seconds,
             "compute_s": c.compute_seconds,
             "schedule_s": c.schedule_seconds,
+            "packed_hits": c.packed_hits,
+            "exponent_hits": c.exponent_hits,
+            "mantissa_hits": c.mantissa_hits,
+            "packed_unread_bytes": c.unread_bytes,
             "low_precision_uses": c.low_uses,
             "skipped_uses": c.skipped_uses,
             "substituted_uses": c.substituted_uses,
@@ -189,6 +202,7 @@ class Generation:
             "expected_kld_per_token": self.expected_kld,
             "ram_budget_bytes": engine.plan.budget_bytes,
             "arena_bytes": engine.plan.arena_bytes,
+            "packed_cache_bytes": engine.plan.packed_bytes,
             "peak_rss_bytes": peak_rss_bytes(),
             "warm_start": asdict(engine.preloaded) if engine.preloaded is not None else None,
             "context_shifted_tokens": self.shifted_tokens,

@@ -15,6 +15,7 @@ from moe_edge.runner.loading import Loading
 from moe_edge.runner.native import NativeModel
 from moe_edge.schedulers.budget import PROGRAM_ALLOWANCE_BYTES, FixedSizes, MemoryPlan, plan_memory
 from moe_edge.schedulers.layout import Layout
+from moe_edge.schedulers.packed import PackedSizes
 
 # llama.cpp's vocabulary with its maps and merges, and ours of the header: measured at 151,936 tokens (docs/LOG.md).
 VOCAB_BYTES_PER_TOKEN, VOCAB_BYTES_PER_MERGE = 400, 140
@@ -32,6 +33,7 @@ class Sizes:
     n_ubatch: int
     flash_attn: bool
     trained_context: int
+    packed: PackedSizes
 
 
 def sizes_of(path: str | Path, options: EngineOptions, *, named: str | Path | None = None) -> Sizes:
@@ -45,13 +47,15 @@ def sizes_of(path: str | Path, options: EngineOptions, *, named: str | Path | No
     try:
         with signals.deferred():  # llama.cpp calls back into Python while it frees
             layout, fixed = layout_of(loading.model, native), fixed_sizes(loading, native)
+            packed = native.packed_sizes()
     finally:
         with signals.deferred():
             native.close()
     plan = plan_memory(NO_LIMIT, fixed, layout, loading.model.n_expert_used)
     return Sizes(
-        loading.model, layout, plan, loading.n_ctx, loading.n_ubatch, loading.flash_attn, loading.trained_context()
-    )
+        loading.model, layout, plan, loading.n_ctx, loading.n_ubatch, loading.flash_attn, loading.trained_context(),
+        packed,
+    )  # fmt: skip
 
 
 def layout_of(model: ExpertModel, native: NativeModel) -> Layout:

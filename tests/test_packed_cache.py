@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,16 +18,32 @@ from moe_edge.models.store.store import open_model
 from moe_edge.runner.capi import Counters
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.engine_options import EngineOptions
+from moe_edge.runner.measure import packed_split
 from moe_edge.runner.measure.record import load_trace, record_trace, save_trace
 from moe_edge.runner.sizes import sizes_of
+from moe_edge.schedulers.estimate import MachineSpeeds
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.packed import BOTH, EXPONENTS, MANTISSAS, window_bytes
 from moe_edge.schedulers.replay.simulate import simulate_policy
 from random_models import Shape, write_random_model
 from reference import logits_of_context, stock_logits
 from test_exact import some_tokens
+from test_memory_limit import ALLOWANCE, Cgroup, cgroup  # noqa: F401  (a fixture)
 from test_store import flip_byte
 
+IN_CGROUP = """
+import json, sys
+from moe_edge.runner.engine import Engine
+from moe_edge.runner.engine_options import EngineOptions
+options = EngineOptions(
+    ram_bytes=int(sys.argv[2]), n_ctx=640, n_threads=1, proof="nothing", n_ubatch=64, packed_cache="60%"
+)
+with Engine(sys.argv[1], options) as engine, engine.decoding():
+    engine.llama.eval([(7 * i * i + 3) % 250 for i in range(80)])
+    for token in range(3, 43):
+        engine.llama.eval([token])
+    print(json.dumps({**vars(engine.counters()), "arena": engine.plan.arena_bytes}))
+"""
 WIDE = Shape(n_layer=3, n_ff=128, n_expert=64, n_used=4)  # 192 experts: many more than the window of 16
 
 
@@ -200,3 +218,32 @@ def test_a_simulation_counts_what_the_engine_counts(tmp_path: Path, one_by_one: 
     without = simulate_policy(trace, PolicyOptions(), plan.arena_bytes)
     if one_by_one:
         assert found.bytes_read < without.bytes_read and found.packed_hits > 0
+
+
+@pytest.mark.cgroup
+@pytest.mark.skipif(sys.platform != "linux", reason="memory cgroups are Linux's")
+def test_the_budget_holds_with_a_packed_cache(tmp_path: Path, cgroup: Cgroup) -> None:  # noqa: F811
+    shape = Shape(n_layer=2, n_embd=512, n_ff=512, n_expert=48, n_used=4)
+    stock = write_random_model(tmp_path / "s.gguf", "qwen3moe", shape, expert_type="BF16")
+    convert(stock, tmp_path / "m.gguf", pack="planes")
+    fixed = fixed_bytes(tmp_path / "m.gguf", EngineOptions(n_ctx=640, n_threads=1, proof="nothing", n_ubatch=64))
+    ram = fixed + int(0.5 * open_model(tmp_path / "m.gguf").expert_bytes)
+    cgroup.limit(ram + ALLOWANCE)
+    done = cgroup.run([sys.executable, "-c", IN_CGROUP, str(tmp_path / "m.gguf"), str(ram)])
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["packed_hits"] > 0 < found["evictions"] and found["peak_packed_bytes"] > 0.4 * found["arena"]
+    assert found["peak_committed_bytes"] + found["peak_packed_bytes"] <= found["arena"]
+    assert cgroup.peak_bytes() <= ram + ALLOWANCE
+
+
+def test_auto_asks_the_planner_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, packed = packed_model(tmp_path, "BF16")
+    speeds = MachineSpeeds(disk=2e7, memory=1e10, compute=1e10, prefill=1e10)
+    for kept, words in ((speeds, "planned to decode"), (None, "moe-edge doctor measures them"),
+                        (replace(speeds, disk=1e12), "whole experts are as fast")):  # fmt: skip
+        monkeypatch.setattr(packed_split, "kept_speeds", lambda *_, kept=kept, **__: kept)
+        engine = engine_with(packed, 0.7, "auto", packed_planner=packed_split.auto_split)
+        assert any(words in line for line in engine.lines()), engine.lines()
+        assert (engine.plan.packed_bytes > 0) == (kept is speeds)
+        engine.close()

@@ -32,12 +32,13 @@ import sys
 from pathlib import Path
 import llama_cpp, numpy as np
 sys.path.insert(0, sys.argv[1])
-from random_models import write_random_model
+from random_models import Shape, write_random_model
 from reference import stock_logits
 from moe_edge.convert.convert import convert
 from moe_edge.models.errors import BudgetTooSmall
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.engine_options import EngineOptions
+from moe_edge.runner.sizes import sizes_of
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.runner.capi import library
 folder, arch = Path(sys.argv[2]), sys.argv[3]
@@ -45,6 +46,7 @@ tokens = [(7 * i * i + 3) % 250 for i in range(50)]
 path = write_random_model(folder / "m.gguf", arch)
 options = dict(n_threads=2, n_ctx=128, n_ubatch=32, flash_attn=False, proof="nothing")
 def floor(path):
+    options.pop("packed_cache", None)
     try:
         Engine(path, EngineOptions(ram_bytes=1, **options))
     except BudgetTooSmall as e:
@@ -82,6 +84,16 @@ convert(packed, folder / "packed.gguf", pack="planes")
 for lookahead in ("off", "votes"):
     rows, counts = logits(folder / "packed.gguf", floor(folder / "packed.gguf") + (1 << 16), lookahead=lookahead)
     assert np.array_equal(rows[0], want[0]) and counts.unpacked_bytes > 0, (arch, lookahead)
+wide = dict(n_layer=2, n_expert=32, n_used=4, n_ff=64)
+packed = write_random_model(folder / "wide.gguf", arch, Shape(**wide), expert_type="BF16", down_type="F16")
+convert(packed, folder / "parts.gguf", pack="planes")
+want = stock_logits(packed, [*tokens, 5, 6], n_ubatch=32, n_threads=2, n_ctx=128)[len(tokens) - 1 :]
+room = sizes_of(folder / "parts.gguf", EngineOptions(**options)).layout.total_bytes * 7 // 10
+for lookahead in ("off", "votes"):
+    enough = floor(folder / "parts.gguf") + room
+    options["packed_cache"] = "60%"
+    rows, counts = logits(folder / "parts.gguf", enough, lookahead=lookahead)
+    assert np.array_equal(rows[0], want[0]) and counts.packed_hits > 0 < counts.evictions, (arch, lookahead, counts)
 assert sys.argv[4] in open("/proc/self/maps").read()
 print("decoded")
 """

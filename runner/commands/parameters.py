@@ -171,7 +171,7 @@ def model_options(f: F) -> F:
                    help=f"Which expert goes when another needs its place. {_words(RULE_ENTRIES)}"),
             option(CACHING, "--lookahead", default="off", show_default=True,
                    help=f"Read experts of the next layers early: off, auto. {_words(LOOKAHEAD_ENTRIES)}"),
-            option(CACHING, "--packed-cache", default="off", show_default=True,
+            option(CACHING, "--packed-cache", default="auto", show_default=True,
                    help="How much of the experts' memory keeps packed experts (convert --pack): off, auto, 400MiB, "
                         "50%. More of them fit; each use unpacks them."),
             *(option(PRECISION, f"--cache-type-{part}", type=click.Choice(["f16", "q8_0", "q4_0"]), default="f16",
@@ -261,13 +261,14 @@ def _prompt_cache_bytes(o: dict[str, Any]) -> int:
 
 def engine_options(o: dict[str, Any]) -> Any:
     from moe_edge.runner.engine_options import EngineOptions
+    from moe_edge.runner.measure.packed_split import auto_split
 
     return EngineOptions(
         ram_bytes=o["ram"], n_ctx=o["n_ctx"], n_ubatch=o["n_ubatch"], n_threads=o["n_threads"], policy=policy_of(o),
         seed=o.get("seed"), flash_attn=o["flash_attn"], charge_program=True, warm_start=o["warm_start"],
         prompt_cache_bytes=_prompt_cache_bytes(o), cache_type_k=o["cache_type_k"], cache_type_v=o["cache_type_v"],
         context_shift=o.get("context_shift", False), held_bytes=o.get("held_conversations", 0),
-        packed_cache=o["packed_cache"],
+        packed_cache=o["packed_cache"], packed_planner=auto_split,
     )  # fmt: skip
 
 

@@ -18,12 +18,16 @@ from moe_edge.schedulers.budget import parse_bytes
               help="Cache rules, like lru,learned; all. Default: auto; with --policy all, every rule for exact.")
 @click.option("--lookahead", default="off", show_default=True,
               help="Look-aheads, like off,stacked; all. Needs their scores in the trace, and says how good these are.")
+@click.option("--packed-cache", default="off", show_default=True,
+              help="Packed caches to try, like off,auto,50%; the trace must be of a packed store.")
+@click.option("--unpack", default="4GB/s", show_default=True,
+              help="What all threads together make of packed experts, in bytes of whole ones.")
 @click.option("--disk", default="3GB/s", show_default=True, help="What the disk delivers.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the table as PNG.")
 @click.option("--json", "as_json", is_flag=True)
 def command(
-    trace_file: Path, ram: str | None, policy: str, cache: str | None, lookahead: str, disk: str, plot: Path | None,
-    as_json: bool,
+    trace_file: Path, ram: str | None, policy: str, cache: str | None, lookahead: str, packed_cache: str,
+    unpack: str, disk: str, plot: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Hits, bytes, stall and speed of every policy and cache rule on a trace, with Belady's bound; no model is needed.
 
@@ -45,9 +49,9 @@ def command(
     recorded = load_trace(trace_file)
     budgets = [budget_of_ram(recorded, parse_bytes(each)) for each in ram.split(",")] if ram else even_budgets(recorded)
     chosen = policies_named(policy, caches=cache, lookaheads=lookahead)
-    result = run_simulations(
-        recorded, budgets, chosen, Costs(parse_disk_speed(disk)), tell=terminal.say
-    )
+    packed = [each.strip() for each in packed_cache.split(",")]
+    costs = Costs(parse_disk_speed(disk), unpack_bytes_per_second=parse_disk_speed(unpack))
+    result = run_simulations(recorded, budgets, chosen, costs, packed=packed, tell=terminal.say)
     if plot is not None:
         plot_simulation(result, plot)
     print_result(result.to_json() if as_json else result.text())

@@ -354,6 +354,23 @@ def machine_speeds(
     )
 
 
+def kept_speeds(
+    target: Path, type_id: int, read_bytes: int, *, disk_bytes_per_second: float | None = None
+) -> MachineSpeeds | None:
+    """machine_speeds() of what doctor() has kept of this machine and the target's device; None when it has not.
+
+    Measures nothing but products of a type that doctor() did not, about a second.
+    """
+    try:
+        kept = _read_cache(cache_file(target))
+    except OSError:
+        return None
+    if not {"storage", "products", "memory_bytes_per_second", "tiny_model", "n_threads"} <= kept.keys():
+        return None
+    speeds = machine_speeds(kept, type_id, read_bytes, disk_bytes_per_second=disk_bytes_per_second)
+    return None if isinstance(speeds, Unmeasured) else speeds
+
+
 def with_overrides(speeds: MachineSpeeds, **given: float | None) -> MachineSpeeds:
     """`speeds` with those of disk, memory, compute, prefill, layer_seconds that are not None."""
     return replace(speeds, **{name: value for name, value in given.items() if value is not None})

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_edge.models.errors import BudgetTooSmall, MissingFile, UsageError, printable
+from moe_edge.models.formats.floats import Float64Array
 from moe_edge.models.formats.gguf import GGUFFile, GGUFModel, open_headers, read_gguf, read_header
 from moe_edge.models.formats.write import GGUFOutput, TensorSpec
 from moe_edge.models.store.folder import find_model
@@ -24,6 +25,7 @@ from moe_edge.models.store.skeleton import IN_PLACE, file_identities, in_place_i
 from moe_edge.models.store.source import KIND, gguf_source
 from moe_edge.models.store.store import STORE_KIND, store_path
 from moe_edge.runner.measure.doctor import Facts, Tell, doctor, machine_speeds, n_cores, with_overrides
+from moe_edge.runner.measure.packed_split import find_split
 from moe_edge.runner.measure.probe import BLOCK_BYTES, Unmeasured, unpack_bytes_per_second
 from moe_edge.runner.memory import auto_budget, usable_bytes
 from moe_edge.schedulers.budget import MemoryPlan, format_arg, format_bytes, plan_memory
@@ -37,8 +39,10 @@ from moe_edge.schedulers.estimate import (
     first_token_seconds,
 )
 from moe_edge.schedulers.options import PolicyOptions
+from moe_edge.schedulers.packed import PackedSizes
 from moe_edge.schedulers.replay.simulate import simulate_policy
 from moe_edge.schedulers.replay.trace import Trace
+from moe_edge.schedulers.split import Split, can_have_packed, rank_chances
 
 N_PROMPT = 512
 WORTH_PACKING = 1.03  # times the speed
@@ -53,7 +57,8 @@ class PlanResult:
     will_run: whether this budget works on this machine. verdict: one word, or "WILL NOT RUN". sentence: why, with the
     number that would work. needed_bytes: the least --ram that works. memory: the split, None below the floor.
     estimate: None without a split or without speeds; speeds_why_not: the reason for the latter. enough_bytes: the --ram
-    beyond which memory hardly matters. present_bytes: of files_bytes, what is on disk already.
+    beyond which memory hardly matters. packed: the packed cache that is best here; None where there can be none.
+    present_bytes: of files_bytes, what is on disk already.
     """
 
     model: str
@@ -68,6 +73,7 @@ class PlanResult:
     memory: MemoryPlan | None
     estimate: Estimate | None
     enough_bytes: int | None
+    packed: Split | None
     speeds: MachineSpeeds | None
     speeds_why_not: str | None
     n_prompt: int
@@ -128,7 +134,8 @@ def plan(
     hits: float | Callable[[int], float] | None = hit_rate
     if trace is not None:
         hits = _simulated(trace, policy or PolicyOptions(), facts)
-    return _decide(facts, budget, reason, ram_bytes is None, speeds, why_not, hits, n_prompt)
+    chances = None if trace is None else rank_chances(trace)
+    return _decide(facts, budget, reason, ram_bytes is None, speeds, why_not, hits, n_prompt, chances)
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,7 @@ class _ModelFacts:
     work: ModelWork
     calibration: Any
     unlimited: MemoryPlan
+    packed: PackedSizes
     expert_type: int
     piece_bytes: int
     n_ctx: int
@@ -152,9 +160,9 @@ class _ModelFacts:
 
 def _decide(
     m: _ModelFacts, budget: int, reason: str, is_auto: bool, speeds: MachineSpeeds | None, why_not: str | None,
-    hits: float | Callable[[int], float] | None, n_prompt: int,
+    hits: float | Callable[[int], float] | None, n_prompt: int, chances: Float64Array | None,
 ) -> PlanResult:  # fmt: skip
-    split, found, enough = None, None, None
+    split, found, enough, packed = None, None, None, None
     floor, resident = m.unlimited.floor_bytes, m.unlimited.resident_bytes
     fixed = m.unlimited.fixed
     limit = usable_bytes()
@@ -176,6 +184,10 @@ def _decide(
         found = estimate(m.work, split.arena_bytes, speeds, hit_rate=hits, n_prompt=n_prompt, n_ubatch=m.n_ubatch)
         enough = fixed.total_bytes + enough_arena_bytes(m.work, speeds, floor - fixed.total_bytes, hits)
     notes = []
+    if split is not None and speeds is not None and can_have_packed(m.work.layout, m.packed, split.arena_bytes):
+        share = m.work.stored_share
+        packed = find_split(m.work.layout, m.packed, split.arena_bytes, m.work.top_k, share, speeds, chances)
+        notes.append(_packed_note(packed, split.arena_bytes))
     if will_run and not is_auto and split is not None and min(budget, resident) > auto_budget().bytes:
         notes.append(f"this is more than is free now; {auto_budget().reason}")
     if found is not None and speeds is not None and split is not None:
@@ -186,8 +198,19 @@ def _decide(
     verdict = "WILL NOT RUN" if not will_run else _word(found) if found else "RUNS"
     return PlanResult(
         m.name, m.architecture, will_run, verdict, sentence, budget, reason, floor, resident, split, found, enough,
-        speeds, why_not, n_prompt, m.n_ctx, m.n_ubatch, m.files_bytes, m.present_bytes, tuple(notes),
+        packed, speeds, why_not, n_prompt, m.n_ctx, m.n_ubatch, m.files_bytes, m.present_bytes, tuple(notes),
     )  # fmt: skip
+
+
+def _packed_note(packed: Split, arena_bytes: int) -> str:
+    """The planner's word on keeping packed experts in memory."""
+    if packed.packed_bytes == 0:
+        return "--packed-cache would gain nothing here: whole experts are as fast"
+    share = 100 * packed.packed_bytes // arena_bytes
+    return (
+        f"--packed-cache {share}%, {format_bytes(packed.packed_bytes)} of the experts' memory for packed ones, is "
+        f"planned to decode {packed.gain:.2f} times as fast, without loss"
+    )
 
 
 def _gain_of_packing(
@@ -284,6 +307,7 @@ def _read_model(path: Path, *, n_ctx: int, n_ubatch: int, n_threads: int) -> _Mo
             work=work,
             calibration=calibration,
             unlimited=unlimited,
+            packed=sizes.packed,
             expert_type=max(by_type, key=lambda t: by_type[t]),
             piece_bytes=sum(by_type.values()) // len(model.pieces),
             n_ctx=sizes.n_ctx,

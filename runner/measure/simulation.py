@@ -22,9 +22,10 @@ from moe_edge.schedulers.policies import DEFAULTS, POLICY_NAMES
 from moe_edge.schedulers.policy import make_policy
 from moe_edge.schedulers.replay.belady import has_one_size, simulate_belady
 from moe_edge.schedulers.replay.prediction import Quality, missed_uses, prediction_quality
-from moe_edge.schedulers.replay.simulate import Costs, SimResult, simulate_policy
+from moe_edge.schedulers.replay.simulate import MEMORY_BYTES_PER_SECOND, Costs, SimResult, simulate_policy
 from moe_edge.schedulers.replay.trace import Trace
 from moe_edge.schedulers.settings import policy_selects
+from moe_edge.schedulers.split import SplitCosts, choose_packed_bytes, plan_split, rank_chances
 
 BELADY = "belady"
 SLACK = 0.15  # what the default cache rule may read above the best one without a note
@@ -45,6 +46,8 @@ class SimRow:
     policy: the name, then the options that are not the default ones. cache: the eviction rule, `auto` by the name it
     stands for, None for belady; is_default: whether auto stands for it. best: with this policy and look-ahead at this
     budget some cache rule reads more bytes and none reads fewer.
+    packed_bytes: of the arena, what keeps packed experts. packed_share: of the expert uses, those whose packed expert
+    was in memory, whole or in part, so that it had to be unpacked.
     arena_share: of all experts at the high level. bytes_per_token: read from disk. low_share, skipped_share: of the
     expert uses, skipped ones included. reads_to_belady: bytes read over those of the row `belady` at this budget.
     prefetched and the four after it: units, as in SimResult.
@@ -71,6 +74,8 @@ class SimRow:
     prefetch_late: int = 0
     prefetch_wasted: int = 0
     prefetch_cancelled: int = 0
+    packed_bytes: int = 0
+    packed_share: float = 0.0
     best: bool = False
 
 
@@ -143,7 +148,8 @@ class Simulation:
 
 
 _HEAD = (
-    "policy", "cache", "look-ahead", "--ram", "experts", "share", "hits", "low", "skipped", "ahead/token", "useful",
+    "policy", "cache", "look-ahead", "--ram", "experts", "share", "packed", "hits",
+    "unpacked", "low", "skipped", "ahead/token", "useful",
     "MB/token", "stall ms", "tok/s", "reads/belady", "",
 )  # fmt: skip
 
@@ -156,7 +162,9 @@ def _cells(row: SimRow, tokens: int) -> tuple[str, ...]:
         "-" if row.ram_bytes is None else format_bytes(row.ram_bytes),
         format_bytes(row.arena_bytes),
         f"{row.arena_share:.1%}",
+        format_bytes(row.packed_bytes) if row.packed_bytes else "-",
         f"{row.hit_rate:.1%}",
+        f"{row.packed_share:.1%}" if row.packed_share else "-",
         f"{row.low_share:.1%}" if row.low_share else "-",
         f"{row.skipped_share:.1%}" if row.skipped_share else "-",
         f"{row.prefetched / tokens:.2f}" if row.prefetched else "-",
@@ -195,13 +203,15 @@ def run_simulations(
     *,
     calibration: Calibration | None = None,
     belady: bool = True,
+    packed: Sequence[str] = ("off",),
     tell: Callable[[str], None] = lambda _: None,
 ) -> Simulation:
     """Every policy at every budget, from an empty arena, with Belady's bound first at each.
 
     A policy that this model or its calibration cannot serve is left out, and `left_out` says why; so is one at a budget
     that is below what it needs. One that is there twice, once as `auto`, is run once. With a policy that looks ahead
-    comes the quality of the trace's predictions. tell: called with a line of progress before each run.
+    comes the quality of the trace's predictions. packed: packed caches to try, as --packed-cache names them; auto is
+    the planner's, with these costs. tell: called with a line of progress before each run.
     Raises BudgetTooSmall for an arena below the floor, UsageError when nothing is left to run and for look-ahead on a
     trace without scores.
     """
@@ -230,13 +240,19 @@ def run_simulations(
         of_budget: list[SimRow] = []
         for options in usable:
             tell(f"{_full_label(options)}, experts {format_bytes(budget.arena_bytes)}")
-            try:
-                result = simulate_policy(trace, options, budget.arena_bytes, costs, calibration)
-            except BudgetTooSmall as e:
-                left_out.append(f"{policy_label(options)} at experts {format_bytes(budget.arena_bytes)}: {e}")
-                continue
-            row = _row(trace, options, budget, result, best)
-            of_budget.append(replace(row, is_default=row.cache == default))
+            for asked in packed:
+                try:
+                    nbytes = packed_bytes_of(trace, asked, budget.arena_bytes, costs)
+                    if nbytes == 0 and asked != "off" and "off" in packed:
+                        continue  # the same as without
+                    result = simulate_policy(
+                        trace, options, budget.arena_bytes, costs, calibration, packed_bytes=nbytes
+                    )
+                except (BudgetTooSmall, UsageError) as e:
+                    left_out.append(f"{policy_label(options)} at experts {format_bytes(budget.arena_bytes)}: {e}")
+                    continue
+                row = replace(_row(trace, options, budget, result, best), packed_bytes=nbytes)
+                of_budget.append(replace(row, is_default=row.cache == default))
         rows += _mark_best(of_budget)
     prediction = None
     if looks_ahead:
@@ -263,6 +279,29 @@ def _cannot_choose(policies: Sequence[PolicyOptions], calibration: Calibration |
         f"and its rows read more than it does; measure it with moe-edge eval MODEL --policy {name}"
         for name in names
     ]
+
+
+def packed_bytes_of(trace: Trace, asked: str, arena_bytes: int, costs: Costs) -> int:
+    """Bytes of the packed cache that --packed-cache names, in this arena. Raises UsageError."""
+    if asked == "off":
+        return 0
+    sizes, layout = trace.packed_sizes(), trace.layout()
+    if sizes is None:
+        raise UsageError(f"a packed cache needs packed experts, and those of {trace.model} are raw in its trace; "
+                         "convert the model with --pack planes and record it again")  # fmt: skip
+    nbytes = choose_packed_bytes(asked, layout, sizes, arena_bytes)
+    if nbytes is not None:
+        return nbytes
+    unit = float(trace.unit_bytes.mean())
+    use = unit / MEMORY_BYTES_PER_SECOND if costs.use_seconds is None else costs.use_seconds
+    other = costs.other_seconds or 0.0
+    if costs.use_seconds is None and trace.compute_seconds is not None and trace.other_seconds is not None:
+        one = trace.step_tokens == 1
+        use = float(trace.compute_seconds[one].mean()) / trace.n_used
+        other = float(trace.other_seconds[one].mean())
+    read = float(trace.read_bytes.mean()) / costs.disk_bytes_per_second
+    of_expert = SplitCosts(use, unit / costs.unpack_bytes_per_second, read, other)
+    return plan_split(layout, sizes, arena_bytes, trace.n_used, rank_chances(trace), of_expert).packed_bytes
 
 
 def _usable(
@@ -308,6 +347,7 @@ def _row(trace: Trace, options: PolicyOptions, budget: SimBudget, result: SimRes
         prefetch_late=result.prefetch_late,
         prefetch_wasted=result.prefetch_wasted,
         prefetch_cancelled=result.prefetch_cancelled,
+        packed_share=(result.packed_hits + result.exponent_hits + result.mantissa_hits) / asked,
     )
 
 
@@ -316,7 +356,7 @@ def _rivals(rows: Sequence[SimRow]) -> list[list[SimRow]]:
     groups: dict[tuple[object, ...], list[SimRow]] = {}
     for row in rows:
         if row.cache is not None:
-            groups.setdefault((_budget_of(row), row.policy, row.lookahead), []).append(row)
+            groups.setdefault((_budget_of(row), row.policy, row.lookahead, row.packed_bytes), []).append(row)
     return list(groups.values())
 
 
@@ -428,7 +468,9 @@ def need_matplotlib() -> Any:
 
 def curve_label(row: SimRow) -> str:
     """`belady`, `exact, learned`, `exact, learned, stacked`."""
-    return ", ".join([row.policy, *([row.cache] if row.cache else []), *([row.lookahead] * (row.lookahead != "off"))])
+    packed = ["packed cache"] if row.packed_bytes else []
+    ahead = [row.lookahead] * (row.lookahead != "off")
+    return ", ".join([row.policy, *([row.cache] if row.cache else []), *ahead, *packed])
 
 
 def plot_simulation(simulation: Simulation, path: str | Path) -> None:
