@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="network namespaces and memory cgroups are Linux's"),
 ]
 BOARDS = 2
+_numbers = itertools.count()
 
 
 def run(*command: str) -> None:
@@ -34,7 +36,9 @@ def run(*command: str) -> None:
 @contextlib.contextmanager
 def namespace(number: int) -> Iterator[tuple[str, str]]:
     """(name, address) of a network namespace that only this machine reaches; the test skips where none can be made."""
-    name, link = f"moe{os.getpid()}n{number}", f"moe{os.getpid() % 100000}v{number}"
+    # A link goes a moment after its namespace, so no name is used twice.
+    unique = f"{os.getpid() % 100000}x{next(_numbers)}"
+    name, link = f"moe{unique}", f"mv{unique}"
     here, there = f"10.213.{number}.1", f"10.213.{number}.2"
     try:
         run("ip", "netns", "add", name)
