@@ -48,7 +48,12 @@ void me_board_use(me_model * model) {
     board.model = model ? &model->model : nullptr;
 }
 
-void me_board_limit(int64_t bytes) { the_board().limit_bytes = bytes; }
+void me_board_limit(int64_t bytes) {
+    Board & b = the_board();
+    b.limit_bytes = bytes;
+    b.denied_bytes = 0;
+    b.peak_buffer_bytes = b.buffer_bytes.load();
+}
 
 void me_board_counts(me_board_numbers * out) {
     const Board & b = the_board();

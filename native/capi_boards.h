@@ -24,6 +24,7 @@ ME_API int32_t me_rpc_is_built(void);
 ME_API int32_t me_board_run(const char * endpoint, int32_t n_threads, void * pool, char * error);
 // Whose experts the graphs from now on need, until the next call; null: nobody's. Waits for a graph under way.
 ME_API void me_board_use(me_model * model);
+// What all buffers of a client may take; forgets what was refused to the client before.
 ME_API void me_board_limit(int64_t bytes);
 ME_API void me_board_counts(struct me_board_numbers * out);
 // One connection of a client, to its end.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import json
@@ -58,14 +59,15 @@ class Cgroup:
         )
 
 
-@pytest.fixture
-def cgroup() -> Iterator[Cgroup]:
+@contextlib.contextmanager
+def memory_cgroup(name: str) -> Iterator[Cgroup]:
+    """A group of this process's; the test is skipped where none can be made."""
     v1, v2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
     try:
         if (v1 / "memory.limit_in_bytes").exists():
-            group = Cgroup(v1 / f"moe-edge-test-{os.getpid()}", False)
+            group = Cgroup(v1 / f"moe-edge-{name}-{os.getpid()}", False)
         elif "memory" in (v2 / "cgroup.subtree_control").read_text().split():
-            group = Cgroup(v2 / f"moe-edge-test-{os.getpid()}", True)
+            group = Cgroup(v2 / f"moe-edge-{name}-{os.getpid()}", True)
         else:
             pytest.skip("no memory cgroup can be made here: the memory controller is not delegated")
         group.folder.mkdir()
@@ -79,6 +81,12 @@ def cgroup() -> Iterator[Cgroup]:
             return
         except OSError:
             time.sleep(0.1)
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Cgroup]:
+    with memory_cgroup("test") as group:
+        yield group
 
 
 def cached_bytes(path: Path) -> int:

@@ -18,7 +18,15 @@ from typing import Any
 import numpy as np
 import pytest
 from moe_edge.models.embedded import tiny_model_path
-from moe_edge.models.errors import BoardError, BudgetTooSmall, EngineError, Stopped, UsageError, WrongLibrary
+from moe_edge.models.errors import (
+    BoardError,
+    BudgetTooSmall,
+    EngineError,
+    MoeEdgeError,
+    Stopped,
+    UsageError,
+    WrongLibrary,
+)
 from moe_edge.models.store.store import store_path
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.generate import Sampling, generate
@@ -27,7 +35,7 @@ from moe_edge.runner.workers.guard import check_rpc
 from moe_edge.runner.workers.wire import Address
 from random_models import Shape, write_random_model
 from test_workers import ENOUGH, OPTIONS, logits_of, on_boards, on_one_machine
-from worker_process import WorkerProcess, workers
+from worker_process import Tunnel, WorkerProcess, workers
 
 MODEL = Path(tiny_model_path())
 GREEDY = Sampling(temp=0)
@@ -99,6 +107,22 @@ def test_a_board_with_too_little_memory_says_how_much_it_needs(tmp_path: Path) -
             pass
         with pytest.raises(BudgetTooSmall, match="what stays on this machine needs"):
             on_boards(MODEL, [made[0].address], replace(OPTIONS, ram_bytes=1 << 20))
+
+
+def test_a_board_that_refused_its_part_takes_a_smaller_one(board: WorkerProcess) -> None:
+    with on_boards(MODEL, [board.address]) as engine:
+        floor = int(engine.boards[0].taken["floor_bytes"])
+        buffers = int(engine.boards[0].taken["buffer_bytes"])
+    for ram in (floor - buffers // 2, floor - 1):  # at a buffer that llama.cpp asks for, and when all are there
+        with workers(MODEL, [ram]) as made:
+            for _ in range(2):
+                with (
+                    pytest.raises(MoeEdgeError, match=rf"board {made[0].address}: --ram \d+MiB is too small"),
+                    on_boards(MODEL, [made[0].address]),
+                ):
+                    pass
+            with on_boards(MODEL, [made[0].address, board.address]) as engine:
+                assert text_of(engine)
 
 
 def test_a_board_serves_one_client_at_a_time(board: WorkerProcess) -> None:
@@ -204,16 +228,48 @@ def test_a_llama_cpp_without_rpc_is_told_how_to_get_it() -> None:
         check_rpc(False)
 
 
-def test_logits_after_a_lost_board_are_those_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_while_the_only_board_is_away_no_decode_gives_anything_and_then_the_logits_are_those_of_before() -> None:
     """The Llama object that callers hold is the same one, on new connections."""
     with workers(MODEL, [ENOUGH]) as made, on_boards(MODEL, [made[0].address]) as engine:
         llama, port = engine.llama, made[0].port
         made[0].kill()
-        with pytest.raises(BoardError):
-            text_of(engine)
+        for _ in range(3):
+            with pytest.raises(BoardError, match=rf"board 127.0.0.1:{port}"):
+                text_of(engine)
         made[0] = WorkerProcess(MODEL, ENOUGH, port=port)
         assert made[0].port == port
         text_of(engine)
         engine.new_conversation()
         assert engine.llama is llama
         assert np.array_equal(logits_of(engine), on_one_machine(MODEL))
+
+
+@pytest.mark.parametrize("silently", [False, True])
+def test_a_network_that_breaks_at_any_byte_is_one_sentence(
+    silently: bool, board: WorkerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the board is asked, while weights are sent, in the first decode and later; llama.cpp itself would abort."""
+    monkeypatch.setenv(TIMEOUT_VARIABLE, "1")
+    whole = Tunnel(board.port)
+    with on_boards(MODEL, [f"127.0.0.1:{whole.port}"]) as engine:
+        loaded = whole.carried
+        text_of(engine)
+        n = whole.carried
+    whole.close()
+    places = (10, 1000, loaded // 3, loaded - 5000, (loaded + n) // 2) if not silently else (n - 2000,)
+    for cut in places:
+        tunnel = Tunnel(board.port, cut, silently)
+        address = f"127.0.0.1:{tunnel.port}"
+        for _ in range(100):
+            try:
+                with on_boards(MODEL, [address]) as engine:
+                    text_of(engine, 100)
+                pytest.fail(f"nothing was cut after {cut} bytes")
+            except UsageError as e:  # the board has not let the client before go yet
+                assert "at work for" in str(e)
+                tunnel.carried = 0
+                time.sleep(0.2)
+            except EngineError as e:
+                assert f"board {address}" in str(e), cut
+                break
+        tunnel.close()

@@ -91,10 +91,12 @@ def workers(model: Path, rams: Sequence[int | str], **more: object) -> Iterator[
 
 
 class Tunnel:
-    """Passes connections on, as `ssh -L` does."""
+    """Passes connections on, as `ssh -L` does. cut_after: so many bytes have gone there, then it breaks for good; with
+    `silently` it does not close anything, it only stops."""
 
-    def __init__(self, port: int) -> None:
-        self._to = port
+    def __init__(self, port: int, cut_after: int | None = None, silently: bool = False) -> None:
+        self._to, self._cut_after, self._silently = port, cut_after, silently
+        self._open: list[socket.socket] = []
         self._server = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._server.getsockname()[1])
         self.carried = 0
@@ -108,6 +110,9 @@ class Tunnel:
                 far = socket.create_connection(("127.0.0.1", self._to))
             except OSError:
                 return
+            self._open += [near, far]
+            if self.is_cut:
+                self._cut()
             for each in (near, far):
                 each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             threading.Thread(target=self._carry, args=(near, far, True), daemon=True).start()
@@ -119,11 +124,25 @@ class Tunnel:
                 if there:
                     self.carried += len(data)
                     self.data += data
+                if self.is_cut:
+                    self._cut()
+                    break
                 b.sendall(data)
         for each in (a, b):
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
         a.close()
+
+    @property
+    def is_cut(self) -> bool:
+        return self._cut_after is not None and self.carried > self._cut_after
+
+    def _cut(self) -> None:
+        if self._silently:
+            threading.Event().wait()  # this thread is over, its connections stay
+        for each in self._open:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

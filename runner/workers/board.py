@@ -211,14 +211,20 @@ class Board:
     def traffic(self) -> GuardCounts:
         return self.guard.counts() if self.guard is not None else GuardCounts()
 
-    def close(self) -> None:
-        """After llama.cpp has freed what it had there."""
+    def let_go(self) -> None:
+        """End the session. llama.cpp may still free what it had there: the guard answers."""
         self._closed.set()
         if self.guard is not None:
-            self.guard.close()
+            self.guard.lose()
         # A shutdown wakes a question under way, which would hold the lock up to its time-out.
         with contextlib.suppress(OSError):
             self._lines.connection.shutdown(socket.SHUT_RDWR)
         with self._lock:
             self._why = self._why or f"board {self.address} was let go"
             self._lines.connection.close()
+
+    def close(self) -> None:
+        """After llama.cpp has freed what it had there."""
+        self.let_go()
+        if self.guard is not None:
+            self.guard.close()

@@ -68,6 +68,8 @@ class BoardsEngine(Engine):
         self._loading.prove()
         self._last_counters = Counters()
         self.boards: list[Board] = []
+        self._gone: list[Board] = []  # lost, and to be closed when llama.cpp has freed what it had there
+        self._broken = False
         self._decoder: ThreadPoolExecutor | None = None
         remote = RemoteNative(lambda: self.boards, self.model)
         self.native = remote  # type: ignore[assignment]  # what an Engine asks of it, over the network
@@ -213,32 +215,42 @@ class BoardsEngine(Engine):
         """As Engine.decoding(). When a board was lost, everything is first sent to the boards again; BoardError, naming
         the one that is not back."""
         with super().decoding():
-            if any(board.why_lost for board in self.boards):
+            if self._broken or any(board.why_lost for board in self.boards):
                 self._mend()
             yield
 
     def _mend(self) -> None:
-        old = self.llama
+        """Everything again, on new connections. Until that has worked, nothing may be decoded."""
+        self._broken = True
         for board in self.boards:
-            board.close()
+            board.let_go()  # llama.cpp has its buffers there still: the guards stay
+            self._gone.append(board)
         self.boards.clear()
         self._last_counters = Counters()
+        old = self.llama
         try:
             self._connect()
             new = self._loaded()
         except BaseException:
-            # Without a session nothing may be decoded: every board counts as lost until all are back.
             for board in self.boards:
                 board.close()
+            self.boards.clear()
             raise
         # Whoever holds the Llama keeps it: what it is made of is exchanged.
         new._moe_edge = self
         old.__dict__, new.__dict__ = new.__dict__, old.__dict__
         new.close()
+        self._close_gone()
         clear_memory(old)
         self.checkpoints = Checkpoints(old)
         self._watch_decode_again(old)
+        self._broken = False
         self._tell("the boards are there again")
+
+    def _close_gone(self) -> None:
+        for board in self._gone:
+            board.close()
+        self._gone.clear()
 
     def _watch_decode_again(self, llama: Any) -> None:
         """The decode that was set for the new object refers to it; it now has the old one's insides."""
@@ -307,3 +319,4 @@ class BoardsEngine(Engine):
         for board in self.boards:
             board.close()
         self.boards.clear()
+        self._close_gone()

@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 from ctypes import POINTER, Structure, c_char_p, c_int32, c_int64, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -70,6 +70,15 @@ class BoardCounts:
     bytes_out: int = 0
 
 
+def since(now: BoardCounts, earlier: BoardCounts) -> BoardCounts:
+    """What was counted between two looks; the buffers as they are now."""
+    return replace(
+        now, graphs=now.graphs - earlier.graphs, new_graphs=now.new_graphs - earlier.new_graphs,
+        compute_seconds=now.compute_seconds - earlier.compute_seconds, bytes_in=now.bytes_in - earlier.bytes_in,
+        bytes_out=now.bytes_out - earlier.bytes_out,
+    )  # fmt: skip
+
+
 @lru_cache(maxsize=1)
 def rpc_library() -> Any:
     """The native library, with the functions of this file. Raises WrongLibrary when llama.cpp lacks the RPC backend."""
@@ -124,7 +133,7 @@ def use_experts(native: NativeModel | None) -> None:
 
 
 def limit_buffers(n_bytes: int) -> None:
-    """What all buffers of the client may take together."""
+    """What all buffers of the client may take together; what was refused before is forgotten."""
     rpc_library().me_board_limit(n_bytes)
 
 

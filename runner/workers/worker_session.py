@@ -16,7 +16,7 @@ from moe_edge.runner.memory import current_rss_bytes
 from moe_edge.runner.native import NativeModel
 from moe_edge.runner.scheduling import start_from_memory, use_policy
 from moe_edge.runner.sizes import layout_of
-from moe_edge.runner.workers.guard import board_counts, limit_buffers, trim_memory, use_experts
+from moe_edge.runner.workers.guard import board_counts, limit_buffers, since, trim_memory, use_experts
 from moe_edge.runner.workers.part import part_of
 from moe_edge.schedulers.budget import (
     MIB,
@@ -48,6 +48,7 @@ class Session:
         self.model = part_of(self._loading.model, begin, end)
         self._ram, self._policy_options = ram_bytes, policy
         self.policy: Policy | None = None
+        self._begun = board_counts()
         self.plan: MemoryPlan | None = None
         self.native = NativeModel(self.model, n_io_threads=options.n_io_threads, direct_io=options.direct_io)
         try:
@@ -126,7 +127,7 @@ class Session:
         stats = self.policy.stats if self.policy is not None else None
         return {
             "counters": asdict(self.native.counters()),
-            "board": asdict(board_counts()),
+            "board": asdict(since(board_counts(), self._begun)),
             "stats": list(astuple(stats)) if stats is not None else None,
             "rss_bytes": current_rss_bytes(),
             "arena_bytes": self.plan.arena_bytes if self.plan else 0,
