@@ -52,7 +52,7 @@ Experts = dict[tuple[int, int, str], TensorEntry]
 
 
 def hf_source(folder: Path) -> Source:
-    """The source a checkpoint folder makes: config.json, safetensors, tokenizer.json.
+    """The source a checkpoint folder makes: config.json, safetensors, a tokenizer.
 
     Raises MissingFile, BadFile and its kind, NotMoE, UnknownName for a class, setting or tokenizer we cannot convert.
     """
