@@ -79,8 +79,8 @@ check: setup
 	ln -sfn ../../../runner/package_init.py build/typecheck/moe_edge/__init__.py
 	cd build/typecheck && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml \
 	    -p moe_edge.convert -p moe_edge.models -p moe_edge.schedulers -p moe_edge.runner
-	cd build/typecheck && MYPYPATH=.:../../tests:../../bench:../../release ../../$(BIN)/mypy --config-file ../../pyproject.toml \
-	    ../../tests ../../bench ../../examples ../../release
+	cd build/typecheck && MYPYPATH=.:../../tests:../../bench:../../native/release ../../$(BIN)/mypy --config-file ../../pyproject.toml \
+	    ../../tests ../../bench ../../examples ../../native/release
 
 BENCH_CAPS ?= 25%,40%,57%,75%,none
 BENCH_DISKS ?= none
@@ -112,11 +112,11 @@ $(WHEEL_TOOLS)/.installed:
 	touch $@
 
 wheel: $(WHEEL_TOOLS)/.installed
-	$(WHEEL_TOOLS)/bin/python release/make_wheels.py $(WHEEL_MACHINES)
+	$(WHEEL_TOOLS)/bin/python native/release/make_wheels.py $(WHEEL_MACHINES)
 
 # In a bare Debian without compiler or network, as root; aarch64 by emulation. Says so where it cannot.
 wheel-test: wheel
-	for m in $(WHEEL_MACHINES); do $(WHEEL_TOOLS)/bin/python release/first_answer.py --machine $$m --prove || exit 1; done
+	for m in $(WHEEL_MACHINES); do $(WHEEL_TOOLS)/bin/python native/release/first_answer.py --machine $$m --prove || exit 1; done
 
 clean:
 	rm -rf build dist $(VENV)

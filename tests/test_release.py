@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from moe_edge.runner.llama_package import WORKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "release"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "native" / "release"))
 
 import cpu_choice
 from cpu_choice import VARIANTS, choose, processor_features

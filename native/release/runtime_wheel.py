@@ -81,7 +81,7 @@ def _write_licences(sources: Path, folder: Path) -> None:
     shutil.copyfile(sources / "LICENSE.md", folder / "LICENSE-llama-cpp-python")
     shutil.copyfile(llama_cpp / "LICENSE", folder / "LICENSE-llama.cpp")
     shutil.copyfile(zig_program().parent / "lib" / "libcxx" / "LICENSE.TXT", folder / "LICENSE-libcxx")
-    shutil.copyfile(Path(__file__).parents[1] / "LICENSE", folder / "LICENSE-moe-edge")
+    shutil.copyfile(Path(__file__).resolve().parents[2] / "LICENSE", folder / "LICENSE-moe-edge")
     products = (llama_cpp / "ggml/src/ggml-cpu/llamafile/sgemm.cpp").read_text()
     (folder / "LICENSE-llamafile-sgemm").write_text(leading_comment(products))
 

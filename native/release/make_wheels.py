@@ -1,6 +1,6 @@
 """`make wheel`: the wheels of moe-edge and moe-edge-runtime for x86-64 and aarch64, checked by auditwheel.
 
-    python release/make_wheels.py [x86_64] [aarch64] [--build build/wheel] [--dist dist]
+    python native/release/make_wheels.py [x86_64] [aarch64] [--build build/wheel] [--dist dist]
 
 What is compiled once is kept in the build folder. docs/RELEASE.md has the steps of a release.
 """

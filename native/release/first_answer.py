@@ -1,6 +1,6 @@
 """From a bare Python to the first answer: the two commands of the README, their time and the bytes they need.
 
-    python release/first_answer.py [--machine x86_64] [--dist dist] [--prove]
+    python native/release/first_answer.py [--machine x86_64] [--dist dist] [--prove]
 
 In a root with Python and without compiler or network (bare_root.py): `pip install moe-edge`, from a folder with the
 wheels of `make wheel` and of the packages they need, then `moe-edge chat`, whose model is in the wheel. Printed: the
@@ -24,7 +24,7 @@ from bare_root import PIP, PYTHON, emulated, make_root, run_in, why_not
 from cpu_choice import VARIANTS
 from targets import GLIBC, TARGETS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MESSAGE = "The king said"
 MIRROR = "http://deb.debian.org/debian"
 
@@ -68,7 +68,7 @@ def first_answer(machine: str, root: Path, wheels: Path) -> dict[str, object]:
 def prove(machine: str, root: Path) -> list[str]:
     """Compare each CPU build that this processor has with stock llama.cpp; one line a setting."""
     said: list[str] = []
-    binds = {ROOT / "release": "/release", ROOT / "tests": "/tests"}
+    binds = {ROOT / "native" / "release": "/release", ROOT / "tests": "/tests"}
     for build in reversed(VARIANTS[machine]):
         ask = "import sys; sys.path.insert(0, '/release'); import cpu_choice as c; m = c.platform.machine(); " \
               f"print(c.processor_features(m) >= set(c.VARIANTS[m]['{build}']))"  # fmt: skip

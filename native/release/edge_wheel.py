@@ -18,7 +18,7 @@ LICENCES = "licenses"
 
 def make_edge_wheel(target: Target, sources: Path, build: Path, dist: Path) -> Path:
     """Build the wheel; its path. sources: of llama-cpp-python. The libraries of the target are compiled already."""
-    root, made = Path(__file__).resolve().parents[1], build / target.machine / "edge"
+    root, made = Path(__file__).resolve().parents[2], build / target.machine / "edge"
     shutil.rmtree(made, ignore_errors=True)
     arguments = [
         *toolchain(target, build), f"-DGGML_INCLUDE={sources / 'vendor/llama.cpp/ggml/include'}",
