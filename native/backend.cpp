@@ -115,9 +115,27 @@ static ggml_backend_reg g_reg = {ME_BACKEND_API_VERSION, {reg_name, reg_device_c
 static ggml_backend_device g_device = {};
 static ggml_backend_dev_t reg_device(ggml_backend_reg_t, size_t) { return &g_device; }
 
+// Backends that a load would take by itself and that no plan counts. BLAS, on by default on macOS, multiplies 32 rows and
+// more with an F32 copy of the weight, which also rounds otherwise. macOS builds always have Metal: memory there is the
+// GPU's too, and llama.cpp would hand it large products. Process-wide, and before any model is loaded through us.
+static void unload_uncounted_backends() {
+    if (ggml_backend_reg_t blas = ggml_backend_reg_by_name("BLAS")) ggml_backend_unload(blas);
+#ifdef __APPLE__
+    for (size_t i = ggml_backend_dev_count(); i-- > 0;) {
+        if (i >= ggml_backend_dev_count()) continue;  // went with another device of its backend
+        ggml_backend_dev_t dev = ggml_backend_dev_get(i);
+        const auto type = ggml_backend_dev_type(dev);
+        ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(dev);
+        const bool gpu = type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU;
+        if (gpu && strcmp(ggml_backend_reg_name(reg), "RPC") != 0) ggml_backend_unload(reg);
+    }
+#endif
+}
+
 void register_backend() {
     static bool done = false;
     if (done) return;
+    unload_uncounted_backends();
     g_device.iface.get_name = device_name;
     g_device.iface.get_description = device_description;
     g_device.iface.get_memory = device_memory;

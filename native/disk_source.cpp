@@ -254,7 +254,7 @@ void DiskSource::work() {
 std::string DiskSource::read(const ReadJob & job, int64_t & got) {
     File & f = files_[static_cast<size_t>(job.file)];
     while (got < job.length) {
-        const bool was_direct = f.direct;  // another thread may give direct reads up meanwhile
+        [[maybe_unused]] const bool was_direct = f.direct;  // another thread may give direct reads up meanwhile
         const ssize_t n = pread(f.fd, job.dst + got, static_cast<size_t>(job.length - got), job.offset + got);
         if (n > 0) {
             got += n;

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -93,3 +95,31 @@ def test_the_library_refuses_by_itself_what_python_would(
     assert not library().me_model_open(ctypes.byref(desc), error)
     assert words in error.value and b"blk." in error.value
     assert keep
+
+
+BLAS = """
+import ctypes
+import llama_cpp
+ggml = ctypes.CDLL("libggml.so.0")  # the copy that is loaded: its files have three names (docs/LOG.md)
+ggml.ggml_backend_reg_by_name.restype = ctypes.c_void_p
+ggml.ggml_backend_reg_by_name.argtypes = [ctypes.c_char_p]
+NAME, COUNT = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p), ctypes.CFUNCTYPE(ctypes.c_size_t, ctypes.c_void_p)
+
+class Reg(ctypes.Structure):  # struct ggml_backend_reg of native/ggml_abi.h
+    _fields_ = [("api_version", ctypes.c_int), ("name", NAME), ("count", COUNT), ("device", ctypes.c_void_p),
+                ("address", ctypes.c_void_p), ("context", ctypes.c_void_p)]
+
+blas = Reg(2, NAME(lambda reg: b"BLAS"), COUNT(lambda reg: 0))
+ggml.ggml_backend_register(ctypes.byref(blas))
+assert ggml.ggml_backend_reg_by_name(b"BLAS"), "registered"
+from moe_edge.runner.capi import library
+library()
+assert not ggml.ggml_backend_reg_by_name(b"BLAS"), "still there"
+assert ggml.ggml_backend_reg_by_name(b"CPU") and ggml.ggml_backend_reg_by_name(b"MOE_EDGE")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="libraries have other names there")
+def test_a_blas_backend_is_unloaded_whose_copies_of_weights_no_plan_counts() -> None:
+    done = subprocess.run([sys.executable, "-c", BLAS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
