@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from moe_edge.runner.measure.boards.disk import drives_of, mount_of
 from moe_edge.runner.measure.boards.finding import COSTS, NOTE, OK, UNKNOWN, Finding
 from moe_edge.runner.measure.boards.machine import Machine, run_program
 from moe_edge.runner.measure.boards.nvme import Link
+from moe_edge.runner.measure.doctor_text import _board_rows
 
 
 def found(recorded: Recorded, root: Path) -> dict[str, Finding]:
@@ -225,6 +226,14 @@ def test_clocks_that_only_some_cores_may_use(tmp_path: Path) -> None:
     said = found(recorded, tmp_path)["frequency"]
     assert (said.state, said.cost) == (COSTS, "they compute at 51 % of their speed")
     assert "cores 6 7 held to 1.20 GHz" in said.found
+
+
+def test_the_doctor_prints_the_cost_and_the_mend_below_what_costs(tmp_path: Path) -> None:
+    rows = _board_rows([asdict(each) for each in findings(pi4().at(tmp_path))])
+    at = next(i for i, (name, _) in enumerate(rows) if name == "model's drive")
+    assert rows[at][1].startswith("COSTS: SD card")
+    assert [(name, text.split(":")[0]) for name, text in rows[at + 1 : at + 3]] == [("", "cost"), ("", "mend")]
+    assert rows[at + 3][0]
 
 
 # ---- nothing raises ----------------------------------------------------------------------------------------

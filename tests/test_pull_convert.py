@@ -310,7 +310,8 @@ def test_the_command_line_keeps_the_two_apart(tmp_path: Path) -> None:
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([*START, "pull", *arguments], capture_output=True, text=True, timeout=60, check=False)
 
-    for text in ("--then chat", "--then", "--best --then convert -o x.gguf", "--check", "--then convert",
+    for text in ("--then chat", "--then", "--best --then convert -o x.gguf", "-t 3 --then convert -o x.gguf",
+                 "--check", "--then convert",
                  "--then convert --bogus"):  # fmt: skip
         wrong = ("a/b", *text.split())
         done = call(*wrong)

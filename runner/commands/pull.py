@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from moe_edge.models.errors import UsageError
 from moe_edge.runner import terminal
 from moe_edge.runner.commands.parameters import THREADS, TOKENS, SectionedCommand, Size, print_result
@@ -57,8 +58,10 @@ def command(
     if THEN in ctx.meta:
         from moe_edge.runner.commands.pulled_conversion import pull_and_convert
 
-        if best or plan_only:
-            raise UsageError("--then convert takes a file as it is named; leave --best and --plan-only away")
+        given = [each for each in ctx.params if ctx.get_parameter_source(each) is ParameterSource.COMMANDLINE]
+        if unused := sorted(set(given) - {"name", "check", "as_json"}):
+            names = ", ".join("--" + {"n_ctx": "ctx-size", "n_threads": "threads"}.get(each, each) for each in unused)
+            raise UsageError(f"{names.replace('_', '-')} before --then does nothing: that model is made, not planned")
         pull_and_convert(Hub(), wanted, ctx.meta[THEN], check, as_json)
         return
     if check:
