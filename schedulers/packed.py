@@ -28,7 +28,7 @@ from moe_edge.schedulers.usage import Usage
 
 EXPONENTS, MANTISSAS, BOTH = 1, 2, 3  # bits of a mask, as in native/parts.h
 N_PARTS = 2
-HALVE_AFTER = 256  # tokens: counts of uses then lose half of their weight; 64 or 1,024 read as much (docs/LOG.md)
+HALVE_AFTER = 256  # tokens: counts of uses then lose half of their weight; 64 reads as much (docs/LOG.md)
 CLEARLY_MORE = 1.5  # times the uses of the least used whole expert, before another takes its place: that costs a read
 
 

@@ -22,7 +22,7 @@ from moe_edge.schedulers.layout import Layout
 from moe_edge.schedulers.packed import PackedSizes, check_packed_bytes, most_packed_bytes, window_bytes
 from moe_edge.schedulers.replay.trace import Trace
 
-HALF_LIFE_TOKENS = 16.0  # of the uses by which experts are ranked; what decayed eviction is best with (docs/LOG.md)
+HALF_LIFE_TOKENS = 16.0  # of the uses by which experts are ranked: recent, as the cache's own order is
 SPLITS = 50  # that are tried, in equal steps of the memory that a packed cache may have
 SMOOTHED = 5  # splits in an average
 WORTH = 0.97  # of the seconds without a packed cache: what it must save to be taken

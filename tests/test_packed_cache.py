@@ -239,6 +239,7 @@ def test_the_budget_holds_with_a_packed_cache(tmp_path: Path, cgroup: Cgroup) ->
 
 def test_auto_asks_the_planner_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, packed = packed_model(tmp_path, "BF16")
+    monkeypatch.setattr(packed_split, "unpack_bytes_per_second", lambda *_: 4e9)
     speeds = MachineSpeeds(disk=2e7, memory=1e10, compute=1e10, prefill=1e10)
     for kept, words in ((speeds, "planned to decode"), (None, "moe-edge doctor measures them"),
                         (replace(speeds, disk=1e12), "whole experts are as fast")):  # fmt: skip
