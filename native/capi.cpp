@@ -11,15 +11,10 @@
 #include "ggml-cpu.h"
 #include "ggml_abi.h"
 #include "graph.h"
-#include "model.h"
+#include "handle.h"
 #include "selection.h"
 
 using namespace moe_edge;
-
-struct me_model {
-    Model model;
-    explicit me_model(const me_model_desc & d) : model(d) {}
-};
 
 void * me_threadpool_new(int32_t n_threads) {
     ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);

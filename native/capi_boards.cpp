@@ -8,14 +8,10 @@
 
 #include "board.h"
 #include "ggml-rpc.h"
-#include "model.h"
+#include "handle.h"
 #include "relay.h"
 
 using namespace moe_edge;
-
-struct me_model {  // as in capi.cpp
-    Model model;
-};
 
 struct me_guard {
     Guard guard;
