@@ -33,9 +33,9 @@ TEMPLATES = {
     "mistral": ["[ARGS] [/THINK]", "[CALL_ID] [ARGS]", ""], "kimi": ["</think>"], "deepseek": ["</think>", "```json"],
     "deepseek_dsml": ["function_calls </think>", "tool_calls"], "glm": ["</think>"], "hunyuan": [""], "seed": [""],
     "qwen_coder": ["</think>"], "invoke": ["<minimax:tool_call> </think>", '<function name="'], "lfm2": ["</think>"],
-    "harmony": [""], "solar": [""], "kimi_k3": [""], "muse": [""],
+    "harmony": [""], "solar": [""], "gemma": ["<channel|>"], "kimi_k3": [""], "muse": [""],
 }  # fmt: skip
-IN_JSON = {"gemma", "minimax_m3", "think", "plain"}  # whose calls are plain JSON when they are forced
+IN_JSON = {"minimax_m3", "think", "plain"}  # whose calls are plain JSON when they are forced
 ONE_CALL = {"harmony", "llama3"}
 OPENED = {
     "hermes": "<think>\n", "glm": "<think>", "seed": "<seed:think>", "cohere": "<|START_THINKING|>",
@@ -73,8 +73,22 @@ TOOLS = [
 ]  # fmt: skip
 
 
-def form(name: str, template: str, prompt: str = "", tools: Any = TOOLS, **more: Any) -> Form:
-    request = Request(messages=({"role": "user", "content": "x"},), tools=tuple(tools),
+FLAT = [
+    TOOLS[0], TOOLS[2],
+    tool("pick", {
+        "unit": {"type": "string", "enum": ["C", "F", 'a "b"\\']}, "code": {"type": "string", "maxLength": 5},
+        "n": {"type": "integer"}, "share": {"type": "number"}, "really": {"type": "boolean"},
+    }, ["n"]),
+]  # fmt: skip
+
+
+def tools_of(name: str) -> list[dict[str, Any]]:
+    """Gemma's own words have no lists and objects here."""
+    return FLAT if name == "gemma" else TOOLS
+
+
+def form(name: str, template: str, prompt: str = "", tools: Any = None, **more: Any) -> Form:
+    request = Request(messages=({"role": "user", "content": "x"},), tools=tuple(tools or tools_of(name)),
                       tool_choice=more.pop("choice", ToolChoice("required")), **more)  # fmt: skip
     found = reply_form(request, FORMATS[name], template, prompt)
     assert found is not None and found.is_call and found.root == ROOT
@@ -85,12 +99,12 @@ def within(span: Span, spans: list[Span]) -> list[Span]:
     return [each for each in spans if span.start <= each.start and each.end <= span.end and each is not span]
 
 
-def meant(name: str, template: str, text: str, spans: list[Span], tools: Any = TOOLS) -> list[tuple[str, Any]]:
+def meant(name: str, template: str, text: str, spans: list[Span]) -> list[tuple[str, Any]]:
     """The calls that a walk has written, by the names of its rules."""
     found = []
     for call in (each for each in spans if each.rule.startswith("call-")):
         _, style, number = call.rule.split("-")
-        function = tools[int(number)]["function"]
+        function = tools_of(name)[int(number)]["function"]
         arguments = FORMATS[name].calls(template)[int(style)].arguments
         inner, value = within(call, spans), {}
         for each in inner:
@@ -110,8 +124,8 @@ def meant(name: str, template: str, text: str, spans: list[Span], tools: Any = T
     return found
 
 
-def parse(name: str, prompt: str, text: str, size: int, tools: Any = TOOLS) -> list[Part]:
-    parser, parts = FORMATS[name].parser(prompt, tools), []
+def parse(name: str, prompt: str, text: str, size: int, tools: Any = None) -> list[Part]:
+    parser, parts = FORMATS[name].parser(prompt, tools_of(name) if tools is None else tools), []
     for at in range(0, len(text), size):
         parts += parser.feed(text[at : at + size])
     return parts + parser.finish()
@@ -154,7 +168,7 @@ def test_what_the_grammar_writes_the_parser_reads(name: str) -> None:
                     assert thought.strip() == said[: -len(close)].strip(), text
                     n_thought += 1
                 for called, value in wanted:
-                    fits(value, next(t["function"] for t in TOOLS if t["function"]["name"] == called))
+                    fits(value, next(t["function"] for t in tools_of(name) if t["function"]["name"] == called))
                 n_several += len(wanted) > 1
     assert (n_several > 0) == (name not in ONE_CALL)
     assert n_thought > 0 or name in ("llama3", "functionary")
@@ -170,7 +184,7 @@ def test_one_call_where_the_client_wants_one_and_the_one_that_it_names() -> None
                 text, spans = walk.text(ROOT, rng, 200)
                 found = calls(parse(name, prompt, text, len(text)))
                 assert len(found) == 1 and ("choice" not in more or found[0][0] == "write")
-                assert found == meant(name, template, text, spans, TOOLS) or "choice" in more
+                assert found == meant(name, template, text, spans) or "choice" in more
 
 
 @pytest.mark.parametrize("name", sorted([*TEMPLATES, *IN_JSON]))
@@ -218,6 +232,12 @@ def test_what_tags_cannot_carry_is_plain_json(why: str) -> None:
         assert said == [(ODD[why]["function"]["name"], json.loads(text[arguments.start : arguments.end]))]
     if why not in ("a name with a space",):
         assert form("hermes", "", tools=[ODD[why]]).in_own_words
+
+
+def test_what_gemmas_words_cannot_carry_is_plain_json() -> None:
+    assert form("gemma", "").in_own_words
+    for odd in (TOOLS[1], tool("f", {"a:b": {"type": "integer"}}, []), tool("f", {"x": {"type": "object"}}, [])):
+        assert not form("gemma", "", tools=[odd]).in_own_words
 
 
 def test_two_forms_at_a_time_are_refused() -> None:

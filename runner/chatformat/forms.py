@@ -80,7 +80,8 @@ class TagArguments:
     between two arguments.
 
     strips: one line end at each side of a value is the format's. guard: as in JsonArguments, and in texts. python: a
-    text is a string as Python reads it; else it is written as it is, up to `end`.
+    text is a string as Python reads it; else it is written as it is, up to `end`. flat: `end` is of texts alone, and
+    there are no lists and objects.
     """
 
     head: Callable[[str, str], str]
@@ -90,6 +91,7 @@ class TagArguments:
     strips: bool = True
     guard: tuple[str, ...] = ()
     python: bool = False
+    flat: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from typing import Any
 
 from moe_edge.runner.chatformat.calls import CallParser, NotACall, Tools, Waiting
 from moe_edge.runner.chatformat.format import ChatFormat
+from moe_edge.runner.chatformat.forms import CallForm, TagArguments
+from moe_edge.runner.chatformat.gbnf import quote
 from moe_edge.runner.chatformat.shapes import between_tags
 from moe_edge.runner.chatformat.think import ThinkTags, opened_by, without_thinking
 
@@ -118,7 +120,17 @@ def make_parser(prompt: str, tools: Sequence[Mapping[str, Any]]) -> GemmaParser:
     return GemmaParser(opened_by(prompt, THINKING), tools)
 
 
+FORM = CallForm(
+    lambda name: quote(f"{BEGIN}call:{name}{{"), quote("}" + END),
+    TagArguments(
+        lambda key, kind: quote(f"{key}:" + (QUOTE if kind == "text" else "")), QUOTE, "", quote(","), strips=False,
+        guard=(END,), flat=True,
+    ),
+    between="",
+)  # fmt: skip
+
 FORMAT = ChatFormat(
     "gemma", 15, lambda template: BEGIN in template, make_parser, tags=TAGS,
     prepare=functools.partial(without_thinking, tags=THINKING), thinking=between_tags(THINKING),
+    calls=lambda template: (FORM,),
 )  # fmt: skip

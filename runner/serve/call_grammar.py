@@ -149,6 +149,8 @@ class _Written:
         kind = kind_of(parameters, key)
         if not _KEY.fullmatch(key) or (self._python and not _is_python(key)) or (kind is None and not a.python):
             raise _CannotCarry
+        if a.flat and (kind in ("object", "array") or ":" in key):
+            raise _CannotCarry
         spec = parameters["properties"][key]
         if kind == "text" and not a.python:
             value = self._text(a, number, spec)
@@ -156,7 +158,8 @@ class _Written:
             shared = {name: parameters[name] for name in ("$defs", "definitions") if name in parameters}
             line = LINE if a.strips else ""
             whole = {**shared, **spec} if isinstance(spec, Mapping) else {}
-            value = sequence(line, self._json(f"json-{number}", whole), line, quote(a.end))
+            end = "" if a.flat else quote(a.end)
+            value = sequence(line, self._json(f"json-{number}", whole), line, end)
         self.rules.append(f"value-{number} ::= {sequence(a.head(key, kind or 'object'), value, a.tail)}")
         return f"value-{number}"
 
