@@ -44,7 +44,7 @@ def test_simulate_compares_every_cache_rule(traced: Path) -> None:
     rows = json.loads(done.stdout)["rows"]
     exact = [row for row in rows if row["policy"] == "exact"]
     assert [row["cache"] for row in exact[: len(RULES) - 1]] == ["learned", *(r for r in RULES[2:])]
-    assert {row["policy"] for row in rows} == {"belady", "exact", "hobbit"}
+    assert {row["policy"] for row in rows} == {"belady", "exact", "hobbit", "reroute"}
     budgets = {row["arena_bytes"] for row in rows}
     assert len(budgets) == 5 and sum(row["best"] for row in exact) <= 5
     for row in exact:
