@@ -2,6 +2,7 @@
 # make browser find or install the Chromium that tests of the server's page need
 # make test    set up in .venv, run the tests against the installed package
 # make check   ruff, and mypy --strict over everything
+# make arm     moe-edge on emulated ARM machines: cross-builds llama.cpp the first time; root where tools are missing
 # make macos   compile and link native/ for macOS on Apple silicon; runs nothing
 # make bench   moe-edge against stock llama.cpp on a random model of 2.85 GB; BENCH_CAPS, BENCH_DISKS; root for the caps
 # make fuzz    damaged files, mutated models and requests, signals at random moments, for hours: FUZZ_FILES, ...
@@ -14,7 +15,7 @@ export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DGGML_RPC=ON
 SOURCES := $(shell find convert models schedulers runner native pyproject.toml -type f -not -name '*.pyc' -not -name '*.so')
 DEMO := build/demo
 
-.PHONY: setup reference browser demo test check macos fuzz bench clean
+.PHONY: setup reference browser demo test check arm macos fuzz bench clean
 setup: $(VENV)/.installed
 
 $(VENV)/.dependencies: pyproject.toml
@@ -73,6 +74,10 @@ check: setup
 	    -p moe_edge.convert -p moe_edge.models -p moe_edge.schedulers -p moe_edge.runner
 	cd build/typecheck && MYPYPATH=.:../../tests:../../tests/arm:../../bench ../../$(BIN)/mypy --config-file ../../pyproject.toml \
 	    ../../tests ../../bench ../../examples
+
+# ARM without a board: everything under build/arm, made once; ARM_MACHINE=pi5 runs one machine of tests/arm/machine.py.
+arm: setup
+	$(BIN)/python tests/arm/machine.py test $(ARM_MACHINE)
 
 macos: setup
 	$(BIN)/python -c "import ziglang" 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check ziglang
