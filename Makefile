@@ -3,6 +3,7 @@
 # make units   find or install systemd-analyze, which checks the service's unit in a test
 # make test    set up in .venv, run the tests against the installed package
 # make check   ruff, and mypy --strict over everything
+# make arm     moe-edge on emulated ARM machines: cross-builds llama.cpp the first time; root where tools are missing
 # make macos   compile and link native/ for macOS on Apple silicon; runs nothing
 # make bench   moe-edge against stock llama.cpp on a random model of 2.85 GB; BENCH_CAPS, BENCH_DISKS; root for the caps
 # make wheel   compiled wheels of moe-edge and its runtime into dist/, for WHEEL_MACHINES; make wheel-test installs them
@@ -16,7 +17,7 @@ export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DGGML_RPC=ON
 SOURCES := $(shell find convert models schedulers runner native pyproject.toml -type f -not -name '*.pyc' -not -name '*.so')
 DEMO := build/demo
 
-.PHONY: setup reference browser units demo test check macos fuzz bench wheel wheel-test clean
+.PHONY: setup reference browser units demo test check arm macos fuzz bench wheel wheel-test clean
 setup: $(VENV)/.installed
 
 $(VENV)/.dependencies: pyproject.toml
@@ -82,6 +83,10 @@ check: setup
 	    -p moe_edge.convert -p moe_edge.models -p moe_edge.schedulers -p moe_edge.runner
 	cd build/typecheck && MYPYPATH=.:../../tests:../../tests/arm:../../bench:../../native/release \
 	    ../../$(BIN)/mypy --config-file ../../pyproject.toml ../../tests ../../bench ../../examples ../../native/release
+
+# ARM without a board: everything under build/arm, made once; ARM_MACHINE=pi5 runs one machine of tests/arm/machine.py.
+arm: setup
+	$(BIN)/python tests/arm/machine.py test $(ARM_MACHINE)
 
 macos: setup
 	$(BIN)/python -c "import ziglang" 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check ziglang
