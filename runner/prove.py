@@ -28,7 +28,7 @@ from moe_edge.runner.reason import ending, reason, refusal
 # What a child can show. A model that decodes also loads.
 NOTHING, LOADS, DECODES = "nothing", "loads", "decodes"
 
-START_SECONDS = 60
+START_SECONDS = 180  # emulated ARM beside a busy machine took over 60 (docs/LOG.md, 2026-11-27)
 BYTES_PER_SECOND = 10e6  # of a very slow disk: how long reading the dense weights may take
 
 
