@@ -69,6 +69,9 @@ USES: dict[str, Callable[[Engine], Any]] = {
     "native.scratch_bytes": lambda e: e.native.scratch_bytes(8, 2, 1),
     "native.set_lookahead": lambda e: e.native.set_lookahead(1, 4),
     "native.watch_attention": lambda e: e.native.watch_attention(),
+    "native.set_selecting": lambda e: e.native.set_selecting(True),
+    "native.why_not_selecting": lambda e: e.native.why_not_selecting(),
+    "native.gating": lambda e: e.native.gating(0),
     "native.set_renormalise": lambda e: e.native.set_renormalise(True),
     "native.set_noise": lambda e: e.native.set_noise(0, 0.1, 1),
 }
