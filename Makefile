@@ -71,8 +71,10 @@ units:
 	      DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends systemd >/dev/null; } || \
 	    { echo "no systemd-analyze: install it (apt-get install systemd)" >&2; test -z "$$CI"; }
 
+# A process for each core, whole files at a time. OpenMP's threads sleep while they wait: spinning beside the other
+# process they would slow both down.
 test: setup reference browser units
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .
