@@ -58,7 +58,8 @@ class BoardsEngine(Engine):
         rpc_library()
         self.options, self._tell, self._addresses = options, tell, tuple(workers)
         self._check_options()
-        self._warm, self._pool, self._crowd, self.prompts = None, None, None, None
+        self._warm, self._pool, self._crowd, self.prompts, self.held = None, None, None, None, None
+        self._packed_note, self._selecting = "", False
         self.started = time.monotonic()
         self.llama: Any = None
         self._loading = Loading(path, options, verify=verify, named=named)
@@ -89,6 +90,12 @@ class BoardsEngine(Engine):
             raise UsageError("several boards run the exact policy only; leave out --policy and --max-kld")
         if o.warm_start:
             raise UsageError("--warm-start is of one machine; leave it out with --workers")
+        if o.packed_cache not in ("off", "auto"):
+            raise UsageError("--packed-cache is of one machine; leave it out with --workers")
+        if o.held_bytes:
+            raise UsageError("--held-conversations is of one machine; leave it out with --workers")
+        if o.context_shift:
+            raise UsageError("--context-shift is of one machine; leave it out with --workers")
 
     def _measure_model(self) -> None:
         """Sizes of the layers, and what stays here."""
