@@ -12,8 +12,8 @@ from moe_edge.models.embedded import tiny_model_path
 from moe_edge.models.errors import BudgetTooSmall
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.kv.held import SHARE, auto_bytes
-from moe_edge.runner.kv.known import Known, reuse_of
 from moe_edge.runner.kv.prompt_cache import LEAST_TOKENS
+from moe_edge.runner.kv.reuse import Known, reuse_of
 from moe_edge.runner.kv.state_file import read_header
 from moe_edge.runner.protocol import Request
 from moe_edge.runner.sampling import Sampling

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_edge.runner.kv.known import Known, Reuse, reuse_of
 from moe_edge.runner.kv.prefix import keep_prefix
 from moe_edge.runner.kv.prompt_cache import LEAST_TOKENS, PromptCache
+from moe_edge.runner.kv.reuse import Known, Reuse, reuse_of
 from moe_edge.runner.kv.rollback import Checkpoint, Checkpoints
 from moe_edge.runner.kv.state_file import StateFile, write_copy
 from moe_edge.runner.llama import (
