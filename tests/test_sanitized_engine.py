@@ -84,7 +84,7 @@ convert(packed, folder / "packed.gguf", pack="planes")
 for lookahead in ("off", "votes"):
     rows, counts = logits(folder / "packed.gguf", floor(folder / "packed.gguf") + (1 << 16), lookahead=lookahead)
     assert np.array_equal(rows[0], want[0]) and counts.unpacked_bytes > 0, (arch, lookahead)
-wide = dict(n_layer=2, n_expert=32, n_used=4, n_ff=64)
+wide = dict(n_layer=3, n_expert=32, n_used=4, n_ff=64)
 packed = write_random_model(folder / "wide.gguf", arch, Shape(**wide), expert_type="BF16", down_type="F16")
 convert(packed, folder / "parts.gguf", pack="planes")
 want = stock_logits(packed, [*tokens, 5, 6], n_ubatch=32, n_threads=2, n_ctx=128)[len(tokens) - 1 :]
