@@ -227,7 +227,9 @@ def test_saving_and_restoring_conversations_keeps_the_budget(tmp_path: Path, cgr
     again = json.loads(run([(2, 680)], floor))
     assert again["reused"][0] >= 649
     for each in (first, again):
-        assert each["ram"] == floor + held and each["peak"] <= floor + held + ALLOWANCE
+        # The group has ended whoever went over it. What a process sees of itself has pages of libraries that others
+        # brought into memory as well; a second copy of a state would be far above that.
+        assert each["ram"] == floor + held and each["peak"] <= floor + held + ALLOWANCE + 16 * MIB
     assert cgroup.peak_bytes() <= floor + held + ALLOWANCE
     assert all(cached_bytes(path) <= path.stat().st_size // 4 for path in files if path.exists())
 

@@ -163,9 +163,10 @@ class Running:
         self._http.later(GRACE_SECONDS, self.service.end_current)
         self._http.finish()
 
-    def work(self, model: ServedModel) -> None:
-        """Answer requests until leave()."""
+    def work(self, model: ServedModel, ready: Callable[[], None] = lambda: None) -> None:
+        """Answer requests until leave(). ready: called once requests are taken."""
         self.service.ready(model)
+        ready()
         self.service.work()
 
     def close(self) -> None:
@@ -216,9 +217,12 @@ def serve(options: ServerOptions, open_model: Callable[[], ServedModel], say: Ca
         model = open_model()
         try:
             with ending_on_signals(running.leave):
-                say(f"ready at {where}: OpenAI {where}/v1, Anthropic and Ollama {where}")
-                notify("READY=1")
-                running.work(model)
+
+                def ready() -> None:
+                    say(f"ready at {where}: OpenAI {where}/v1, Anthropic and Ollama {where}")
+                    notify("READY=1")
+
+                running.work(model, ready)
                 running.close()
         finally:
             running.close()
