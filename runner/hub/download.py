@@ -112,7 +112,7 @@ class Download:
                         return
                     piece = data[max(0, at - offset) :]  # a server that ignores ranges sends what was skipped, too
                     if piece:
-                        _pwrite(self._fd, piece, at, self.part)
+                        write_all(self._fd, piece, at, self.part)
                         progress(len(piece))
                         at += len(piece)
             except (Expired, HubError) as failed:
@@ -175,7 +175,8 @@ class Download:
             )
 
 
-def _pwrite(fd: int, data: bytes, offset: int, path: Path) -> None:
+def write_all(fd: int, data: bytes, offset: int, path: Path) -> None:
+    """All of data at this offset. Raises MissingFile, naming `path`."""
     view = memoryview(data)
     while len(view):
         try:

@@ -20,6 +20,7 @@ from moe_edge.models.formats.files import FileStamp
 from moe_edge.models.formats.gguf import TensorEntry
 from moe_edge.models.formats.source_files import SourceFiles
 from moe_edge.runner.hub.client import Expired, Hub, HubError, Repository
+from moe_edge.runner.hub.download import write_all
 from moe_edge.runner.hub.names import RemoteFile
 
 AT_ONCE = 2  # layers on disk
@@ -251,7 +252,7 @@ class ArrivingFiles(SourceFiles):
 
     def _fetch_chunk(self, layer: Layer, whole: Range, start: int, end: int) -> None:
         at = whole.at + start - whole.start
-        self._fetcher.fetch(whole.path, start, end, lambda data, n: _pwrite(layer.fd, data, at + n, self._folder))
+        self._fetcher.fetch(whole.path, start, end, lambda data, n: write_all(layer.fd, data, at + n, self._folder))
 
     def _drop(self, layer: Layer) -> None:
         if layer.fd >= 0:
@@ -272,13 +273,3 @@ def _pread(fd: int, nbytes: int, at: int, folder: Path) -> bytes:
         pieces.append(data)
         at, nbytes = at + len(data), nbytes - len(data)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
-def _pwrite(fd: int, data: bytes, at: int, folder: Path) -> None:
-    view = memoryview(data)
-    while len(view):
-        try:
-            n = os.pwrite(fd, view, at)
-        except OSError as error:
-            raise MissingFile(f"{folder}: cannot be written: {error.strerror or error}") from error
-        view, at = view[n:], at + n
