@@ -5,8 +5,9 @@
 The boards are workers of this machine, each with a memory budget for all experts of its own layers. They decode in
 turns with one machine that holds everything, and one that holds a share of the experts as large as one board's. A
 token passes through the boards one after the other, so only one of them computes at a time; each arm's processor time
-per token is printed, and shows what waiting threads took. Latency is added by a relay of ours in between, there and
-back, since not every kernel has netem; its own time at 0 ms is in the row of 0.
+per token is printed, and shows what waiting threads took. `--threads 1` leaves none that could wait awake. Latency is
+added by a relay of ours in between, there and back, since not every kernel has netem; its own time at 0 ms is in the
+row of 0.
 
 Prints a row for each arm, median and spread over the rounds, what `plan` foresaw, and the bytes on the wire; the last
 line of stdout is one JSON object. The text must be the same in all arms.
