@@ -5,7 +5,7 @@
 #include <chrono>
 #include <cstring>
 
-#include "ggml_abi.h"
+#include "device.h"
 #include "step.h"
 
 namespace moe_edge {
@@ -70,14 +70,6 @@ static const char * device_name(ggml_backend_dev_t) { return "MOE_EDGE"; }
 static const char * device_description(ggml_backend_dev_t) { return "experts streamed from disk by moe-edge"; }
 static void device_memory(ggml_backend_dev_t, size_t * free, size_t * total) { *free = *total = 0; }
 static enum ggml_backend_dev_type device_type(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_ACCEL; }
-static void device_props(ggml_backend_dev_t dev, ggml_backend_dev_props * p) {
-    memset(p, 0, sizeof(*p));
-    p->name = device_name(dev);
-    p->description = device_description(dev);
-    p->type = device_type(dev);
-}
-static ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t) { return ggml_backend_cpu_buffer_type(); }
-static bool device_supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t t) { return ggml_backend_buft_is_host(t); }
 static bool device_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
     switch (op->op) {
         case GGML_OP_NONE:
@@ -92,14 +84,7 @@ static bool device_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
 
 static ggml_backend_t device_init(ggml_backend_dev_t dev, const char *) {
     static ggml_guid guid = {0x6d, 0x6f, 0x65, 0x2d, 0x65, 0x64, 0x67, 0x65, 0x2d, 0x65, 0x6e, 0x67, 0x69, 0x6e, 0x65, 0x01};
-    auto * b = new ggml_backend();
-    b->guid = &guid;
-    b->iface.get_name = backend_name;
-    b->iface.free = backend_free;
-    b->iface.graph_compute = graph_compute;
-    b->device = dev;
-    b->context = new StepRunner();
-    return b;
+    return new_backend(dev, &guid, new StepRunner(), backend_name, backend_free, graph_compute);
 }
 
 static const char * reg_name(ggml_backend_reg_t) { return "MOE_EDGE"; }
@@ -136,16 +121,7 @@ void register_backend() {
     static bool done = false;
     if (done) return;
     unload_uncounted_backends();
-    g_device.iface.get_name = device_name;
-    g_device.iface.get_description = device_description;
-    g_device.iface.get_memory = device_memory;
-    g_device.iface.get_type = device_type;
-    g_device.iface.get_props = device_props;
-    g_device.iface.init_backend = device_init;
-    g_device.iface.get_buffer_type = device_buffer_type;
-    g_device.iface.supports_op = device_supports_op;
-    g_device.iface.supports_buft = device_supports_buft;
-    g_device.reg = &g_reg;
+    fill_device(g_device, &g_reg, {device_name, device_description, device_memory, device_type, device_init, device_supports_op});
     ggml_backend_register(&g_reg);
     done = true;
 }

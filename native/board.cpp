@@ -1,13 +1,12 @@
 #include "board.h"
 
 #include <chrono>
-#include <cstring>
 #include <vector>
 
 #include "attention.h"
 #include "backend.h"
+#include "device.h"
 #include "ggml-cpu.h"
-#include "ggml_abi.h"
 #include "graph.h"
 #include "step.h"
 
@@ -119,16 +118,7 @@ void device_memory(ggml_backend_dev_t, size_t * free, size_t * total) {
     *total = static_cast<size_t>(board.limit_bytes.load());
 }
 enum ggml_backend_dev_type device_type(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_GPU; }
-void device_props(ggml_backend_dev_t dev, ggml_backend_dev_props * p) {
-    memset(p, 0, sizeof(*p));
-    p->name = device_name(dev);
-    p->description = device_description(dev);
-    p->type = device_type(dev);
-    device_memory(dev, &p->memory_free, &p->memory_total);
-}
-ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t) { return ggml_backend_cpu_buffer_type(); }
 bool device_supports_op(ggml_backend_dev_t, const ggml_tensor *) { return true; }
-bool device_supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t t) { return ggml_backend_buft_is_host(t); }
 
 ggml_backend_t device_init(ggml_backend_dev_t dev, const char *) {
     static ggml_guid guid = {0x6d, 0x6f, 0x65, 0x2d, 0x65, 0x64, 0x67, 0x65, 0x2d, 0x62, 0x6f, 0x61, 0x72, 0x64, 0x00, 0x01};
@@ -137,14 +127,7 @@ ggml_backend_t device_init(ggml_backend_dev_t dev, const char *) {
     ggml_backend_cpu_set_n_threads(context->cpu, g_threads);
     if (g_pool) ggml_backend_cpu_set_threadpool(context->cpu, static_cast<ggml_threadpool_t>(g_pool));
     context->runner.ffn.set_threads(g_threads);
-    auto * b = new ggml_backend();
-    b->guid = &guid;
-    b->iface.get_name = name_of;
-    b->iface.free = free_backend;
-    b->iface.graph_compute = board_compute;
-    b->device = dev;
-    b->context = context;
-    return b;
+    return new_backend(dev, &guid, context, name_of, free_backend, board_compute);
 }
 
 // Never registered with ggml: only the RPC server knows of the device, and asks its registry for optional functions.
@@ -160,16 +143,7 @@ ggml_backend_reg g_reg = {ME_BACKEND_API_VERSION, {reg_name, reg_device_count, r
 ggml_backend_dev_t board_device(int n_threads, void * pool) {
     g_threads = n_threads;
     g_pool = pool;
-    g_device.iface.get_name = device_name;
-    g_device.iface.get_description = device_description;
-    g_device.iface.get_memory = device_memory;
-    g_device.iface.get_type = device_type;
-    g_device.iface.get_props = device_props;
-    g_device.iface.init_backend = device_init;
-    g_device.iface.get_buffer_type = device_buffer_type;
-    g_device.iface.supports_op = device_supports_op;
-    g_device.iface.supports_buft = device_supports_buft;
-    g_device.reg = &g_reg;
+    fill_device(g_device, &g_reg, {device_name, device_description, device_memory, device_type, device_init, device_supports_op});
     return &g_device;
 }
 

@@ -6,8 +6,9 @@ llama.cpp repacks weights, and on the machine these tests were made on it dies i
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,9 @@ def stock_context(
     n_ubatch: int = 512,
     n_threads: int = 2,
     flash_attention: bool = False,
+    cb_eval: Any = None,
 ) -> Iterator[Any]:
-    """A llama_context of the model; freed at the end."""
+    """A llama_context of the model; freed at the end. cb_eval: a ggml_backend_sched_eval_callback."""
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = n_ctx
     params.n_batch = n_batch
@@ -86,6 +88,8 @@ def stock_context(
     params.n_threads = n_threads
     params.n_threads_batch = n_threads
     params.flash_attn_type = int(flash_attention)  # LLAMA_FLASH_ATTN_TYPE_DISABLED 0, _ENABLED 1
+    if cb_eval is not None:
+        params.cb_eval = cb_eval
     ctx = llama_cpp.llama_init_from_model(model, params)
     if not ctx:
         raise RuntimeError(f"llama.cpp makes no context: {n_ctx=}, {n_batch=}, {n_ubatch=}")
@@ -137,3 +141,51 @@ def _row(ctx: Any, i: int, n_vocab: int) -> FloatArray:
     pointer = llama_cpp.llama_get_logits_ith(ctx, i)
     row: FloatArray = np.ctypeslib.as_array(pointer, shape=(n_vocab,)).copy()
     return row
+
+
+# ---- what a stock context computes between tokens and logits ---------------------------------------------------
+
+
+class GgmlTensor(ctypes.Structure):
+    """ggml.h, struct ggml_tensor of ggml 0.25."""
+
+    _fields_ = [
+        ("type", ctypes.c_int32), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * 4), ("nb", ctypes.c_size_t * 4),
+        ("op", ctypes.c_int32), ("op_params", ctypes.c_int32 * 16), ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * 10), ("view_src", ctypes.c_void_p), ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p), ("name", ctypes.c_char * 64), ("extra", ctypes.c_void_p),
+        ("padding", ctypes.c_char * 8),
+    ]  # fmt: skip
+
+    def values(self) -> np.ndarray:
+        """A copy, in numpy's order of dimensions."""
+        kind = {0: np.float32, 26: np.int32}[self.type]
+        shape, strides = tuple(self.ne)[::-1], tuple(self.nb)[::-1]
+        span = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + np.dtype(kind).itemsize
+        raw = np.ctypeslib.as_array((ctypes.c_uint8 * span).from_address(self.data))
+        return np.ndarray(shape, kind, raw, 0, strides).copy()  # type: ignore[no-any-return]
+
+
+def logits_with_look(
+    path: str | os.PathLike[str],
+    tokens: Sequence[int],
+    n_batch: int,
+    prefixes: tuple[str, ...],
+    look: Callable[[GgmlTensor], None],
+    *,
+    n_ctx: int,
+) -> FloatArray:
+    """Logits of stock llama.cpp on one thread, after each token. look: is given every node whose name begins with one
+    of `prefixes`, in the order they are computed, and may change its data before they are used."""
+
+    @llama_cpp.ggml_backend_sched_eval_callback  # type: ignore[untyped-decorator]
+    def each(address: int, ask: bool, _user: object) -> bool:
+        tensor = GgmlTensor.from_address(address)
+        wanted = tensor.name.decode().startswith(prefixes)
+        if wanted and not ask:
+            look(tensor)
+        return wanted or not ask
+
+    sizes = {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_batch, "n_threads": 1}
+    with stock_model(path) as model, stock_context(model, **sizes, cb_eval=each) as context:
+        return logits_of_context(context, model, tokens, n_batch)

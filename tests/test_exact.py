@@ -12,7 +12,7 @@ from moe_edge.convert.convert import convert
 from moe_edge.runner.generate import Sampling, generate
 from moe_edge.schedulers.options import PolicyOptions
 from random_models import ARCHITECTURES, Shape, write_random_model
-from reference import logits_of_context, stock_logits
+from reference import logits_of_context, stock_context, stock_logits
 
 RUN_SETTINGS = [(8, 1), (64, 2), (512, 3)]  # micro-batch, threads
 PROMPT_LENGTHS = (1, 9, 65, 600)
@@ -139,14 +139,9 @@ def test_a_graph_that_comes_node_by_node_gives_the_same_bits(random_model: Calla
         return True
 
     with open_engine(path, "floor", n_ctx=128, n_ubatch=16, n_threads=2, logits_all=True, policy=policy) as engine:
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = 128, 16, 16
-        params.n_threads = params.n_threads_batch = 2
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.cb_eval = look
-        context = llama_cpp.llama_init_from_model(engine.llama._model.model, params)
-        ours = logits_of_context(context, engine.llama._model.model, tokens, 16)
-        llama_cpp.llama_free(context)
+        model = engine.llama._model.model
+        with stock_context(model, n_ctx=128, n_batch=16, n_ubatch=16, cb_eval=look) as context:
+            ours = logits_of_context(context, model, tokens, 16)
     assert len(seen) > 100
     assert np.array_equal(ours, stock_logits(path, tokens, 16, 2, n_ctx=128))
 

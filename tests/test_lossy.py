@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import llama_cpp
 import numpy as np
 import pytest
 from conftest import open_engine
@@ -16,7 +14,7 @@ from moe_edge.runner.engine import Engine
 from moe_edge.schedulers.layout import SKIP, Layout, Step, StepPlan
 from moe_edge.schedulers.policies.levels import HIGH, LevelPolicy
 from random_models import Shape, write_random_model
-from reference import logits_of_context, stock_logits, stock_model
+from reference import GgmlTensor, logits_of_context, logits_with_look, stock_logits
 
 ARCHS = ("olmoe", "qwen3moe", "deepseek2", "gpt-oss")  # plain, normalised, sigmoid with a bias and a scale, down bias
 N_CTX = 256
@@ -63,26 +61,6 @@ def force(engine: Engine, wish: Wish) -> Forced:
 # ---- another way to what llama.cpp's graph holds -----------------------------------------------------------
 
 
-class GgmlTensor(ctypes.Structure):
-    """ggml.h, struct ggml_tensor of ggml 0.25."""
-
-    _fields_ = [
-        ("type", ctypes.c_int32), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * 4), ("nb", ctypes.c_size_t * 4),
-        ("op", ctypes.c_int32), ("op_params", ctypes.c_int32 * 16), ("flags", ctypes.c_int32),
-        ("src", ctypes.c_void_p * 10), ("view_src", ctypes.c_void_p), ("view_offs", ctypes.c_size_t),
-        ("data", ctypes.c_void_p), ("name", ctypes.c_char * 64), ("extra", ctypes.c_void_p),
-        ("padding", ctypes.c_char * 8),
-    ]  # fmt: skip
-
-    def values(self) -> np.ndarray:
-        """A copy, in numpy's order of dimensions."""
-        kind = {0: np.float32, 26: np.int32}[self.type]
-        shape, strides = tuple(self.ne)[::-1], tuple(self.nb)[::-1]
-        span = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + np.dtype(kind).itemsize
-        raw = np.ctypeslib.as_array((ctypes.c_uint8 * span).from_address(self.data))
-        return np.ndarray(shape, kind, raw, 0, strides).copy()  # type: ignore[no-any-return]
-
-
 Seen = list[tuple[str, np.ndarray]]
 
 
@@ -90,21 +68,10 @@ def stock_values(path: Path, tokens: Sequence[int], prefixes: tuple[str, ...], n
     """(name, values) of the nodes whose names begin with one of `prefixes`, in the order stock llama.cpp makes them."""
     seen: Seen = []
 
-    @llama_cpp.ggml_backend_sched_eval_callback  # type: ignore[untyped-decorator]
-    def look(address: int, ask: bool, _user: object) -> bool:
-        tensor = GgmlTensor.from_address(address)
-        wanted = tensor.name.decode().startswith(prefixes)
-        if wanted and not ask:
-            seen.append((tensor.name.decode(), tensor.values()))
-        return wanted or not ask
+    def note(tensor: GgmlTensor) -> None:
+        seen.append((tensor.name.decode(), tensor.values()))
 
-    with stock_model(path) as model:
-        p = llama_cpp.llama_context_default_params()
-        p.n_ctx, p.n_batch, p.n_ubatch, p.n_threads, p.n_threads_batch = N_CTX, n_batch, n_batch, 1, 1
-        p.flash_attn_type, p.cb_eval = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED, look
-        context = llama_cpp.llama_init_from_model(model, p)
-        logits_of_context(context, model, tokens, n_batch)
-        llama_cpp.llama_free(context)
+    logits_with_look(path, tokens, n_batch, prefixes, note, n_ctx=N_CTX)
     return seen
 
 

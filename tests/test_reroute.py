@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 import pytest
 from every_architecture import ROWS, write_tiny_model
@@ -24,8 +23,7 @@ from moe_edge.runner.sizes import NO_LIMIT
 from moe_edge.schedulers.layout import Layout, Selection, Selections, Step, StepPlan
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policies.levels import HIGH, IntArray, LevelPolicy
-from reference import logits_of_context, stock_model
-from test_lossy import GgmlTensor
+from reference import GgmlTensor, logits_of_context, logits_with_look
 
 TOKENS = [(7 * i * i + 3) % 250 for i in range(40)]
 N_CTX, N_UBATCH = 64, 16
@@ -82,24 +80,12 @@ def ours(engine: Engine, tokens: Sequence[int], n_batch: int = N_UBATCH) -> np.n
 def steered_stock(path: Path, tokens: Sequence[int], n_batch: int, n_used: int) -> np.ndarray:
     """Stock llama.cpp with each row of each ranking changed by swap_last."""
 
-    @llama_cpp.ggml_backend_sched_eval_callback  # type: ignore[untyped-decorator]
-    def look(address: int, ask: bool, _user: object) -> bool:
-        tensor = GgmlTensor.from_address(address)
-        wanted = tensor.name.decode().startswith("ffn_moe_argsort")
-        if wanted and not ask:
-            for row in range(tensor.ne[1]):
-                order = (ctypes.c_int32 * tensor.ne[0]).from_address(tensor.data + row * tensor.nb[1])
-                order[:n_used] = swap_last(order[:], n_used)
-        return wanted or not ask
+    def swap(tensor: GgmlTensor) -> None:
+        for row in range(tensor.ne[1]):
+            order = (ctypes.c_int32 * tensor.ne[0]).from_address(tensor.data + row * tensor.nb[1])
+            order[:n_used] = swap_last(order[:], n_used)
 
-    with stock_model(path) as model:
-        p = llama_cpp.llama_context_default_params()
-        p.n_ctx, p.n_batch, p.n_ubatch, p.n_threads, p.n_threads_batch = N_CTX, n_batch, n_batch, 1, 1
-        p.flash_attn_type, p.cb_eval = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED, look
-        context = llama_cpp.llama_init_from_model(model, p)
-        rows = logits_of_context(context, model, tokens, n_batch)
-        llama_cpp.llama_free(context)
-    return rows
+    return logits_with_look(path, tokens, n_batch, ("ffn_moe_argsort",), swap, n_ctx=N_CTX)
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name not in REFUSED])
