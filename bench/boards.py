@@ -42,6 +42,7 @@ from moe_edge.runner.sizes import NO_LIMIT
 from moe_edge.runner.workers.boards_engine import BoardsEngine
 from moe_edge.runner.workers.wire import Address
 from moe_edge.schedulers.budget import MIB, format_bytes, parse_bytes
+from moe_edge.schedulers.workers import MEMORY
 
 PROMPT = "The king said to his daughter that the road to the sea was long, and that nobody had ever come back from it."
 SPIN_SECONDS = 150e-6  # a sleeping thread wakes up that late; the rest is waited for awake
@@ -58,11 +59,12 @@ class Sample:
 
 
 class Latency:
-    """Passes connections on, each chunk `seconds` later."""
+    """Passes connections on to a port of `host`, each chunk `seconds` later; at 127.0.0.1, on a port of its own."""
 
-    def __init__(self, to: int, seconds: float) -> None:
-        self._to, self._seconds = to, seconds
+    def __init__(self, to: int, seconds: float, host: str = "127.0.0.1") -> None:
+        self._to, self._seconds = (host, to), seconds
         self._server = socket.create_server(("127.0.0.1", 0))
+        self._open: list[socket.socket] = []
         self.port = int(self._server.getsockname()[1])
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -70,13 +72,21 @@ class Latency:
         with contextlib.suppress(OSError):
             while True:
                 near, _ = self._server.accept()
-                far = socket.create_connection(("127.0.0.1", self._to))
+                far = socket.create_connection(self._to)
+                self._open += [near, far]
                 for each in (near, far):
                     each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 for a, b in ((near, far), (far, near)):
                     chunks: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
                     threading.Thread(target=self._take, args=(a, chunks), daemon=True).start()
                     threading.Thread(target=self._give, args=(b, chunks), daemon=True).start()
+
+    def close(self) -> None:
+        """Accept nobody any more, and end what is open."""
+        for each in (self._server, *self._open):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
 
     def _take(self, a: socket.socket, chunks: queue.SimpleQueue[tuple[float, bytes]]) -> None:
         data = b"?"
@@ -167,7 +177,9 @@ def boards_of(
             return worker
 
         first = [start(1 << 40) for _ in range(n)]
-        with BoardsEngine(model, client, [Address("127.0.0.1", w.port) for w in first]) as engine:
+        with BoardsEngine(
+            model, client, [Address("127.0.0.1", w.port) for w in first], split=MEMORY
+        ) as engine:  # fmt: skip
             rams = tuple(int(board.taken["resident_bytes"]) + 4 * MIB for board in engine.boards)
         workers = tuple(start(ram) for ram in rams)
         for worker in first:

@@ -177,6 +177,11 @@ class Engine:
         except MoeEdgeError as e:  # a read-only home is no reason not to run
             self._tell(f"prompt cache: {e}")
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether llama.cpp has all of the conversation that it should have."""
+        return True
+
     def identity(self) -> dict[str, Any]:
         """What must be the same for a conversation's state to be gone on with: it changes what is in the KV cache."""
         return identity_of(

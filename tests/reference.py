@@ -186,6 +186,10 @@ def logits_with_look(
             look(tensor)
         return wanted or not ask
 
-    sizes = {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_batch, "n_threads": 1}
-    with stock_model(path) as model, stock_context(model, **sizes, cb_eval=each) as context:
+    with (
+        stock_model(path) as model,
+        stock_context(
+            model, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=n_batch, n_threads=1, cb_eval=each
+        ) as context,
+    ):  # fmt: skip
         return logits_of_context(context, model, tokens, n_batch)

@@ -7,20 +7,25 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from every_architecture import write_tiny_model
 from moe_edge.models.embedded import tiny_model_path
+from moe_edge.models.errors import BoardError, UsageError
 from moe_edge.models.formats.gguf import read_gguf
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.engine_options import EngineOptions
+from moe_edge.runner.generate import generate
 from moe_edge.runner.prove import LOADS
 from moe_edge.runner.sampling import Sampling
 from moe_edge.runner.serve.engine_model import EngineModel
 from moe_edge.runner.workers.boards_engine import BoardsEngine
 from moe_edge.runner.workers.wire import parse_addresses
+from moe_edge.schedulers.workers import Split
 from random_models import Shape, write_random_model
 from serving import serving
 from worker_process import Tunnel, WorkerProcess, workers
@@ -41,8 +46,10 @@ def logits_of(engine: Engine) -> Any:
         return np.array(engine.llama.scores[: len(PROMPT) + len(MORE)], copy=True)
 
 
-def on_boards(model: Path, addresses: list[str], options: EngineOptions = OPTIONS) -> BoardsEngine:
-    return BoardsEngine(model, options, parse_addresses(",".join(addresses)))
+def on_boards(
+    model: Path, addresses: list[str], options: EngineOptions = OPTIONS, split: Split = "auto"
+) -> BoardsEngine:
+    return BoardsEngine(model, options, parse_addresses(",".join(addresses)), split=split)
 
 
 def on_one_machine(model: Path) -> Any:
@@ -92,6 +99,63 @@ def board() -> Iterator[WorkerProcess]:
     """One worker with the trained model, for tests that leave it as it was."""
     with workers(Path(tiny_model_path()), [ENOUGH]) as made:
         yield made[0]
+
+
+@pytest.mark.parametrize("arch", ["qwen3moe", "gpt-oss"])
+def test_every_split_gives_the_same_bits(arch: str, tmp_path: Path) -> None:
+    """Every pair of lengths, then what memory and the measured speeds say, and what is not the model's."""
+    model = write_random_model(tmp_path / "model.gguf", arch, Shape(n_layer=4))
+    expected = on_one_machine(model)
+    with workers(model, [ENOUGH] * 2) as both:
+        addresses = [each.address for each in both]
+        splits: list[Split] = [(1, 3), (2, 2), (3, 1), "memory", "speed", "auto"]
+        for split in splits:
+            with on_boards(model, addresses, split=split) as engine:
+                assert np.array_equal(logits_of(engine), expected), split
+                counts = tuple(len(board.layers) for board in engine.boards)
+                assert counts == split or isinstance(split, str)
+        with pytest.raises(UsageError, match="--split 1,2 has 3 layers, and the model 4"):
+            on_boards(model, addresses, split=(1, 2))
+
+
+@pytest.mark.parametrize("arch", ["qwen35moe", "lfm2moe", "granitehybrid", "kimi-linear"])
+def test_hybrid_models_and_their_prompt_cache_go_on_after_a_restart(
+    arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state of a recurrent layer lies on its board: it is stored here and given back to a new worker."""
+    monkeypatch.setenv("MOE_EDGE_CACHE", str(tmp_path / "cache"))
+    model = write_tiny_model(tmp_path / "m.gguf", arch)
+    options = replace(OPTIONS, logits_all=False, prompt_cache_bytes=64 << 20)
+    with Engine(model, replace(options, prompt_cache_bytes=0)) as alone:
+        first, second = (generate(alone, list(PROMPT), n, Sampling(temp=0), ignore_end=True).text for n in (8, 16))
+    with workers(model, [ENOUGH]) as made:
+        with on_boards(model, [made[0].address], replace(options, logits_all=True)) as engine:
+            assert np.array_equal(logits_of(engine), on_one_machine(model))
+            assert engine.prompts is not None
+        with on_boards(model, [made[0].address], options) as engine:
+            assert generate(engine, list(PROMPT), 8, Sampling(temp=0), ignore_end=True).text == first
+            port = made[0].port
+            made[0].kill()
+            with pytest.raises(BoardError, match=rf"board {made[0].host}:{port} "):
+                generate(engine, list(PROMPT), 16, Sampling(temp=0), ignore_end=True)
+            made[0] = WorkerProcess(model, "200MiB", port=port)
+            assert made[0].port == port
+            assert generate(engine, list(PROMPT), 16, Sampling(temp=0), ignore_end=True).text == second
+            assert engine.prompts is not None
+            engine.prompts.always = True  # as it is closed
+            whole = list(engine.llama.input_ids[: engine.llama.n_tokens])
+        longer = [int(token) for token in whole] + MORE
+        made[0].kill()
+        made[0] = WorkerProcess(model, ENOUGH, port=port)
+        assert made[0].port == port
+        with on_boards(model, [made[0].address], options) as engine:
+            engine.load()
+            engine.prompts.always = True  # type: ignore[union-attr]
+            result = generate(engine, longer, 8, Sampling(temp=0), ignore_end=True)
+            assert result.reused_tokens == len(whole) > len(PROMPT)
+            engine.prompts.always = False  # type: ignore[union-attr]
+        with Engine(model, replace(options, prompt_cache_bytes=64 << 20)) as alone:
+            assert generate(alone, longer, 8, Sampling(temp=0), ignore_end=True).text == result.text
 
 
 def test_no_expert_crosses_a_tunnel(board: WorkerProcess) -> None:

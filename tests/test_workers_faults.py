@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -28,8 +29,12 @@ from moe_edge.models.errors import (
     WrongLibrary,
 )
 from moe_edge.models.store.store import store_path
+from moe_edge.runner.chat import Chat
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.generate import Sampling, generate
+from moe_edge.runner.kv.identity import prompt_folder
+from moe_edge.runner.kv.session import keep
+from moe_edge.runner.kv.state_file import read_header
 from moe_edge.runner.workers.board import TIMEOUT_VARIABLE, Board
 from moe_edge.runner.workers.guard import check_rpc
 from moe_edge.runner.workers.wire import Address
@@ -273,3 +278,30 @@ def test_a_network_that_breaks_at_any_byte_is_one_sentence(
                 assert f"board {address}" in str(e), cut
                 break
         tunnel.close()
+
+
+def test_a_conversation_whose_board_is_lost_is_not_kept_but_its_messages_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lost board answers with zeros until llama.cpp has come to its end; they must not become a state on disk."""
+    monkeypatch.setenv("MOE_EDGE_CACHE", str(tmp_path / "cache"))
+    options = replace(OPTIONS, logits_all=False, prompt_cache_bytes=64 << 20)
+    path = tmp_path / "session"
+    with workers(MODEL, [ENOUGH]) as made:
+        with on_boards(MODEL, [made[0].address], options) as engine:
+            engine.load()
+            chat = Chat(engine, 24, GREEDY, out=io.StringIO(), err=io.StringIO())
+            chat.reply("The king said that the old man was in the house by the sea and")
+            assert engine.prompts is not None and engine.llama.n_tokens >= 32
+            engine.prompts.always = True
+            made[0].kill()
+            for _ in range(100):
+                if not engine.is_whole:
+                    break
+                time.sleep(0.1)
+            assert not engine.is_whole
+            keep(path, engine, chat.conversation)
+            messages, text = chat.conversation.saved()
+        assert list(prompt_folder().glob("*")) == []
+        state = read_header(path)
+        assert len(state.tokens) == 0 and state.extra["text"] == text != "" and state.extra["messages"] == messages

@@ -21,6 +21,7 @@ from moe_edge.schedulers.eviction import ENTRIES as RULE_ENTRIES
 from moe_edge.schedulers.lookahead.rules import ENTRIES as LOOKAHEAD_ENTRIES
 from moe_edge.schedulers.options import Knob, PolicyOptions
 from moe_edge.schedulers.policies import KNOBS, POLICIES, who_listens
+from moe_edge.schedulers.workers import Split, parse_split
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -69,6 +70,18 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]
             return None
         try:
             return parse_bytes(value)
+        except UsageError as e:
+            self.fail(str(e), param, ctx)
+
+
+class SplitType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """auto, speed, memory, or the layers of each board: 20,14,14."""
+
+    name = "HOW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Split:
+        try:
+            return parse_split(value) if isinstance(value, str) else tuple(value)
         except UsageError as e:
             self.fail(str(e), param, ctx)
 
@@ -191,8 +204,15 @@ def model_options(f: F) -> F:
 
 def workers_option(f: F) -> F:
     """Of the commands that can have their layers computed by other boards."""
+    f = split_option(f)
     return option(EVERYDAY, "--workers", metavar="HOST[:PORT],...",
                   help="Boards that run `moe-edge worker` with the same model; each computes some of the layers.")(f)
+
+
+def split_option(f: F) -> F:
+    return option(TUNING, "--split", type=SplitType(), default="auto", show_default=True, metavar="HOW",
+                  help="Which layers the boards of --workers get: speed, memory, or so many each (20,14,14). auto: by "
+                       "speed where all were measured.")(f)
 
 
 def prompt_cache_options(default: str) -> Callable[[F], F]:
@@ -294,7 +314,8 @@ def _open_boards(path: Any, o: dict[str, Any]) -> Any:
     from moe_edge.runner.workers.wire import parse_addresses
 
     options = replace(engine_options(o), proof=LOADS)
-    engine = BoardsEngine(path, options, parse_addresses(o["workers"]), verify=o["verify"], tell=terminal.say)
+    engine = BoardsEngine(path, options, parse_addresses(o["workers"]), split=o["split"], verify=o["verify"],
+                          tell=terminal.say)  # fmt: skip
     try:
         engine.load()
     except BaseException:

@@ -16,7 +16,9 @@ from moe_edge.runner.commands.parameters import (
     Size,
     parse_disk_speed,
     print_result,
+    split_option,
 )
+from moe_edge.schedulers.workers import Split
 
 
 @click.command("plan", cls=SectionedCommand)
@@ -29,10 +31,12 @@ from moe_edge.runner.commands.parameters import (
 @click.option("--disk", help="What the disk delivers, like 440MB/s. Default: as `doctor` measured it.")
 @click.option("--trace", "trace_file", type=click.Path(path_type=Path), help="Take the hits from this trace.")
 @click.option("--workers", metavar="HOST[:PORT],...", help="Plan for these boards together; see `moe-edge worker`.")
+@split_option
 @click.option("--json", "as_json", is_flag=True)
 def command(
     model: str | None, ram: int | None, n_ctx: int, n_ubatch: int, n_threads: int, n_prompt: int,
-    disk: str | None, trace_file: Path | None, workers: str | None, as_json: bool,
+    disk: str | None, trace_file: Path | None, workers: str | None,
+    split: Split, as_json: bool,
 ) -> None:  # fmt: skip
     """Say before loading whether MODEL will run, how its memory is split, and how fast it will be.
 
@@ -43,7 +47,7 @@ def command(
     from moe_edge.runner.measure.record import load_trace
 
     if workers:
-        _plan_boards(str(model or tiny_model_path()), workers, n_ctx, n_ubatch, n_threads, as_json)
+        _plan_boards(str(model or tiny_model_path()), workers, n_ctx, n_ubatch, n_threads, split, as_json)
         return
     result = run(
         model or tiny_model_path(), ram, n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads,
@@ -54,12 +58,15 @@ def command(
     sys.exit(0 if result.will_run else 1)
 
 
-def _plan_boards(model: str, workers: str, n_ctx: int, n_ubatch: int, n_threads: int, as_json: bool) -> None:
+def _plan_boards(
+    model: str, workers: str, n_ctx: int, n_ubatch: int, n_threads: int, split: Split, as_json: bool
+) -> None:
     from moe_edge.runner.measure.boards_plan import plan_boards
     from moe_edge.runner.workers.wire import parse_addresses
 
     result = plan_boards(
-        model, parse_addresses(workers), n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, tell=terminal.say
+        model, parse_addresses(workers), n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, split=split,
+        tell=terminal.say,
     )
     print_result(result.to_json() if as_json else result.text())
     sys.exit(0 if result.will_run else 1)

@@ -22,7 +22,7 @@ from moe_edge.models.errors import BadFile, CannotWrite, MoeEdgeError
 from moe_edge.models.formats.work import is_part
 from moe_edge.runner.kv.prefix import keep_prefix, shared_prefix
 from moe_edge.runner.kv.rollback import Checkpoints
-from moe_edge.runner.kv.state_file import StateFile, hold, load_state, read_header, write_state
+from moe_edge.runner.kv.state_file import StateFile, hold, is_whole, load_state, read_header, write_state
 from moe_edge.runner.llama import can_cut, sequence_bytes, sliding_window
 
 try:
@@ -138,7 +138,7 @@ class PromptCache:
     def store(self) -> None:
         """Write the present conversation, if that pays and no file has it; a sentence when that fails."""
         n = int(self._llama.n_tokens)
-        if n < LEAST_TOKENS:
+        if n < LEAST_TOKENS or not is_whole(self._llama):
             return
         tokens = self._llama.input_ids[:n].astype(np.int32)
         nbytes = sequence_bytes(self._llama) + sum(len(each.copy) for each in self._checkpoints.kept)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from moe_edge.models.errors import BadFile, MissingFile
+from moe_edge.models.errors import BadFile, MissingFile, MoeEdgeError
 from moe_edge.runner.conversation import Conversation
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.kv.identity import difference
@@ -59,8 +59,12 @@ def resume(state: StateFile, engine: Engine, conversation: Conversation, tell: C
 def keep(path: Path, engine: Engine, conversation: Conversation) -> None:
     """Write the session in place of what was at `path`. Raises CannotWrite."""
     messages, text = conversation.saved()
-    with engine.decoding():
-        write_state(
-            path, engine.llama, engine.checkpoints, engine.identity(),
-            {"kind": KIND, "messages": messages, "text": text},
-        )  # fmt: skip
+    extra = {"kind": KIND, "messages": messages, "text": text}
+    try:
+        with engine.decoding():
+            write_state(path, engine.llama, engine.checkpoints, engine.identity(), extra)
+    except MoeEdgeError:
+        if engine.is_whole:
+            raise
+        # A board is lost, and its KV cache with it: the messages stay.
+        write_state(path, engine.llama, engine.checkpoints, engine.identity(), extra)

@@ -79,17 +79,27 @@ def write_state(
 ) -> int:  # fmt: skip
     """Write the conversation in `llama` to `path`, in place of what is there; returns its bytes.
 
-    The name appears when everything is on the disk, and the bytes leave the page cache. Raises CannotWrite.
+    The name appears when everything is on the disk, and the bytes leave the page cache. Of a conversation that is not
+    whole there is only `extra`. Raises CannotWrite.
     """
-    n = llama.n_tokens
+    n = llama.n_tokens if is_whole(llama) else 0
 
     def payload(file: IO[bytes], part: Path) -> None:
         if n and not save_sequence(llama, part):
             raise CannotWrite(f"{path}: llama.cpp could not write the conversation; is there room on the disk?")
+        if n and not is_whole(llama):
+            raise CannotWrite(f"{path}: a board was lost while the conversation was read from it, so it is not kept")
 
     kept = [] if n == 0 else checkpoints.kept
     partial = partial_bytes(llama) if n else None
-    return _write(path, payload, kept, identity, extra, n_tokens=n, first=_first_in_file(llama), partial=partial)
+    return _write(path, payload, kept, identity, extra, n_tokens=n, first=_first_in_file(llama) if n else 0,
+                  partial=partial)  # fmt: skip
+
+
+def is_whole(llama: Any) -> bool:
+    """Whether llama.cpp has the conversation: a board that was lost took the cells of its layers with it."""
+    engine = getattr(llama, "_moe_edge", None)
+    return engine is None or bool(engine.is_whole)
 
 
 def write_copy(

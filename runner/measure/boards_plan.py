@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from moe_edge.models.errors import BoardError
+from moe_edge.models.store.store import ExpertModel
 from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.loading import Loading
-from moe_edge.runner.measure.doctor import doctor, machine_speeds, n_cores
+from moe_edge.runner.measure.doctor import doctor, is_measured, machine_speeds, n_cores
 from moe_edge.runner.measure.probe import BLOCK_BYTES, Unmeasured
 from moe_edge.runner.prove import LOADS
 from moe_edge.runner.sizes import sizes_of
 from moe_edge.runner.workers.board import Board, Network
-from moe_edge.runner.workers.part import content_id, dense_bytes_by_block, expert_bytes_by_block, n_blocks
+from moe_edge.runner.workers.chosen_layers import block_work, speeds_of
+from moe_edge.runner.workers.part import content_id
 from moe_edge.runner.workers.wire import Address
 from moe_edge.runner.workers.worker import versions
 from moe_edge.schedulers.boards_forecast import (
-    BlockWork,
     BoardForecast,
     BoardsForecast,
     BoardSpeeds,
@@ -28,21 +29,25 @@ from moe_edge.schedulers.boards_forecast import (
     grow,
     stops_paying_at,
 )
+from moe_edge.schedulers.boards_split import split_by_speed
 from moe_edge.schedulers.budget import format_arg, format_bytes
-from moe_edge.schedulers.estimate import MachineSpeeds, ModelWork
-
-N_PROMPT = 512  # tokens in the KV cache that a token looks at, as `plan` has it
-SPEED_SECONDS = 300.0  # a board that was never measured takes a minute
+from moe_edge.schedulers.estimate import MachineSpeeds
+from moe_edge.schedulers.workers import AUTO, MEMORY, SPEED, Split, exact_split
 
 
 @dataclass(frozen=True)
 class BoardsPlan:
-    """addresses, networks: of the boards of `forecast`, in order. grown: 1, 2, ... boards like the first."""
+    """addresses, networks: of the boards of `forecast`, in order. grown: 1, 2, ... boards like the first.
+
+    split: as it was asked for. by_memory: the same boards when only their memory decides.
+    """
 
     model: str
     addresses: tuple[str, ...]
     networks: tuple[Network, ...]
+    split: Split
     forecast: BoardsForecast
+    by_memory: BoardsForecast
     grown: tuple[BoardsForecast, ...]
 
     @property
@@ -52,7 +57,10 @@ class BoardsPlan:
     def to_json(self) -> dict[str, Any]:
         return {
             "model": self.model, "will_run": self.will_run, "tokens_per_second": self.forecast.tokens_per_second,
-            "client_seconds": self.forecast.client_seconds,
+            "client_seconds": self.forecast.client_seconds, "split": _said(self.split),
+            "layer_counts": _counts(self.forecast), "by_memory": {
+                "layer_counts": _counts(self.by_memory), "tokens_per_second": self.by_memory.tokens_per_second,
+            },
             "boards": [
                 {
                     "board": address, "layers": [each.layers.start, each.layers.stop - 1],
@@ -66,8 +74,17 @@ class BoardsPlan:
             "stops_paying_at": stops_paying_at(self.grown),
         }  # fmt: skip
 
+    def _split_line(self) -> str:
+        counts, others = (",".join(map(str, _counts(each))) for each in (self.forecast, self.by_memory))
+        how = {SPEED: "the fastest for these boards", MEMORY: "in proportion to memory"}
+        line = f"layers {counts}: {how.get(_said(self.split), 'as --split says')}"
+        if counts == others:
+            return line if self.split == MEMORY else f"{line}, which is in proportion to memory as well"
+        speed = f"{self.by_memory.tokens_per_second:.1f} tok/s" if self.by_memory.will_run else "too little memory"
+        return f"{line}; in proportion to memory it would be {others} and {speed}"
+
     def text(self) -> str:
-        lines = [f"{self.model} on {len(self.addresses)} boards"]
+        lines = [f"{self.model} on {len(self.addresses)} boards", self._split_line()]
         for address, network, each in zip(self.addresses, self.networks, self.forecast.boards, strict=True):
             lines.append(_line(address, network, each))
         if self.will_run:
@@ -84,6 +101,14 @@ class BoardsPlan:
         word = f"beyond {end}, one more gives less than 5 %" if end else "each more pays"
         lines.append(f"boards like the first, tok/s: {speeds}; {word}")
         return "\n".join(lines)
+
+
+def _said(split: Split) -> str:
+    return split if isinstance(split, str) else ",".join(map(str, split))
+
+
+def _counts(forecast: BoardsForecast) -> list[int]:
+    return [len(each.layers) for each in forecast.boards]
 
 
 def _line(address: str, network: Network, each: BoardForecast) -> str:
@@ -109,11 +134,16 @@ def plan_boards(
     n_ctx: int = 0,
     n_ubatch: int = 0,
     n_threads: int = 0,
+    split: Split = SPEED,
     tell: Callable[[str], None] = lambda _: None,
 ) -> BoardsPlan:
-    """Ask each worker. Raises BoardError for one that cannot be asked, UsageError for too many boards."""
+    """Ask each worker. split: `auto` is `speed` here, since every board is measured.
+
+    Raises BoardError for one that cannot be asked, UsageError for too many boards or a split that is not the model's.
+    """
     options = EngineOptions(n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, proof=LOADS)
-    model, fixed_bytes = block_work(path, options)
+    sizes = sizes_of(path, options)
+    model, fixed_bytes = block_work(Loading(path, options), sizes.layout, sizes.plan.fixed)
     client = _own_speeds(path, options, tell)
     ours, mine = versions(), content_id(Loading(path, options).model)
     boards: list[BoardSpeeds] = []
@@ -124,43 +154,21 @@ def plan_boards(
             board.check(mine, ours)
             network = board.probe()
             tell(f"board {address}: measuring its disk and processor, unless that was done before")
-            found = board.ask("speeds", within=SPEED_SECONDS)
+            boards.append(speeds_of(board, fixed_bytes, network))
         finally:
             board.close()
-        if "why_not" in found:
-            raise BoardError(f"board {address}: its speeds cannot be measured: {found['why_not']}")
-        speeds = MachineSpeeds(**found["speeds"])
-        boards.append(
-            BoardSpeeds(
-                int(board.facts["ram_bytes"]), fixed_bytes, speeds, network.latency_seconds, network.bytes_per_second
-            )
-        )
         networks.append(network)
-    forecast = forecast_boards(model, boards, client)
-    grown = tuple(grow(model, boards[0], client))
-    return BoardsPlan(str(path), tuple(map(str, workers)), tuple(networks), forecast, grown)
-
-
-def block_work(path: str | Path, options: EngineOptions) -> tuple[BlockWork, int]:
-    """(the model, block by block; what a board takes whatever its layers, in bytes)."""
-    sizes = sizes_of(path, options)
-    loading = Loading(path, options)
-    model, fixed = sizes.model, sizes.plan.fixed
-    blocks = n_blocks(model.architecture, loading.metadata)
-    dense, others = dense_bytes_by_block(loading.skeleton, blocks)
-    counts = None if model.calibration is None else model.calibration.counts
-    work = ModelWork(
-        sizes.layout, model.n_expert_used, sum(dense), 0, counts, model.stored_expert_bytes / model.expert_bytes
-    )
-    kv = tuple([fixed.kv_bytes // max(1, blocks)] * blocks)
-    share = min(N_PROMPT, sizes.n_ctx) / max(1, sizes.n_ctx)
-    output = loading.skeleton.tensors.get("output.weight") or loading.skeleton.tensors.get("token_embd.weight")
-    n_embd = max((layer.n_embd for layer in model.layers), default=0)
-    made = BlockWork(
-        work, tuple(layer.layer for layer in model.layers), tuple(dense), tuple(expert_bytes_by_block(model, blocks)),
-        kv, share, n_embd, output.nbytes if output else others,
+    split = SPEED if split == AUTO else split
+    by_memory = forecast_boards(model, boards, client)
+    runs = (
+        exact_split(split, model.expert_bytes, len(boards)) if not isinstance(split, str)
+        else [each.layers for each in by_memory.boards] if split == MEMORY
+        else split_by_speed(model, boards)
     )  # fmt: skip
-    return made, fixed.compute_bytes + fixed.scratch_bytes
+    return BoardsPlan(
+        str(path), tuple(map(str, workers)), tuple(networks), split, forecast_boards(model, boards, client, runs),
+        by_memory, tuple(grow(model, boards[0], client)),
+    )  # fmt: skip
 
 
 def speeds_here(path: str | Path, options: EngineOptions, tell: Callable[[str], None]) -> MachineSpeeds | Unmeasured:
@@ -169,13 +177,22 @@ def speeds_here(path: str | Path, options: EngineOptions, tell: Callable[[str], 
     by_type: dict[int, int] = {}
     for piece in model.pieces:
         by_type[piece.type] = by_type.get(piece.type, 0) + piece.nbytes
-    largest = max(model.files, key=lambda file: file.stat().st_size)
-    target = largest if largest.stat().st_size >= BLOCK_BYTES else largest.absolute().parent
-    measured = doctor(target, n_threads=options.n_threads or n_cores(), tell=tell)
+    measured = doctor(_probed(model), n_threads=options.n_threads or n_cores(), tell=tell)
     return machine_speeds(
         measured, max(by_type, key=lambda t: by_type[t]), sum(by_type.values()) // len(model.pieces),
         disk_bytes_per_second=options.disk_bytes_per_second,
     )  # fmt: skip
+
+
+def are_measured(path: str | Path, options: EngineOptions) -> bool:
+    """Whether speeds_here() would only read what was kept."""
+    return is_measured(_probed(Loading(path, options).model), n_threads=options.n_threads)
+
+
+def _probed(model: ExpertModel) -> Path:
+    """The file of the model that the disk is measured with, or its folder where the file is short."""
+    largest = max(model.files, key=lambda file: file.stat().st_size)
+    return largest if largest.stat().st_size >= BLOCK_BYTES else largest.absolute().parent
 
 
 def _own_speeds(path: str | Path, options: EngineOptions, tell: Callable[[str], None]) -> MachineSpeeds:

@@ -75,6 +75,15 @@ def doctor(
     }
 
 
+def is_measured(
+    path: str | os.PathLike[str], *, n_threads: int = 0, cache_dir: str | os.PathLike[str] | None = None
+) -> bool:
+    """Whether doctor() would only have to read what it kept. Raises MissingFile for a path that is not there."""
+    target = _target(path, cache_dir)
+    kept = _read_cache(cache_file(target, cache_dir))
+    return _storage_serves(kept.get("storage"), target) and _computing_serves(kept, n_threads or n_cores())
+
+
 def n_cores() -> int:
     """Cores this process may use."""
     return len(usable_cores())
@@ -114,7 +123,7 @@ def _measured(
         tell(f"reading {target} directly: about 4 seconds and at most 1.5 GiB")
         kept["storage"], kept["storage_date"] = _measure_storage(target, tell), _now()
         kept["from_cache"] = False
-    if kept.get("n_threads") != n_threads or kept.get("libraries") != _libraries():
+    if not _computing_serves(kept, n_threads):
         tell("measuring memory and products: about 5 seconds")
         kept.update(_measure_speeds(n_threads), compute_date=_now(), from_cache=False)
     if not kept.setdefault("from_cache", True):
@@ -130,6 +139,10 @@ def _storage_serves(kept: Facts | None, target: Path) -> bool:
     if "why_not" in kept or kept["small"]:
         return bool(kept["path"] == str(target.absolute()))
     return True
+
+
+def _computing_serves(kept: Facts, n_threads: int) -> bool:
+    return bool(kept.get("n_threads") == n_threads and kept.get("libraries") == _libraries())
 
 
 def _measure_storage(target: Path, tell: Tell) -> Facts:

@@ -28,22 +28,26 @@ from moe_edge.runner.native import NativeModel
 from moe_edge.runner.sizes import fixed_sizes, layout_of
 from moe_edge.runner.turns import Turns
 from moe_edge.runner.workers.board import Board
+from moe_edge.runner.workers.chosen_layers import block_work, choose_runs
 from moe_edge.runner.workers.guard import cpu_buffer_type, rpc_library
-from moe_edge.runner.workers.part import content_id, dense_bytes_by_block, expert_bytes_by_block, n_blocks
+from moe_edge.runner.workers.part import content_id, dense_bytes_by_block, n_blocks
 from moe_edge.runner.workers.remote import RemoteNative, RemotePolicy
 from moe_edge.runner.workers.wire import Address
 from moe_edge.runner.workers.worker import versions
 from moe_edge.schedulers.budget import MIB, FixedSizes, MemoryPlan, format_arg, format_bytes
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policy import Policy
-from moe_edge.schedulers.workers import BoardFacts, shares_of, split_layers
+from moe_edge.schedulers.workers import AUTO, Split, shares_of
 
 # The output and its norm, and the embedding, which some models use as their output.
 STAYS_HERE = rb"^(output|token_embd)"
 
 
 class BoardsEngine(Engine):
-    """workers: where they are; each gets a run of layers, in this order. Raises BoardError, and what Engine raises."""
+    """workers: where they are; each gets a run of layers, in this order. split: which layers (boards_split.py).
+
+    Raises BoardError, UsageError for a split that is not the model's, and what Engine raises.
+    """
 
     def __init__(
         self,
@@ -51,12 +55,13 @@ class BoardsEngine(Engine):
         options: EngineOptions,
         workers: Sequence[Address],
         *,
+        split: Split = AUTO,
         verify: bool = False,
         tell: Callable[[str], None] = lambda _: None,
         named: str | Path | None = None,
     ) -> None:
         rpc_library()
-        self.options, self._tell, self._addresses = options, tell, tuple(workers)
+        self.options, self._tell, self._addresses, self._split = options, tell, tuple(workers), split
         self._check_options()
         self._warm, self._pool, self._crowd, self.prompts, self.held = None, None, None, None, None
         self._packed_note, self._selecting = "", False
@@ -108,9 +113,8 @@ class BoardsEngine(Engine):
             with signals.deferred():
                 native.close()
         blocks = n_blocks(self.model.architecture, loading.metadata)
-        self.dense_of, here = dense_bytes_by_block(loading.skeleton, blocks)
-        self.experts_of = expert_bytes_by_block(self.model, blocks)
-        self.kv_of = [fixed.kv_bytes // max(1, blocks)] * blocks
+        _, here = dense_bytes_by_block(loading.skeleton, blocks)
+        self._work, self._board_fixed_bytes = block_work(loading, self.layout, fixed)
         vocabulary = fixed.dense_bytes - self.model.dense_bytes
         # A model whose output is its embedding has it twice: llama.cpp makes a tensor of its own for each use.
         self._own = FixedSizes(here + vocabulary, 0, fixed.compute_bytes, 0, fixed.program_excess_bytes)
@@ -137,8 +141,7 @@ class BoardsEngine(Engine):
             board = Board(address)
             self.boards.append(board)
             board.check(mine, ours)
-        facts = [BoardFacts(int(board.facts["ram_bytes"])) for board in self.boards]
-        runs = split_layers(facts, self.dense_of, self.experts_of, self.kv_of)
+        runs = choose_runs(self.boards, self._split, self._work, self._board_fixed_bytes, self._tell)
         o = self.options
         for board, layers in zip(self.boards, runs, strict=True):
             board.open(
@@ -222,9 +225,14 @@ class BoardsEngine(Engine):
         """As Engine.decoding(). When a board was lost, everything is first sent to the boards again; BoardError, naming
         the one that is not back."""
         with super().decoding():
-            if self._broken or any(board.why_lost for board in self.boards):
+            if not self.is_whole:
                 self._mend()
             yield
+
+    @property
+    def is_whole(self) -> bool:
+        """Not while a board is lost, and its KV cache with it."""
+        return not self._broken and not any(board.why_lost for board in self.boards)
 
     def _mend(self) -> None:
         """Everything again, on new connections. Until that has worked, nothing may be decoded."""
@@ -249,7 +257,7 @@ class BoardsEngine(Engine):
         new.close()
         self._close_gone()
         clear_memory(old)
-        self.checkpoints = Checkpoints(old)
+        self.checkpoints.clear()  # the same object: the prompt cache has it as well
         self._watch_decode_again(old)
         self._broken = False
         self._tell("the boards are there again")

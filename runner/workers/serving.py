@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 from moe_edge.models.errors import EngineError
 from moe_edge.runner.engine_options import EngineOptions
@@ -22,7 +23,7 @@ def serve(
 ) -> int:
     """Work until a signal comes; the exit status. Raises what Worker raises, EngineError when ggml's server ends."""
     _keep_output()
-    worker = Worker(path, options, address, anywhere=anywhere, measure=lambda: _speeds(path, options), tell=tell)
+    worker = Worker(path, options, address, anywhere=anywhere, measure=partial(_speeds, path, options), tell=tell)
     came: list[int] = []
     ended = threading.Event()
 
@@ -45,9 +46,11 @@ def serve(
             signal.signal(number, handler)
 
 
-def _speeds(path: str, options: EngineOptions) -> dict[str, float] | str:
-    from moe_edge.runner.measure.boards_plan import speeds_here
+def _speeds(path: str, options: EngineOptions, measured_only: bool) -> dict[str, float] | str:
+    from moe_edge.runner.measure.boards_plan import are_measured, speeds_here
 
+    if measured_only and not are_measured(path, options):
+        return "its disk and processor were never measured"
     found = speeds_here(path, options, lambda _: None)
     return found.why if isinstance(found, Unmeasured) else asdict(found)
 

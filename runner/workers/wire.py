@@ -15,7 +15,7 @@ from typing import Any
 
 from moe_edge.models.errors import UsageError
 
-PROTOCOL = 1  # of these lines; both sides must have the same
+PROTOCOL = 2  # of these lines; both sides must have the same
 DEFAULT_PORT = 50052
 CONTROL, RPC = b"C", b"R"
 TOKEN_BYTES = 32

@@ -45,8 +45,8 @@ class _Peer:
 class Worker:
     """Listens from start() on. options: ram_bytes None is `auto`. disk_bytes_per_second: to pace its disk.
 
-    measure: MachineSpeeds as a dict, or why there are none. Raises UsageError for an address that others reach, unless
-    `anywhere`; and what opening the model raises.
+    measure: MachineSpeeds as a dict, or why there are none; given whether to do without measuring. Raises UsageError
+    for an address that others reach, unless `anywhere`; and what opening the model raises.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Worker:
         address: Address,
         *,
         anywhere: bool = False,
-        measure: Callable[[], dict[str, float] | str] = lambda: "this worker was not told how",
+        measure: Callable[[bool], dict[str, float] | str] = lambda _: "this worker was not told how",
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         guard.rpc_library()
@@ -206,7 +206,7 @@ class Worker:
             lines.swallow(max(0, min(int(asked.get("bytes", 0)), 64 << 20)))
             return {}
         if op == "speeds":
-            return self._speeds()
+            return self._speeds(bool(asked.get("measured_only")))
         if op == "open":
             return self._open(asked, peer)
         if not mine or self._session is None:
@@ -247,11 +247,11 @@ class Worker:
             "expert_bytes": expert_bytes_by_block(model, blocks), "in_use_by": peer.name if peer else None,
         }  # fmt: skip
 
-    def _speeds(self) -> dict[str, Any]:
-        """Of this board's disk and processor, measured once and kept."""
+    def _speeds(self, measured_only: bool) -> dict[str, Any]:
+        """Of this board's disk and processor, measured once and kept. measured_only: not now, if it has not been."""
         if self._peer is not None:
             raise UsageError(f"is at work for {self._peer.name}, so its speeds cannot be measured now")
-        found = self._measure()
+        found = self._measure(measured_only)
         return {"why_not": found} if isinstance(found, str) else {"speeds": found}
 
     def _ping(self) -> dict[str, Any]:
