@@ -103,6 +103,16 @@ def test_a_board_with_another_model_is_refused(board: WorkerProcess, tmp_path: P
         on_boards(other, [board.address])
 
 
+def test_another_file_of_the_same_size_is_refused(tmp_path: Path) -> None:
+    ours, theirs = (
+        write_random_model(tmp_path / f"{seed}.gguf", "olmoe", Shape(n_layer=2), seed=seed) for seed in (1, 2)
+    )
+    assert ours.stat().st_size == theirs.stat().st_size
+    with workers(theirs, [ENOUGH]) as made:
+        with pytest.raises(BoardError, match=rf"board {made[0].address} has another model: .*copy the same files"):
+            on_boards(ours, [made[0].address])
+
+
 def test_a_board_with_too_little_memory_says_how_much_it_needs(tmp_path: Path) -> None:
     with workers(MODEL, ["8MiB"]) as made:
         with (
