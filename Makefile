@@ -106,10 +106,12 @@ bench: setup
 FUZZ_FILES ?= 100000
 FUZZ_CASES ?= 5000
 FUZZ_BODIES ?= 10000
+FUZZ_REPLAYS ?= 500
 FUZZ_ROUNDS ?= 50
 fuzz: setup
 	$(BIN)/python tests/fuzz_parsers.py --cases $(FUZZ_FILES)
 	MOE_EDGE_FUZZ_CASES=$(FUZZ_CASES) MOE_EDGE_FUZZ_SEED=$$$$ $(BIN)/python -m pytest -q tests/test_contradictions.py -k mutated
+	MOE_EDGE_FUZZ_REPLAYS=$(FUZZ_REPLAYS) MOE_EDGE_FUZZ_SEED=$$$$ $(BIN)/python -m pytest -q tests/test_replay_fuzz.py
 	MOE_EDGE_FUZZ_BODIES=$(FUZZ_BODIES) $(BIN)/python -m pytest -q tests/test_serve_fuzz.py
 	for i in $$(seq $(FUZZ_ROUNDS)); do $(BIN)/python -m pytest -q tests/test_streams.py -k any_moment || exit 1; done
 

@@ -176,6 +176,12 @@ void me_model_held_parts(me_model * handle, uint8_t * out) {
     for (int i = 0; i < m.n_units(); i++) out[i] = static_cast<uint8_t>(m.held_parts(i));
 }
 
+void me_model_drop_empty_parts(me_model * handle) {
+    Model & m = handle->model;
+    std::lock_guard<std::mutex> lock(m.step_mutex);
+    m.drop_empty_parts();
+}
+
 int32_t me_model_step(me_model * m, me_step_view * out) {
     if (!m->model.step) return 0;
     *out = *m->model.step;

@@ -182,6 +182,9 @@ ME_API void me_model_unit_bytes(me_model * model, int64_t * out);
 // it holds the former, the latter, both. Zeros for units that are not packed. out: [units][5].
 ME_API void me_model_part_bytes(me_model * model, int64_t * out);
 ME_API void me_model_held_parts(me_model * model, uint8_t * out);  // the mask of each unit
+// Take back the places of packed parts that were never filled, as of a read ahead that was given up. Not within a step: for
+// a scheduler that begins with what me_model_held_parts tells, and would not know of them.
+ME_API void me_model_drop_empty_parts(me_model * model);
 // 0 when no step is being scheduled.
 ME_API int32_t me_model_step(me_model * model, struct me_step_view * out);
 // Ask the routers of the next `depth` layers for their best `width` experts, by me_model_ahead. 0: never. rescale: correct

@@ -242,6 +242,14 @@ void Model::drop_part(int unit_id, int part) {
     parts->drop(unit_id, part);
 }
 
+void Model::drop_empty_parts() {
+    for (int i = 0; parts && i < n_units(); i++) {
+        for (int part : {HEAD, TAIL}) {
+            if (parts->has_place(i, part) && !((held_parts(i) >> part) & 1u)) drop_part(i, part);
+        }
+    }
+}
+
 bool Model::hold_parts(const int32_t * unit_ids, const int32_t * masks, int n) {
     if (n == 0) return true;
     if (!parts) {

@@ -120,6 +120,8 @@ public:
     // What the packed cache is to hold from now on: of unit_ids[i] the parts in masks[i], of others what it held. A part
     // that has just been given its place is filled when the unit is read next. False, with an error, beyond its budget.
     bool hold_parts(const int32_t * unit_ids, const int32_t * masks, int n);
+    // Take back the places of parts that are not whole. Not within a step.
+    void drop_empty_parts();
     // Bit b: part b of the unit is there, whole.
     uint32_t held_parts(int unit_id);
     // Bytes a part takes; bytes that need not be read when the parts of `mask` are there.

@@ -346,6 +346,7 @@ def _declare(lib: Any) -> None:
         "me_model_unit_bytes": (None, [model, POINTER(c_int64)]),
         "me_model_part_bytes": (None, [model, POINTER(c_int64)]),
         "me_model_held_parts": (None, [model, POINTER(c_uint8)]),
+        "me_model_drop_empty_parts": (None, [model]),
         "me_model_pace": (None, [model, c_int64]),
         "me_model_set_stop": (None, [model, c_int32]),
         "me_model_step": (c_int32, [model, POINTER(StepView)]),

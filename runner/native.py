@@ -424,6 +424,10 @@ class NativeModel:
         self._lib.me_model_held_parts(self._open_handle(), masks)
         return {unit: mask for unit, mask in enumerate(masks) if mask}
 
+    def drop_empty_parts(self) -> None:
+        """Take back what the packed cache has given to parts that never came: a read ahead that was given up."""
+        self._lib.me_model_drop_empty_parts(self._open_handle())
+
     def pace(self, bytes_per_second: int) -> None:
         """Let expert reads take as long as on a disk of this speed, which serves one after the other; 0: no limit."""
         self._lib.me_model_pace(self._open_handle(), bytes_per_second)

@@ -31,6 +31,7 @@ def use_policy(native: NativeModel, policy: Policy, layout: Layout, n_used: int)
 def start_from_memory(native: NativeModel, policy: Policy) -> None:
     """Let a policy start from what is really in memory."""
     policy.reset(native.resident_units())
+    native.drop_empty_parts()  # the policy before knew of their places; this one would not
     if policy.packed is not None:
         policy.packed.reset_parts(native.held_parts())
 

@@ -32,7 +32,10 @@ class ExpertCache:
     (docs/LOG.md, 2026-11-26).
 
     usage: what earlier runs used, where the rule's scores start. count: where note() counts uses besides.
+    streams: whether a prompt's steps do that. A replay that takes a step for one event sets it to False.
     """
+
+    streams = True
 
     note: Callable[[Step], None]  # a step begins
     renew: Callable[[int], None]  # note a use of a unit in memory; KeyError when absent. Bound anew by reset.
@@ -84,7 +87,8 @@ class ExpertCache:
         """A step begins: until the next one its experts are in use."""
         self._step = step
         self._kept = None
-        self._window = deque() if step.n_tokens > 1 and len(step.experts) > 2 * STREAM_WINDOW else None
+        many = step.n_tokens > 1 and len(step.experts) > 2 * STREAM_WINDOW
+        self._window = deque() if many and self.streams else None
         self._rule.note(step)
 
     def _note_and_count(self, step: Step) -> None:
@@ -116,6 +120,7 @@ class ExpertCache:
 
     def learn(self) -> None:
         self._rule.learn()
+
     def favour_first_layer(self, weight: float) -> None:
         """Take the first layer's experts for `weight` times as likely as they are; for look-ahead, which hides misses
         in all layers but that one. Heeded by the rule `learned`, which shifts misses to later layers at hardly more of

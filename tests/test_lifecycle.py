@@ -56,6 +56,7 @@ USES: dict[str, Callable[[Engine], Any]] = {
     "native.unit_bytes": lambda e: e.native.unit_bytes(),
     "native.packed_sizes": lambda e: e.native.packed_sizes(),
     "native.held_parts": lambda e: e.native.held_parts(),
+    "native.drop_empty_parts": lambda e: e.native.drop_empty_parts(),
     "native.preload": lambda e: e.native.preload([0]),
     "native.set_arena": lambda e: e.native.set_arena(1 << 20),
     "native.pace": lambda e: e.native.pace(0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -151,6 +152,29 @@ def test_parts_of_experts_are_held_and_only_the_rest_is_read(tmp_path: Path) -> 
     assert c.exponent_hits > 5 and c.mantissa_hits > 5 and c.packed_hits > 5
     assert set(held.values()) == {EXPONENTS, MANTISSAS, BOTH}
     assert all(mask & ~masks[unit] == 0 for unit, mask in held.items()), "it holds what it was not told to"
+
+
+def test_a_new_policy_has_the_places_of_parts_that_never_came(tmp_path: Path) -> None:
+    """As after a read ahead that was given up. Without that the next plans had no room, and the reply ended."""
+    _, packed = packed_model(tmp_path, "BF16")
+    for drops in (True, False):
+        engine = engine_with(packed, 0.5, "50%", n_ubatch=1)
+        with engine, engine.decoding():
+            sizes = engine.native.packed_sizes()
+            n_fit = engine.plan.packed_bytes // sizes.largest_bytes
+            engine.native.part_changes = lambda n_fit=n_fit: dict.fromkeys(range(n_fit), BOTH)
+            engine.llama.eval([1])
+            if not drops:
+                engine.native.drop_empty_parts = lambda: None  # type: ignore[method-assign]
+            engine.set_policy(PolicyOptions())
+            held = engine.native.held_parts()
+            policy: Any = engine.policy
+            assert len(held) < n_fit and policy.packed.used_bytes == sum(sum(sizes.part_bytes[u]) for u in held)
+            with nullcontext() if drops else pytest.raises(RuntimeError):
+                for token in some_tokens(60):
+                    engine.llama.eval([token])
+            if not drops:
+                assert "exceeds the memory of the packed cache" in str(engine.native.take_error())
 
 
 def test_the_two_parts_are_all_of_an_expert_and_what_is_saved_is_what_is_held(tmp_path: Path) -> None:

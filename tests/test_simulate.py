@@ -16,12 +16,8 @@ from moe_edge.convert.convert import convert
 from moe_edge.models.embedded import tiny_model_path
 from moe_edge.models.errors import BudgetTooSmall, EngineError, UsageError
 from moe_edge.runner.measure.record import record_trace
-from moe_edge.runner.measure.simulation import (
-    SimBudget,
-    curve_label,
-    policies_named,
-    run_simulations,
-)
+from moe_edge.runner.measure.simulation import SimBudget, policies_named, run_simulations
+from moe_edge.runner.measure.simulation_plot import curve_label
 from moe_edge.schedulers.eviction import RULES
 from moe_edge.schedulers.layout import SKIP, ExpertKey, Layout, Step, StepPlan
 from moe_edge.schedulers.options import PolicyOptions

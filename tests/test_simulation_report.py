@@ -17,11 +17,11 @@ from moe_edge.runner.measure.simulation import (
     SimBudget,
     budget_of_ram,
     even_budgets,
-    plot_simulation,
     policies_named,
     policy_label,
     run_simulations,
 )
+from moe_edge.runner.measure.simulation_plot import plot_simulation
 from moe_edge.schedulers.budget import FixedSizes
 from moe_edge.schedulers.eviction import RULES
 from moe_edge.schedulers.lookahead.rules import LOOKAHEADS

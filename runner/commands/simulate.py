@@ -22,12 +22,14 @@ from moe_edge.schedulers.budget import parse_bytes
               help="Packed caches to try, like off,auto,50%; the trace must be of a packed store.")
 @click.option("--unpack", default="4GB/s", show_default=True,
               help="What all threads together make of packed experts, in bytes of whole ones.")
+@click.option("--atomic", is_flag=True,
+              help="Take a prompt's step for one event too: none of its experts makes room for another.")
 @click.option("--disk", default="3GB/s", show_default=True, help="What the disk delivers.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the table as PNG.")
 @click.option("--json", "as_json", is_flag=True)
 def command(
     trace_file: Path, ram: str | None, policy: str, cache: str | None, lookahead: str, packed_cache: str,
-    unpack: str, disk: str, plot: Path | None, as_json: bool,
+    unpack: str, atomic: bool, disk: str, plot: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Hits, bytes, stall and speed of every policy and cache rule on a trace, with Belady's bound; no model is needed.
 
@@ -37,21 +39,22 @@ def command(
     from moe_edge.runner.measure.simulation import (
         budget_of_ram,
         even_budgets,
-        need_matplotlib,
-        plot_simulation,
         policies_named,
         run_simulations,
     )
+    from moe_edge.runner.measure.simulation_plot import need_matplotlib, plot_simulation
     from moe_edge.schedulers.replay.simulate import Costs
 
     if plot is not None:
         need_matplotlib()
     recorded = load_trace(trace_file)
-    budgets = [budget_of_ram(recorded, parse_bytes(each)) for each in ram.split(",")] if ram else even_budgets(recorded)
+    budgets = even_budgets(recorded, atomic=atomic)
+    if ram:
+        budgets = [budget_of_ram(recorded, parse_bytes(each)) for each in ram.split(",")]
     chosen = policies_named(policy, caches=cache, lookaheads=lookahead)
     packed = [each.strip() for each in packed_cache.split(",")]
     costs = Costs(parse_disk_speed(disk), unpack_bytes_per_second=parse_disk_speed(unpack))
-    result = run_simulations(recorded, budgets, chosen, costs, packed=packed, tell=terminal.say)
+    result = run_simulations(recorded, budgets, chosen, costs, packed=packed, atomic=atomic, tell=terminal.say)
     if plot is not None:
         plot_simulation(result, plot)
     print_result(result.to_json() if as_json else result.text())

@@ -27,7 +27,9 @@ from moe_edge.runner.engine import Engine
 from moe_edge.runner.measure.logits import bos_token, tokenize_text
 from moe_edge.schedulers.budget import FixedSizes
 from moe_edge.schedulers.layout import Routing
+from moe_edge.schedulers.lookahead.around import MOST_TOKENS
 from moe_edge.schedulers.options import PolicyOptions
+from moe_edge.schedulers.packed import BOTH
 from moe_edge.schedulers.replay.trace import NO_EXPERT, TRACE_VERSION, Array, Recorded, Trace
 
 Predict = Callable[[int, FloatArray], tuple[Array, Array]]
@@ -64,7 +66,7 @@ def record_trace(
     others). one_by_one: every token is a micro-batch, as in decode; else micro-batches of engine.n_ubatch.
     policy: runs during the recording, exact by default: others change what later layers see. Afterwards the engine has
     the policy of its options, and an empty KV cache. predict: fills ahead_experts and ahead_scores; look_ahead (depth,
-    width): with what the engine's own look-ahead says, in micro-batches of one token. attention: let
+    width): with what the engine's own look-ahead says, in micro-batches of so few tokens that it looks. attention: let
     llama.cpp show it from now on, for micro-batches of 32 tokens and more (NativeModel.watch_attention).
     Raises UsageError for a text shorter than n_tokens, and what Engine.decoding() raises.
     """
@@ -78,7 +80,7 @@ def record_trace(
         engine.set_policy(policy or PolicyOptions())
         if attention:
             engine.native.watch_attention()
-        resident, before = engine.policy.resident, engine.counters()
+        resident, held, before = engine.native.resident_units(), engine.native.held_parts(), engine.counters()
         if look_ahead is not None:
             engine.native.set_lookahead(*look_ahead)
             predict = _routers(engine, *look_ahead)
@@ -97,7 +99,8 @@ def record_trace(
                 recorder.end()
         counters = engine.counters().since(before)
         counts = {name: int(getattr(counters, name)) for name in _COUNTS}
-        return recorder.trace(Recorded(engine.policy.name, engine.plan.arena_bytes, tuple(resident), **counts))
+        name, arena_bytes = engine.policy.name, engine.plan.arena_bytes
+        return recorder.trace(Recorded(name, arena_bytes, tuple(resident), **counts, held=tuple(held.items())))
     finally:
         engine.native.observe = None
         _forget(engine)
@@ -113,9 +116,9 @@ def _routers(engine: Engine, depth: int, width: int) -> Predict:
     def predict(_layer: int, x: FloatArray) -> tuple[Array, Array]:
         experts = np.full((len(x), depth, width), NO_EXPERT, np.int16)
         scores = np.zeros((len(x), depth, width), np.float16)
-        for a in engine.native.ask_ahead(depth) if len(x) == 1 else ():
-            experts[0, a.distance - 1, : len(a.experts)] = a.experts
-            scores[0, a.distance - 1, : len(a.experts)] = a.scores
+        for a in engine.native.ask_ahead(depth) if len(x) <= MOST_TOKENS else ():
+            experts[-1, a.distance - 1, : len(a.experts)] = a.experts
+            scores[-1, a.distance - 1, : len(a.experts)] = a.scores
         return experts, scores
 
     return predict
@@ -307,7 +310,7 @@ def _read_npz(file: IO[bytes], path: str) -> Trace:
 
 def _known(names: list[str], path: str) -> list[str]:
     known = {"version", "model", "store_id", "n_experts", "n_levels", "fixed", "recorded", "recorded_policy",
-             "recorded_resident", *_ARRAYS, *_OPTIONAL}  # fmt: skip
+             "recorded_resident", "recorded_held", *_ARRAYS, *_OPTIONAL}  # fmt: skip
     if "version" not in names:
         raise BadFile(f"{path}: is not a trace: it names no version")
     for name in names:
@@ -335,6 +338,8 @@ def _to_arrays(trace: Trace) -> dict[str, Array]:
         arrays["recorded"] = np.array([r.arena_bytes, *(getattr(r, name) for name in _COUNTS)], np.int64)
         arrays["recorded_policy"] = np.array(r.policy)
         arrays["recorded_resident"] = np.array(r.resident, np.int32)
+        if r.held:
+            arrays["recorded_held"] = np.array(r.held, np.int32).ravel()
     return arrays
 
 
@@ -360,8 +365,12 @@ def _recorded(arrays: dict[str, Array]) -> Recorded:
     resident = tuple(_integers(arrays, "recorded_resident"))
     if any(not 0 <= unit < len(arrays["unit_bytes"]) for unit in resident):
         raise ValueError("recorded_resident names a unit that the model does not have")
+    held = _integers(arrays, "recorded_held") if "recorded_held" in arrays else []
+    pairs = tuple(zip(held[::2], held[1::2], strict=True))
+    if any(not (0 <= unit < len(arrays["unit_bytes"]) and 0 < mask <= BOTH) for unit, mask in pairs):
+        raise ValueError("recorded_held names a unit that the model does not have, or parts that no unit has")
     policy = _text(arrays, "recorded_policy")
-    return Recorded(policy, arena_bytes, resident, **dict(zip(_COUNTS, counts, strict=True)))
+    return Recorded(policy, arena_bytes, resident, **dict(zip(_COUNTS, counts, strict=True)), held=pairs)
 
 
 def _text(arrays: dict[str, Array], name: str) -> str:

@@ -5,21 +5,20 @@ No model, no disk: schedulers/replay/simulate.py says what is exact (the counts)
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby, product
-from pathlib import Path
 from typing import Any
 
 from moe_edge.models.calibration import Calibration
 from moe_edge.models.errors import BudgetTooSmall, UnknownName, UsageError, printable
-from moe_edge.schedulers.budget import MIB, arena_floor_bytes, format_arg, format_bytes, plan_memory
+from moe_edge.schedulers.budget import arena_floor_bytes, format_arg, format_bytes, plan_memory
 from moe_edge.schedulers.eviction import RULES, named_rule
 from moe_edge.schedulers.lookahead.rules import LOOKAHEADS
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policies import DEFAULTS, POLICY_NAMES
 from moe_edge.schedulers.policy import make_policy
+from moe_edge.schedulers.replay.atomic import largest_step_bytes
 from moe_edge.schedulers.replay.belady import has_one_size, simulate_belady
 from moe_edge.schedulers.replay.prediction import Quality, missed_uses, prediction_quality
 from moe_edge.schedulers.replay.simulate import MEMORY_BYTES_PER_SECOND, Costs, SimResult, simulate_policy
@@ -109,6 +108,7 @@ class Simulation:
     """All rows, budget by budget, and what was left out, one sentence each. tokens: of the trace.
 
     belady_exact: experts have one size; else the rows `belady` are a heuristic (schedulers/replay/belady.py).
+    atomic: every step was taken for one event, prompts' too.
     notes: where the default cache rule reads SLACK more than the best. prediction: None without a row that looks ahead.
     """
 
@@ -121,6 +121,7 @@ class Simulation:
     left_out: tuple[str, ...]
     notes: tuple[str, ...] = ()
     prediction: Prediction | None = None
+    atomic: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -132,6 +133,7 @@ class Simulation:
             f"{printable(self.model)}: {self.tokens} tokens, {kind}; "
             f"disk {self.costs.disk_bytes_per_second / 1e6:.0f} MB/s; "
             "counts are exact, times estimated",
+            *(["every step is one event: none of its experts makes room for another of it"] if self.atomic else []),
             "",
         ]
         head, *table = _table([_HEAD, *(_cells(row, self.tokens) for row in self.rows)])
@@ -204,6 +206,7 @@ def run_simulations(
     calibration: Calibration | None = None,
     belady: bool = True,
     packed: Sequence[str] = ("off",),
+    atomic: bool = False,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Simulation:
     """Every policy at every budget, from an empty arena, with Belady's bound first at each.
@@ -211,17 +214,19 @@ def run_simulations(
     A policy that this model or its calibration cannot serve is left out, and `left_out` says why; so is one at a budget
     that is below what it needs. One that is there twice, once as `auto`, is run once. With a policy that looks ahead
     comes the quality of the trace's predictions. packed: packed caches to try, as --packed-cache names them; auto is
-    the planner's, with these costs. tell: called with a line of progress before each run.
+    the planner's, with these costs. atomic: every step is one event, whose experts are not evicted for each other; as
+    the engine has it only for steps of one token. tell: called with a line of progress before each run.
     Raises BudgetTooSmall for an arena below the floor, UsageError when nothing is left to run and for look-ahead on a
     trace without scores.
     """
     costs = costs or Costs()
-    floor = arena_floor_bytes(trace.layout())
+    floor = floor_bytes(trace, atomic)
     for budget in budgets:
         if budget.arena_bytes < floor:
+            all_of = ", all experts of its largest step" if atomic else ", one expert for each MoE layer"
             raise BudgetTooSmall(
                 f"an expert arena of {format_arg(budget.arena_bytes)} is too small: {trace.model} needs "
-                f"{format_arg(floor)}, one expert for each MoE layer", floor,
+                f"{format_arg(floor)}{all_of}", floor,
             )  # fmt: skip
     usable, left_out = _usable(trace, policies, calibration)
     if not budgets or not (usable or belady):
@@ -235,7 +240,7 @@ def run_simulations(
         best = None
         if belady:
             tell(f"{BELADY}, experts {format_bytes(budget.arena_bytes)}")
-            best = simulate_belady(trace, budget.arena_bytes, costs)
+            best = simulate_belady(trace, budget.arena_bytes, costs, atomic=atomic)
             rows.append(_row(trace, PolicyOptions(BELADY), budget, best, best))
         of_budget: list[SimRow] = []
         for options in usable:
@@ -246,7 +251,7 @@ def run_simulations(
                     if nbytes == 0 and asked != "off" and "off" in packed:
                         continue  # the same as without
                     result = simulate_policy(
-                        trace, options, budget.arena_bytes, costs, calibration, packed_bytes=nbytes
+                        trace, options, budget.arena_bytes, costs, calibration, packed_bytes=nbytes, atomic=atomic
                     )
                 except (BudgetTooSmall, UsageError) as e:
                     left_out.append(f"{policy_label(options)} at experts {format_bytes(budget.arena_bytes)}: {e}")
@@ -268,7 +273,14 @@ def run_simulations(
         left_out=tuple(dict.fromkeys(left_out)),
         notes=(*_cannot_choose(usable, calibration), *_far_from_best(rows)),
         prediction=prediction,
+        atomic=atomic,
     )
+
+
+def floor_bytes(trace: Trace, atomic: bool = False) -> int:
+    """The smallest expert arena that can be simulated: one expert for each layer, and with `atomic` a whole step."""
+    floor = arena_floor_bytes(trace.layout())
+    return max(floor, largest_step_bytes(trace)) if atomic else floor
 
 
 def _cannot_choose(policies: Sequence[PolicyOptions], calibration: Calibration | None) -> list[str]:
@@ -447,54 +459,8 @@ def budget_of_ram(trace: Trace, ram_bytes: int) -> SimBudget:
     return SimBudget(plan.arena_bytes, ram_bytes)
 
 
-def even_budgets(trace: Trace, n: int = 5) -> list[SimBudget]:
-    """n arenas from the floor to all experts in memory, in equal steps of whole bytes."""
-    layout = trace.layout()
-    floor = arena_floor_bytes(layout)
-    top = max(floor, layout.total_bytes)
+def even_budgets(trace: Trace, n: int = 5, *, atomic: bool = False) -> list[SimBudget]:
+    """n arenas from floor_bytes() to all experts in memory, in equal steps of whole bytes."""
+    floor = floor_bytes(trace, atomic)
+    top = max(floor, trace.layout().total_bytes)
     return [SimBudget(floor + (top - floor) * i // max(1, n - 1)) for i in range(n)]
-
-
-# ---- picture -----------------------------------------------------------------------------------------------
-
-
-def need_matplotlib() -> Any:
-    """The module. Raises UsageError with the command that installs it."""
-    try:
-        return importlib.import_module("matplotlib")
-    except ImportError as e:
-        raise UsageError("--plot needs matplotlib; install it: pip install 'moe-edge[bench]'") from e
-
-
-def curve_label(row: SimRow) -> str:
-    """`belady`, `exact, learned`, `exact, learned, stacked`."""
-    packed = ["packed cache"] if row.packed_bytes else []
-    ahead = [row.lookahead] * (row.lookahead != "off")
-    return ", ".join([row.policy, *([row.cache] if row.cache else []), *ahead, *packed])
-
-
-def plot_simulation(simulation: Simulation, path: str | Path) -> None:
-    """A PNG: hit rate, bytes a token and tokens a second against the arena, a line for each curve_label().
-
-    Raises UsageError without matplotlib.
-    """
-    need_matplotlib().use("Agg")
-    pyplot = importlib.import_module("matplotlib.pyplot")
-    panels: tuple[tuple[str, Callable[[SimRow], float]], ...] = (
-        ("hits, %", lambda row: 100 * row.hit_rate),
-        ("MB read a token", lambda row: row.bytes_per_token / 1e6),
-        ("tokens/s (estimated)", lambda row: row.tok_s),
-    )
-    figure, all_axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4))
-    curves: dict[str, list[SimRow]] = {}
-    for row in sorted(simulation.rows, key=lambda row: row.arena_bytes):
-        curves.setdefault(curve_label(row), []).append(row)
-    for axes, (label, value) in zip(all_axes, panels, strict=True):
-        for name, rows in curves.items():
-            how: dict[str, Any] = {"color": "black", "linestyle": "--"} if name == BELADY else {}
-            axes.plot([row.arena_bytes / MIB for row in rows], list(map(value, rows)), marker=".", label=name, **how)
-        axes.set(xlabel="expert arena, MiB", ylabel=label, ylim=(0, None))
-    all_axes[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
-    figure.suptitle(f"{simulation.model}, {simulation.tokens} tokens")
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    pyplot.close(figure)

@@ -8,6 +8,11 @@ With units of one size and one expert a step it is exact. With more it is exact 
 same step: which of them is evicted decides which is read last and has to stay. Against all choices there are, 5 of some
 23,000 random small cases were 1 read above the best and none more. On a made-up trace of 48 x 128 experts, an eighth or
 more of them in memory, it was 0.01 % above the fewest loads of policies that may drop an expert right after its step.
+
+The event-atomic variant takes a step for one event: all its experts are in memory together when it ends, so none makes
+room for another of it. With units of one size it is exact, ties included: what is next used in the same step is wanted
+there together, whichever of it was evicted (tests/test_atomic_replay.py, against all choices there are).
+
 Reads are fewest, not stall: it may evict an expert that its step still computes, and the read waits for that.
 With units of different sizes it evicts the farthest next use until the bytes fit: close to the best, but a heuristic,
 which a policy can beat by evicting one large unit for two small ones; the best choice is NP-hard.
@@ -15,7 +20,7 @@ which a policy can beat by evicting one large unit for two small ones; the best 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from heapq import heapify, heappop, heappush
 
 import numpy as np
@@ -26,10 +31,13 @@ from moe_edge.schedulers.replay.trace import Ints, Trace
 
 
 def simulate_belady(
-    trace: Trace, arena_bytes: int, costs: Costs | None = None, resident: Iterable[int] = ()
+    trace: Trace, arena_bytes: int, costs: Costs | None = None, resident: Iterable[int] = (), *, atomic: bool = False
 ) -> SimResult:
-    """The trace under Belady's rule. Raises BudgetTooSmall when one expert does not fit."""
-    return simulate(trace, lambda layout, arena: Belady(trace, layout, arena), arena_bytes, costs, resident)
+    """The trace under Belady's rule. Raises BudgetTooSmall when one expert does not fit, or with `atomic` one step."""
+    return simulate(
+        trace, lambda layout, arena: Belady(trace, layout, arena, atomic=atomic), arena_bytes, costs, resident,
+        atomic=atomic,
+    )  # fmt: skip
 
 
 def has_one_size(trace: Trace) -> bool:
@@ -45,10 +53,11 @@ class Belady:
     rank, 0 for the one to be forgotten first: farthest next use; among units that are next used in the same step, the
     one that is used again soonest after that, because it will be read last and stay.
     A unit in memory stands in the heap with the rank of its last request; older entries of it are stale.
+    atomic: a step is one event, whose units are not evicted for each other.
     """
 
-    def __init__(self, trace: Trace, layout: Layout, arena_bytes: int) -> None:
-        self._layout = layout
+    def __init__(self, trace: Trace, layout: Layout, arena_bytes: int, *, atomic: bool = False) -> None:
+        self._layout, self._atomic = layout, atomic
         self._arena_bytes = arena_bytes
         units, steps = _requests(trace, layout)
         order = _forget_first(units, steps)
@@ -84,10 +93,11 @@ class Belady:
         if not misses:
             return None
         misses.sort(key=ranks.__getitem__)  # nearest next use last: what is read last cannot be evicted for the others
+        kept = {first + expert * n_levels for expert in step.experts} if self._atomic else set()
         victims: list[list[int]] = [[] for _ in hits]
         for i in misses:
             unit = first + step.experts[i] * n_levels
-            victims.append(self._make_room(self._layout.unit_bytes[unit]))
+            victims.append(self._make_room(self._layout.unit_bytes[unit], kept))
             self._used_bytes += self._layout.unit_bytes[unit]
             self._note(unit, ranks[i])
         return StepPlan(hits + misses, [0] * n, victims)
@@ -96,19 +106,25 @@ class Belady:
         self._rank_of[unit] = rank
         heappush(self._heap, rank)
 
-    def _make_room(self, need_bytes: int) -> list[int]:
+    def _make_room(self, need_bytes: int, kept: Container[int]) -> list[int]:
         if need_bytes > self._arena_bytes:
             raise BudgetTooSmall(
                 f"one expert needs {need_bytes} bytes but the expert arena has {self._arena_bytes}", need_bytes
             )
-        victims = []
+        victims, aside = [], []
         while self._used_bytes + need_bytes > self._arena_bytes:
             rank = heappop(self._heap)
             unit = self._unit_of_rank[rank]
-            if self._rank_of.get(unit) == rank:
-                del self._rank_of[unit]
-                self._used_bytes -= self._layout.unit_bytes[unit]
-                victims.append(unit)
+            if self._rank_of.get(unit) != rank:
+                continue
+            if unit in kept:
+                aside.append(rank)
+                continue
+            del self._rank_of[unit]
+            self._used_bytes -= self._layout.unit_bytes[unit]
+            victims.append(unit)
+        for rank in aside:
+            heappush(self._heap, rank)
         return victims
 
 

@@ -54,11 +54,12 @@ def prediction_quality(trace: Trace, misses: Sequence[Bools] = ()) -> list[Quali
 def _quality(trace: Trace, distance: int, width: int, misses: Sequence[Bools]) -> Quality:
     assert trace.ahead_experts is not None
     steps = used = predicted = right = 0
+    alone = np.repeat(trace.batch_tokens == 1, trace.batch_tokens)  # others were predicted for all tokens together
     missed, foreseen = [0] * len(misses), [0] * len(misses)
     for there in range(distance, trace.n_layers):
         guesses, chosen = trace.ahead_experts[:, there - distance, distance - 1, :width], trace.experts[:, there]
         valid: Any = (guesses >= 0) & (guesses < trace.n_experts[there])
-        rows = np.flatnonzero(valid.any(-1) & (chosen >= 0).all(-1))
+        rows = np.flatnonzero(alone & valid.any(-1) & (chosen >= 0).all(-1))
         same: Any = (guesses[rows, :, None] == chosen[rows, None, :]) & valid[rows, :, None]
         hit = same.any(1)
         steps, used, predicted = steps + len(rows), used + hit.size, predicted + int(valid[rows].sum())

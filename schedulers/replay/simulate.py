@@ -2,7 +2,8 @@
 
 The counts equal the engine's for the same policy, arena and routing, exactly: the policy object is the real one, it
 gets the same Steps, and its plans are executed as native/step.cpp does. A policy that lowers or skips experts would in
-the model change what later layers see and route to; a trace keeps the routing it was recorded with.
+the model change what later layers see and route to; a trace keeps the routing it was recorded with. Whether a step is
+one event, atomic.py says.
 
 The time model. One compute resource, one disk: a pipe that serves loads in the order they are asked for (FIFO), each
 for its bytes divided by disk_bytes_per_second. A step's experts are known when it begins. Hits are computed first, then
@@ -31,6 +32,7 @@ from moe_edge.schedulers.lookahead.controller import Measured
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.packed import BOTH, EXPONENTS, MANTISSAS, PackedCache, PackedSplit
 from moe_edge.schedulers.policy import make_policy
+from moe_edge.schedulers.replay.atomic import check_atomic, check_holds_steps
 from moe_edge.schedulers.replay.trace import Array, Trace
 
 PIECES = 3  # that a unit is read in
@@ -74,7 +76,7 @@ class SimResult:
     """Counts as the engine has them: uses = hits + loads, skipped ones apart. seconds = computing + stall_seconds.
 
     prefetched and the four after it: as in native/capi.h; all but the first depend on when reads are done, and so do
-    the bytes read of what is fetched ahead.
+    the bytes read of what is fetched ahead. So does what of it is packed in memory, with its three counts.
     """
 
     arena_bytes: int
@@ -113,16 +115,21 @@ class SimResult:
 
 def simulate(
     trace: Trace, make: MakePlanner, arena_bytes: int, costs: Costs | None = None, resident: Iterable[int] = (),
-    packed_bytes: int = 0,
+    packed_bytes: int = 0, *, held: Iterable[tuple[int, int]] = (), atomic: bool = False,
 ) -> SimResult:  # fmt: skip
     """Run the planner that make(layout, arena_bytes) gives through the trace.
 
     resident: units in the arena at the start, the first to evict first.
     packed_bytes: of arena_bytes, what the planner's packed cache has; make() is given the rest.
-    Raises BudgetTooSmall, and EngineError for a plan that the engine would refuse.
+    held: (unit, mask) of what the packed cache has at the start. atomic: a step is one event, whose experts are not
+    evicted for each other.
+    Raises BudgetTooSmall, with `atomic` also for an arena that does not hold the largest step, and EngineError for a
+    plan that the engine would refuse, or that is not atomic though it must be.
     """
     costs = costs or Costs()
     layout, resident = trace.layout(), tuple(resident)
+    if atomic:
+        check_holds_steps(trace, arena_bytes - packed_bytes)
     planner = make(layout, arena_bytes - packed_bytes)
     planner.reset(resident)
     arena = SimArena(
@@ -131,6 +138,10 @@ def simulate(
     )  # fmt: skip
     packed = getattr(planner, "packed", None)
     arena.use_packed(packed, packed_bytes, 1 / costs.unpack_bytes_per_second if trace.packed_sizes() else 0.0)
+    if packed is not None:
+        masks = dict[int, int](held)
+        packed.reset_parts(masks)
+        arena.start_with(masks)
     if hasattr(planner, "measure"):
         planner.measure = arena.measure
     use_seconds = _default_use_seconds(layout) if costs.use_seconds is None else costs.use_seconds
@@ -146,6 +157,8 @@ def simulate(
         planned = plan(step)
         if packed is not None:
             arena.hold(packed.take_changes())
+        if atomic and planned is not None:
+            check_atomic(layout, step, planned)
         execute(step, planned, use_seconds, planner.meanwhile(step) if step.later else ())
         arena.clock += other_seconds if other is None else other[batch][step.layer]
         steps += 1
@@ -165,6 +178,9 @@ def simulate_policy(
     calibration: Calibration | None = None,
     resident: Iterable[int] = (),
     packed_bytes: int = 0,
+    *,
+    held: Iterable[tuple[int, int]] = (),
+    atomic: bool = False,
 ) -> SimResult:
     """simulate() with the policy that make_policy makes of the options. Raises what either raises, and UsageError for a
     packed cache on a trace of a raw store, or one that does not fit."""
@@ -176,9 +192,11 @@ def simulate_policy(
         split = PackedSplit(sizes, packed_bytes)
 
     def make(layout: Layout, arena_bytes: int) -> Planner:
-        return make_policy(options, layout, arena_bytes, calibration, None, split)
+        policy = make_policy(options, layout, arena_bytes, calibration, None, split)
+        policy.cache.streams = not atomic
+        return policy
 
-    return simulate(trace, make, arena_bytes, costs, resident, packed_bytes)
+    return simulate(trace, make, arena_bytes, costs, resident, packed_bytes, held=held, atomic=atomic)
 
 
 def _lists(seconds: Array | None) -> list[list[float]] | None:
@@ -267,6 +285,12 @@ class SimArena:
     def use_packed(self, packed: PackedCache | None, nbytes: int, unpack_seconds_a_byte: float) -> None:
         """Have a packed cache of so many bytes, empty; or none. Unpacking takes its time in any case."""
         self._packed, self.packed_bytes, self._unpack_seconds_a_byte = packed, nbytes, unpack_seconds_a_byte
+
+    def start_with(self, held: Mapping[int, int]) -> None:
+        """What the packed cache has at the start: unit -> mask."""
+        self.hold(held)
+        for unit, mask in held.items():
+            self._have(unit, mask)
 
     def hold(self, changes: Mapping[int, int]) -> None:
         """What the packed cache is to have from now on: what goes goes at once, what comes is there once it is read."""

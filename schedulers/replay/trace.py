@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from moe_edge.schedulers.budget import FixedSizes
 from moe_edge.schedulers.layout import Ahead, Layout, Routing, Step
+from moe_edge.schedulers.lookahead.around import MOST_TOKENS
 from moe_edge.schedulers.packed import PackedSizes
 
 TRACE_VERSION = 1
@@ -29,7 +30,8 @@ _BLOCK_VALUES = 1 << 17  # expert uses turned into Python lists at a time: some 
 class Recorded:
     """What the engine counted while it recorded, and how it began: a simulation of the same policy must agree.
 
-    policy: the name. resident: units in the arena at the start, the first to evict first. The counts are those of
+    policy: the name. resident: units in the arena at the start, in the order that the policy was given them.
+    held: (unit, mask) of what was packed in memory then (schedulers/packed.py). The counts are those of
     runner/native.py's Counters: uses leaves skipped ones out, and hits + loads = uses.
     """
 
@@ -43,6 +45,7 @@ class Recorded:
     bytes_read: int
     low_uses: int
     skipped_uses: int
+    held: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class Trace:
     micro-batch, the others hold NO_EXPERT and 0.
     attention float32 [T, L]: received by each token (native/attention.h), NaN where it was not watched; or None.
     ahead_experts int16 [T, L, D, K], ahead_scores float16: the K best experts that the input of layer l predicts for
-    layer l + 1 + d, best first; NO_EXPERT where there is no such layer or prediction; or None.
+    layer l + 1 + d, best first; NO_EXPERT where there is no such layer or prediction; or None. Of a micro-batch of
+    several tokens, few enough to be looked ahead from, the last row has what all of them predict together.
     compute_seconds float32 [B, L]: measured, the experts of the step; other_seconds float32 [B, L]: from there to the
     next step's routing, without waiting for reads; or None.
     part_bytes int64 [U, 2], saved_bytes int64 [U, 3]: what the parts of packed units take in memory, and what need not
@@ -133,7 +137,7 @@ class Trace:
         """(micro-batch, step) in order: the values that runner/native.py gives to a policy.
 
         with_routing: give steps of several tokens their Routing, as for a policy with wants_routing. with_ahead: let
-        steps of one token ask what the trace has of look-ahead.
+        steps of few tokens ask what the trace has of look-ahead.
         """
         row = -1
         last = None
@@ -141,7 +145,7 @@ class Trace:
             if with_ahead and self.ahead_experts is not None:
                 if batch != last:
                     row, last = row + int(self.batch_tokens[batch]), batch
-                if step.n_tokens == 1:
+                if step.n_tokens <= MOST_TOKENS:
                     step.ask_ahead = partial(self._ahead, row, step.layer)
             yield batch, step
 
