@@ -44,6 +44,8 @@ COMPUTE_BAND = (0.8, 1.0, 1.1)
 LAYER_SECONDS = 100e-6  # attention, router, graph split and scheduler of one layer, where it was not measured
 TILED_ROWS = 8  # tokens an expert needs before ggml's faster products take it (LOG 2026-11-22)
 MEMORY_BOUND_SHARE = 0.75  # products this close to the memory's speed wait for memory, not for arithmetic
+# Of a prompt's products, what norms, activations, soft-max and copies take besides (docs/LOG.md, 2026-11-27).
+AROUND_PRODUCTS = 1.1
 ENOUGH = 1.05  # within 5 % of the speed with everything resident
 
 
@@ -56,6 +58,7 @@ class MachineSpeeds:
     takes besides its products. unpack: what comes out of packed experts, all threads that read together.
     expert_rows, dense_rows: (tokens at once, weights times tokens a second), ascending, in the types of the model's
     experts and of its dense weights; empty where they were not measured, which takes `prefill` and `compute` instead.
+    attention: bytes of KV cache times query rows, many at once; 0: as dense weights.
     """
 
     disk: float
@@ -66,6 +69,7 @@ class MachineSpeeds:
     unpack: float = float("inf")
     expert_rows: tuple[tuple[int, float], ...] = ()
     dense_rows: tuple[tuple[int, float], ...] = ()
+    attention: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class ModelWork:
     counts: [L, E], tokens routed to each expert in a calibration; None without one. stored_share: what the experts take
     in their file over what they take in memory; below 1 where they are packed. head_bytes: of dense_bytes, the output
     matrix, which a prompt needs for its last token only. touched: what earlier prompts, or a trace, used; or None.
+    kv_positions: tokens in the cache that kv_bytes are of. query_share: query heads of a KV head.
     """
 
     layout: Layout
@@ -85,6 +90,8 @@ class ModelWork:
     stored_share: float = 1.0
     head_bytes: int = 0
     touched: Touched | None = None
+    kv_positions: int = 512
+    query_share: float = 1.0
 
     def delivery(self, speeds: MachineSpeeds, disk_share: float = 1.0) -> float:
         """Bytes of experts, as they are in memory, that a disk of disk_share times its speed brings in a second."""
@@ -257,9 +264,12 @@ def _rate(rows: Sequence[tuple[int, float]], n: float) -> float:
 
 
 def prefill_compute_seconds(
-    work: ModelWork, speeds: MachineSpeeds, n_tokens: int, *, wanted: int | None = None
+    work: ModelWork, speeds: MachineSpeeds, n_tokens: int, *, wanted: int | None = None, positions: int | None = None
 ) -> float:
-    """One micro-batch whose experts are all in memory; never more than its tokens one by one. wanted: touched_bytes."""
+    """One micro-batch whose experts are all in memory; never more than its tokens one by one.
+
+    wanted: as in touched_bytes(). positions: tokens that are in the KV cache at its end; None: its own.
+    """
     layers = work.layout.n_layers * speeds.layer_seconds
     experts = work.used_bytes - work.dense_bytes - work.kv_bytes
     last = 0.0 if wanted is None else experts * max(0, n_tokens - wanted) / work.layout.n_layers
@@ -269,8 +279,11 @@ def prefill_compute_seconds(
     of_experts = n_tokens * experts - last
     rows = of_experts / max(touched_bytes(work, n_tokens, wanted=wanted), 1.0)  # tokens of a touched expert
     if speeds.expert_rows and speeds.dense_rows:
-        dense = (products - of_experts) / _rate(speeds.dense_rows, n_tokens)
-        return min(one_by_one, dense + of_experts / _rate(speeds.expert_rows, rows)) + layers
+        dense = (n_tokens * work.dense_bytes - heads) / _rate(speeds.dense_rows, n_tokens)
+        in_cache = work.kv_bytes / work.kv_positions * (n_tokens if positions is None else positions)
+        attention = n_tokens * in_cache * work.query_share / (speeds.attention or _rate(speeds.dense_rows, n_tokens))
+        together = dense + attention + of_experts / _rate(speeds.expert_rows, rows)
+        return min(one_by_one, AROUND_PRODUCTS * together) + layers
     return min(one_by_one, products / speeds.prefill if rows >= TILED_ROWS else one_by_one) + layers
 
 
@@ -282,14 +295,15 @@ def first_token_seconds(work: ModelWork, arena_bytes: int, speeds: MachineSpeeds
     few places, which comes to nearly that share: reads 1.04 times Belady's (docs/LOG.md, 2026-11-26).
     """
     sizes = [min(n_ubatch, n_prompt - at) for at in range(0, n_prompt, n_ubatch)]
-    total = [0.0, 0.0, 0.0]
+    total, at = [0.0, 0.0, 0.0], 0
     for number, n_tokens in enumerate(sizes):
+        at += n_tokens
         wanted = int(number + 1 == len(sizes))  # logits: of the prompt's last token alone
         touched = touched_bytes(work, n_tokens, wanted=wanted)
         share = min(1.0, arena_bytes / touched) if touched else 1.0
         for i, kept in enumerate((0.0, STREAMED_SHARE * share, share) if share < 1 else (1.0, 1.0, 1.0)):
             read = touched * (1 - kept if number else 1.0) / work.delivery(speeds, DISK_BAND[i])
-            compute = prefill_compute_seconds(work, speeds, n_tokens, wanted=wanted) / COMPUTE_BAND[i]
+            compute = prefill_compute_seconds(work, speeds, n_tokens, wanted=wanted, positions=at) / COMPUTE_BAND[i]
             total[i] += busy_seconds(read, compute, PREFILL_OVERLAP[i])
     return Band(total[2], total[1], total[0])
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from moe_edge.schedulers.estimate import (
+    AROUND_PRODUCTS,
     ENOUGH,
     LOCALITY,
     Band,
@@ -117,11 +118,16 @@ def test_products_are_timed_for_the_tokens_that_an_expert_gets() -> None:
     curve = replace(SPEEDS, compute=1e9, expert_rows=rows, dense_rows=((1, 1e9), (64, 4e9)))
     # 8 tokens of 2 experts of 4: 4 rows an expert; 8 x 4 MB at 2 GB/s, and 8 x 2 MB halfway between 1 and 4 GB/s
     touched = touched_bytes(WORK, 8)
-    by_hand = 32e6 / interpolate([(0, 1e9), (2, 2e9), (4, 8e9)], np.log2(32e6 / touched)) + 16e6 / 2.5e9 + 0.002
+    by_hand = 32e6 / interpolate([(0, 1e9), (2, 2e9), (4, 8e9)], np.log2(32e6 / touched)) + 16e6 / 2.5e9
+    by_hand = AROUND_PRODUCTS * by_hand + 0.002
     assert prefill_compute_seconds(WORK, curve, 8) == pytest.approx(by_hand)
     head = replace(WORK, head_bytes=1 * MB)
     saved = prefill_compute_seconds(WORK, curve, 8, wanted=1) - prefill_compute_seconds(head, curve, 8, wanted=1)
-    assert saved == pytest.approx(7e6 / 2.5e9)
+    assert saved == pytest.approx(AROUND_PRODUCTS * 7e6 / 2.5e9)
+    # 512 cells of 1 kB each: 8 tokens look at 100 of them with 2 query heads each, at 4 GB/s
+    cache = replace(WORK, kv_bytes=512_000, kv_positions=512, query_share=2)
+    seen = prefill_compute_seconds(cache, replace(curve, attention=4e9), 8, positions=100)
+    assert seen - by_hand == pytest.approx(AROUND_PRODUCTS * 8 * 100e3 * 2 / 4e9)
 
 
 def test_curves_pass_through_what_was_measured() -> None:

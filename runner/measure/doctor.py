@@ -38,7 +38,7 @@ from moe_edge.schedulers.estimate import LAYER_SECONDS, MachineSpeeds
 
 VERSION = 2  # 2: products by the tokens at once
 PROBE_FILE_BYTES = 256 * MIB
-PRODUCT_TYPES = ("Q4_K", "Q8_0")
+PRODUCT_TYPES = ("Q4_K", "Q8_0", "F16")
 TINY_TOKENS = 48
 LEAST_LAYER_SECONDS = 30e-6  # the engine's own share (DESIGN.md); less means that the products were disturbed
 
@@ -356,6 +356,7 @@ def machine_speeds(
         layer_seconds=facts["tiny_model"].get("layer_seconds", LAYER_SECONDS),
         expert_rows=_curve(products),
         dense_rows=_curve(dense),
+        attention=facts["products"].get("F16", {}).get("prefill_bytes_per_second", 0.0),
     )
 
 

@@ -304,6 +304,8 @@ def _read_model(path: Path, *, n_ctx: int, n_ubatch: int, n_threads: int) -> _Mo
             stored_share=model.stored_expert_bytes / model.expert_bytes,
             head_bytes=head_bytes(skeleton),
             touched=TouchedFile(files).touched,
+            kv_positions=max(1, min(N_PROMPT, sizes.n_ctx)),
+            query_share=query_share(skeleton),
         )
         by_type: dict[int, int] = {}
         for piece in model.pieces:
@@ -343,6 +345,17 @@ def head_bytes(skeleton: GGUFFile) -> int:
     """Bytes of the output matrix, which a prompt needs for its last token only."""
     output = skeleton.tensors.get("output.weight") or skeleton.tensors.get("token_embd.weight")
     return output.nbytes if output else 0
+
+
+def query_share(skeleton: GGUFFile) -> float:
+    """Query heads for each KV head, the mean over layers that have any; 1 where the file does not say."""
+    architecture = skeleton.kv.get("general.architecture")
+    counts = []
+    for key in ("head_count", "head_count_kv"):
+        found = skeleton.kv.get(f"{architecture}.attention.{key}", 1)
+        values = [each for each in (found if isinstance(found, (list, tuple)) else [found]) if each]
+        counts.append(sum(values) / len(values) if values else 1.0)
+    return max(1.0, counts[0] / counts[1])
 
 
 def dense_type(skeleton: GGUFFile) -> int:
