@@ -8,7 +8,8 @@ faster afterwards; `moe-edge`, no cap, all experts in memory (`computing`); and 
 dropped before each. A cell's cold row is the first prompt of a process, its warm row the second, of another text.
 
 `bound` is the larger of computing alone and of the bytes read over the disk's speed; `over` is the time over that.
-`planned` is what `moe-edge plan` says of the cold row before it ran, over what was measured.
+`planned` is what `moe-edge plan` says of the cold row over what was measured: before anything ran, and after, when it
+knows what share of the experts these prompts touched (runner/touched_file.py); both alike where it knew before.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Cell:
     read_bytes: dict[str, list[float]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     planned: float | None = None
+    planned_after: float | None = None
 
     def median(self, arm: str, state: str) -> float | None:
         found = self.seconds.get((arm, state))
@@ -117,6 +119,8 @@ class Bench:
         disks = [parse_speed(each) for each in o.disk.split(",")]
         cells = [Cell(int(n), disk) for n in o.prompt.split(",") for disk in disks]
         arms = ["moe-edge"] + ([] if o.no_stock else ["stock-mmap"])
+        for cell in cells:
+            cell.planned = self.planned(cell)
         for _ in range(o.rounds):
             for n_prompt in dict.fromkeys(cell.n_prompt for cell in cells):
                 self.unlimited(n_prompt)
@@ -124,7 +128,7 @@ class Bench:
                 for arm in arms:
                     self.turn(cell, arm)
         for cell in cells:
-            cell.planned = self.planned(cell)
+            cell.planned_after = self.planned(cell)
         return cells
 
 
@@ -154,7 +158,9 @@ def table(bench: Bench, cells: Sequence[Cell]) -> str:
                 f"{theirs / ours:.1f}x" if ours and theirs else "N/A", f"{compute:.2f}", f"{read / 1e6:.0f}",
                 f"{bound:.2f}", f"{ours / bound:.2f}x" if ours and bound else "N/A",
                 "reading" if reading > compute else "computing",
-                f"{cell.planned / ours:.2f}" if state == "cold" and cell.planned and ours else "",
+                f"{cell.planned / ours:.2f}, {cell.planned_after / ours:.2f}"
+                if state == "cold" and cell.planned and cell.planned_after and ours
+                else "",
             ]  # fmt: skip
             lines.append("| " + " | ".join(cells_of_row) + " |")
         lines += [f"N/A: {arm}: {why}" for arm, why in cell.missing.items()]

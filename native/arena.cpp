@@ -6,8 +6,11 @@
 #include <cerrno>
 #include <cstring>
 #include <stdexcept>
+#include <system_error>
 
 namespace moe_edge {
+
+constexpr size_t EARLY_BYTES = 1u << 20;  // committed between two looks at `stop`: about 0.3 ms
 
 static size_t whole(const Pages & pages, size_t n) { return static_cast<size_t>(pages.ceil(static_cast<int64_t>(n))); }
 
@@ -62,16 +65,35 @@ void Arena::make_room(size_t growth, int keep) {
 
 // Fault the pages in here, one thread in address order, so that they are neighbours in physical memory as well. Left to
 // the reader threads they come out interleaved, and products on them ran 10 to 20 % slower (LOG 2026-11-22).
-static void populate(char * from, size_t n) {
+static void populate(char * from, size_t n, const Pages & pages) {
 #ifdef __linux__
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
 #endif
-    madvise(from, n, MADV_POPULATE_WRITE);  // kernels before 5.14 refuse: the reads fault the pages in then
-#else
-    (void) from;
-    (void) n;
+    if (madvise(from, n, MADV_POPULATE_WRITE) == 0) return;  // kernels before 5.14 refuse
 #endif
+    const auto page = static_cast<size_t>(pages.system_bytes());
+    for (size_t at = 0; at < n; at += page) *const_cast<volatile char *>(from + at) = 0;  // nothing is there yet
+}
+
+void Arena::commit(int slot, size_t growth) {
+    Slot & s = slots_[static_cast<size_t>(slot)];
+    populate(data(slot) + s.committed, growth, pages_);
+    s.committed += growth;
+    committed_ += growth;
+    peak_ = std::max<size_t>(peak_, committed_);
+}
+
+void Arena::commit_early(size_t smallest_unit_bytes, const std::atomic<bool> & stop) {
+    const size_t need = std::min(whole(pages_, smallest_unit_bytes), stride_);
+    const size_t n = std::min(slots_.size(), budget_ / std::max<size_t>(stride_, 1));
+    for (size_t i = 0; i < n; i++) {
+        while (slots_[i].committed < need) {
+            const size_t growth = std::min(need - slots_[i].committed, EARLY_BYTES);
+            if (stop || committed_ + growth > budget_) return;
+            commit(static_cast<int>(i), growth);
+        }
+    }
 }
 
 int Arena::acquire(size_t need_bytes) {
@@ -92,10 +114,7 @@ int Arena::acquire(size_t need_bytes) {
         const size_t growth = need - s.committed;
         if (committed_ + growth > budget_) make_room(growth, slot);
         if (committed_ + growth > budget_) return -1;
-        populate(data(slot) + s.committed, growth);
-        s.committed = need;
-        committed_ += growth;
-        peak_ = std::max(peak_, committed_);
+        commit(slot, growth);
     }
     s.used = need;
     free_.erase(free_.begin() + static_cast<std::ptrdiff_t>(best));
@@ -105,6 +124,18 @@ int Arena::acquire(size_t need_bytes) {
 void Arena::release(int slot) {
     slots_[slot].used = 0;
     free_.push_back(slot);
+}
+
+EarlyPages::EarlyPages(Arena & arena, size_t smallest_unit_bytes) {
+    try {
+        thread_ = std::thread([this, &arena, smallest_unit_bytes] { arena.commit_early(smallest_unit_bytes, stop_); });
+    } catch (const std::system_error &) {  // no thread is to be had: units commit their pages as they come
+    }
+}
+
+EarlyPages::~EarlyPages() {
+    stop_ = true;
+    if (thread_.joinable()) thread_.join();
 }
 
 }  // namespace moe_edge

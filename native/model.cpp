@@ -118,6 +118,7 @@ void Model::set_arena(int64_t arena_bytes, int64_t parts_bytes) {
     const int64_t n_slots = std::min<int64_t>(n_units(), budget / smallest_unit_ + 1);
     arena = std::make_unique<Arena>(static_cast<size_t>(largest_unit_), static_cast<size_t>(n_slots), static_cast<size_t>(budget),
                                     pages);
+    early_pages_ = std::make_unique<EarlyPages>(*arena, static_cast<size_t>(smallest_unit_));
     if (parts_bytes <= 0) return;
     parts = std::make_unique<Parts>(part_bytes_, pages.floor(parts_bytes), pages);
     unpackers_ = std::make_unique<Unpackers>(static_cast<int>(n_io_threads_), [this](int64_t tag) {
@@ -128,6 +129,7 @@ void Model::set_arena(int64_t arena_bytes, int64_t parts_bytes) {
 }
 
 Model::~Model() {
+    early_pages_.reset();
     if (source) drain();
     unpackers_.reset();
     source.reset();
@@ -168,6 +170,7 @@ PartBytes Model::lay_out_parts(Unit & u) const {
 
 bool Model::place(int unit_id) {
     if (!arena) return false;
+    early_pages_.reset();
     Unit & u = unit(unit_id);
     const int slot = arena->acquire(static_cast<size_t>(u.bytes));
     if (!arena->error().empty()) set_error(arena->error());

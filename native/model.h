@@ -186,6 +186,7 @@ private:
 
     std::vector<Unit> units_;
     std::vector<PartBytes> part_bytes_;  // of each unit
+    std::unique_ptr<EarlyPages> early_pages_;  // from set_arena() to the first unit
     std::unique_ptr<Unpackers> unpackers_;  // with a packed cache
     int64_t n_io_threads_ = 0;
     int64_t largest_unit_ = 0, smallest_unit_ = INT64_MAX, largest_packed_ = 0;

@@ -17,8 +17,13 @@ static int give_back_to_system(char * from, size_t n) {
 #endif
 }
 
+int64_t Pages::system_bytes() {
+    static const auto system = static_cast<int64_t>(sysconf(_SC_PAGESIZE));
+    return system;
+}
+
 Pages system_pages(int64_t bytes) {
-    static const int64_t system = static_cast<int64_t>(sysconf(_SC_PAGESIZE));
+    const int64_t system = Pages::system_bytes();
     if (bytes == 0) bytes = system;
     if (bytes < system || (bytes & (bytes - 1)) != 0) {
         throw std::runtime_error("pages of " + std::to_string(bytes) + " bytes cannot be had: the system has pages of " +

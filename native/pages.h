@@ -12,6 +12,8 @@ struct Pages {
     // Return these whole pages to the system, so that they read as zeros when touched again. 0, or an errno.
     int (*give_back)(char * from, size_t n) = nullptr;
 
+    static int64_t system_bytes();                   // of the system's own pages, which may be smaller
+
     int64_t floor(int64_t n) const { return n / bytes * bytes; }
     int64_t ceil(int64_t n) const { return (n + bytes - 1) / bytes * bytes; }
     struct Range { int64_t from, n; };

@@ -31,6 +31,7 @@ from moe_edge.runner.neighbours import CrowdWatch, usable_cores
 from moe_edge.runner.reason import reason
 from moe_edge.runner.scheduling import start_from_memory, use_policy
 from moe_edge.runner.sizes import fixed_sizes, layout_of
+from moe_edge.runner.touched_file import TouchedFile
 from moe_edge.runner.turns import Turns
 from moe_edge.runner.warm import Preloaded, WarmStart, usage_path
 from moe_edge.runner.workers.words import board_lines
@@ -88,6 +89,7 @@ class Engine:
         self._pool: ThreadPool | None = None
         self._crowd: CrowdWatch | None = None
         self._last_counters = Counters()
+        self._touched = TouchedFile(self.model.files)
         self._turns = Turns(lambda: self.native.set_stop(True), self._free)
         try:
             self.layout = layout_of(self.model, self.native)
@@ -275,6 +277,7 @@ class Engine:
         self._select_by(policy)
         self._policy = policy
         use_policy(self.native, policy, self.layout, self.model.n_expert_used)
+        self.native.schedule = self._touched.counting(policy.plan, self.layout.n_experts)
 
     def _select_by(self, policy: Policy) -> None:
         """Let the policy choose experts, or nobody; llama.cpp's graphs have to be built anew where that changes."""
@@ -389,6 +392,8 @@ class Engine:
         self.native.close()
         warm, self._warm = self._warm, None
         if warm is not None and (said := warm.save()) is not None:
+            self._tell(said)
+        if (said := self._touched.save()) is not None:
             self._tell(said)
 
     def __enter__(self) -> Engine:

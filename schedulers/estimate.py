@@ -5,6 +5,7 @@ Pure: no I/O, no clock. All that was measured rather than derived is a named con
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from moe_edge.models.formats.floats import Float64Array
 from moe_edge.schedulers.budget import arena_working_set_bytes
 from moe_edge.schedulers.layout import Layout
+from moe_edge.schedulers.touched import Touched
 
 # (share of the experts in memory, hit rate) of two trained models, batch 1. A line is drawn between the points.
 # Flat: tiny-moe, 32 experts, 4 of them used, the default rule, simulated (LRU: 0.26, 0.42, 0.60, 0.80; LOG 2026-11-22).
@@ -42,6 +44,8 @@ COMPUTE_BAND = (0.8, 1.0, 1.1)
 LAYER_SECONDS = 100e-6  # attention, router, graph split and scheduler of one layer, where it was not measured
 TILED_ROWS = 8  # tokens an expert needs before ggml's faster products take it (LOG 2026-11-22)
 MEMORY_BOUND_SHARE = 0.75  # products this close to the memory's speed wait for memory, not for arithmetic
+# Of a prompt's products, what norms, activations, soft-max and copies take besides (docs/LOG.md, 2026-11-27).
+AROUND_PRODUCTS = 1.1
 ENOUGH = 1.05  # within 5 % of the speed with everything resident
 
 
@@ -52,6 +56,9 @@ class MachineSpeeds:
     disk: direct reads of an expert's size. memory: reading memory, all threads. compute: weights multiplied by one
     token, from memory. prefill: weights times tokens, many tokens at once. layer_seconds: what a layer of one token
     takes besides its products. unpack: what comes out of packed experts, all threads that read together.
+    expert_rows, dense_rows: (tokens at once, weights times tokens a second), ascending, in the types of the model's
+    experts and of its dense weights; empty where they were not measured, which takes `prefill` and `compute` instead.
+    attention: bytes of KV cache times query rows, many at once; 0: as dense weights.
     """
 
     disk: float
@@ -60,6 +67,9 @@ class MachineSpeeds:
     prefill: float
     layer_seconds: float = LAYER_SECONDS
     unpack: float = float("inf")
+    expert_rows: tuple[tuple[int, float], ...] = ()
+    dense_rows: tuple[tuple[int, float], ...] = ()
+    attention: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,9 @@ class ModelWork:
     """What a token needs. dense_bytes: weights every token uses. kv_bytes: cache read by a token after the prompt.
 
     counts: [L, E], tokens routed to each expert in a calibration; None without one. stored_share: what the experts take
-    in their file over what they take in memory; below 1 where they are packed.
+    in their file over what they take in memory; below 1 where they are packed. head_bytes: of dense_bytes, the output
+    matrix, which a prompt needs for its last token only. touched: what earlier prompts, or a trace, used; or None.
+    kv_positions: tokens in the cache that kv_bytes are of. query_share: query heads of a KV head.
     """
 
     layout: Layout
@@ -76,9 +88,15 @@ class ModelWork:
     kv_bytes: int = 0
     counts: npt.NDArray[np.int64] | None = None
     stored_share: float = 1.0
+    head_bytes: int = 0
+    touched: Touched | None = None
+    kv_positions: int = 512
+    query_share: float = 1.0
 
     def delivery(self, speeds: MachineSpeeds, disk_share: float = 1.0) -> float:
         """Bytes of experts, as they are in memory, that a disk of disk_share times its speed brings in a second."""
+        if self.stored_share >= 1:  # raw: nothing is unpacked
+            return disk_share * speeds.disk
         return min(disk_share * speeds.disk / self.stored_share, speeds.unpack)
 
     @property
@@ -222,17 +240,51 @@ def decode_compute_seconds(work: ModelWork, speeds: MachineSpeeds) -> float:
     return work.used_bytes / min(speeds.compute, speeds.memory) + work.layout.n_layers * speeds.layer_seconds
 
 
-def touched_bytes(work: ModelWork, n_tokens: int) -> float:
-    """Expected bytes of the experts that n_tokens tokens use, each counted once."""
-    return float((1 - (1 - work.probabilities()) ** n_tokens) @ work.expert_bytes())
+def touched_bytes(work: ModelWork, n_tokens: int, *, wanted: int | None = None) -> float:
+    """Expected bytes of the experts that a micro-batch of n_tokens tokens uses, each counted once.
+
+    wanted: tokens whose logits are wanted, the only ones that llama.cpp gives to the last layer; None: all. By what
+    earlier prompts used, where that is known; else by independent draws, which use more than real ones do.
+    """
+    touched = np.zeros(len(work.layout.n_experts))
+    at, nbytes, p = 0, work.expert_bytes(), work.probabilities()
+    for layer, n in enumerate(work.layout.n_experts):
+        is_last = layer + 1 == len(touched) and wanted is not None
+        tokens = min(n_tokens, wanted) if is_last and wanted is not None else n_tokens
+        seen = None if work.touched is None or is_last else work.touched.share(tokens, min(1.0, work.top_k / n))
+        own = slice(at, at + n)
+        touched[layer] = (1 - (1 - p[own]) ** tokens) @ nbytes[own] if seen is None else seen * nbytes[own].sum()
+        at += n
+    return float(touched.sum())
 
 
-def prefill_compute_seconds(work: ModelWork, speeds: MachineSpeeds, n_tokens: int) -> float:
-    """One micro-batch whose experts are all in memory; never more than its tokens one by one."""
-    rows = n_tokens * work.top_k / max(work.layout.n_experts)
-    one_by_one = n_tokens * work.used_bytes / min(speeds.compute, speeds.memory)
-    products = n_tokens * work.used_bytes / speeds.prefill if rows >= TILED_ROWS else one_by_one
-    return min(products, one_by_one) + work.layout.n_layers * speeds.layer_seconds
+def _rate(rows: Sequence[tuple[int, float]], n: float) -> float:
+    """Of a measured curve, at n tokens at once: the line through its points over the logarithm of the tokens."""
+    return interpolate([(math.log2(tokens), rate) for tokens, rate in rows], math.log2(max(n, 1.0)))
+
+
+def prefill_compute_seconds(
+    work: ModelWork, speeds: MachineSpeeds, n_tokens: int, *, wanted: int | None = None, positions: int | None = None
+) -> float:
+    """One micro-batch whose experts are all in memory; never more than its tokens one by one.
+
+    wanted: as in touched_bytes(). positions: tokens that are in the KV cache at its end; None: its own.
+    """
+    layers = work.layout.n_layers * speeds.layer_seconds
+    experts = work.used_bytes - work.dense_bytes - work.kv_bytes
+    last = 0.0 if wanted is None else experts * max(0, n_tokens - wanted) / work.layout.n_layers
+    heads = 0.0 if wanted is None else float(work.head_bytes) * max(0, n_tokens - wanted)
+    products = n_tokens * work.used_bytes - last - heads
+    one_by_one = products / min(speeds.compute, speeds.memory)
+    of_experts = n_tokens * experts - last
+    rows = of_experts / max(touched_bytes(work, n_tokens, wanted=wanted), 1.0)  # tokens of a touched expert
+    if speeds.expert_rows and speeds.dense_rows:
+        dense = (n_tokens * work.dense_bytes - heads) / _rate(speeds.dense_rows, n_tokens)
+        in_cache = work.kv_bytes / work.kv_positions * (n_tokens if positions is None else positions)
+        attention = n_tokens * in_cache * work.query_share / (speeds.attention or _rate(speeds.dense_rows, n_tokens))
+        together = dense + attention + of_experts / _rate(speeds.expert_rows, rows)
+        return min(one_by_one, AROUND_PRODUCTS * together) + layers
+    return min(one_by_one, products / speeds.prefill if rows >= TILED_ROWS else one_by_one) + layers
 
 
 def first_token_seconds(work: ModelWork, arena_bytes: int, speeds: MachineSpeeds, n_prompt: int, n_ubatch: int) -> Band:
@@ -243,13 +295,15 @@ def first_token_seconds(work: ModelWork, arena_bytes: int, speeds: MachineSpeeds
     few places, which comes to nearly that share: reads 1.04 times Belady's (docs/LOG.md, 2026-11-26).
     """
     sizes = [min(n_ubatch, n_prompt - at) for at in range(0, n_prompt, n_ubatch)]
-    total = [0.0, 0.0, 0.0]
+    total, at = [0.0, 0.0, 0.0], 0
     for number, n_tokens in enumerate(sizes):
-        touched = touched_bytes(work, n_tokens)
-        share = min(1.0, arena_bytes / touched)
+        at += n_tokens
+        wanted = int(number + 1 == len(sizes))  # logits: of the prompt's last token alone
+        touched = touched_bytes(work, n_tokens, wanted=wanted)
+        share = min(1.0, arena_bytes / touched) if touched else 1.0
         for i, kept in enumerate((0.0, STREAMED_SHARE * share, share) if share < 1 else (1.0, 1.0, 1.0)):
             read = touched * (1 - kept if number else 1.0) / work.delivery(speeds, DISK_BAND[i])
-            compute = prefill_compute_seconds(work, speeds, n_tokens) / COMPUTE_BAND[i]
+            compute = prefill_compute_seconds(work, speeds, n_tokens, wanted=wanted, positions=at) / COMPUTE_BAND[i]
             total[i] += busy_seconds(read, compute, PREFILL_OVERLAP[i])
     return Band(total[2], total[1], total[0])
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from moe_edge.schedulers.estimate import (
+    AROUND_PRODUCTS,
     ENOUGH,
     LOCALITY,
     Band,
@@ -25,7 +26,8 @@ from moe_edge.schedulers.estimate import (
     touched_bytes,
     typical_hit_rate,
 )
-from moe_edge.schedulers.layout import Layout
+from moe_edge.schedulers.layout import Layout, Step
+from moe_edge.schedulers.touched import Touched
 
 MB = 10**6
 
@@ -82,9 +84,50 @@ def test_the_first_token_reads_each_touched_expert_once_for_each_micro_batch() -
     assert prefill_compute_seconds(WORK, SPEEDS, 16) == pytest.approx(0.012 + 0.002)
     assert prefill_compute_seconds(WORK, SPEEDS, 2) == pytest.approx(0.012 + 0.002)  # too few: one by one
     whole = estimate(WORK, 8 * MB, SPEEDS, n_prompt=64, n_ubatch=64).ttft_seconds.expected
-    assert whole == pytest.approx(0.08 + 0.3 * 0.05, rel=1e-4)  # all 8 MB at 100 MB/s, and 30 % of 50 ms of compute
+    # Of the last layer only the token whose logits are wanted: 6 MB at 100 MB/s, and 30 % of the computing, which is
+    # 64 x (2 MB dense and 2 MB of the first layer's experts) + 2 MB at 8 GB/s, and two layers.
+    assert whole == pytest.approx(0.06 + 0.3 * (258e6 / 8e9 + 0.002), rel=1e-4)
     tight = [estimate(WORK, 2 * MB, SPEEDS, n_prompt=64, n_ubatch=n).ttft_seconds.expected for n in (64, 32)]
-    assert tight[1] > 1.5 * tight[0]
+    assert tight[1] > 1.3 * tight[0]
+
+
+def test_experts_that_are_raw_do_not_wait_for_unpacking() -> None:
+    slow = replace(SPEEDS, unpack=1e6)
+    assert estimate(WORK, 6 * MB, slow, hit_rate=0.5) == estimate(WORK, 6 * MB, SPEEDS, hit_rate=0.5)
+    packed = replace(WORK, stored_share=0.8)
+    assert packed.delivery(slow) == 1e6 and packed.delivery(SPEEDS) == pytest.approx(125e6)
+
+
+def test_what_earlier_prompts_touched_replaces_independent_draws() -> None:
+    touched = Touched()
+    for _ in range(3):
+        touched.note(Step(0, [1], [64], [1.0], [1.0], 64), 4)  # one expert of four: nothing draws from less than two
+        touched.note(Step(0, [1, 2, 3], [64] * 3, [1.0] * 3, [1.0] * 3, 128), 4)
+    seen = replace(WORK, touched=touched)
+    assert touched_bytes(WORK, 64) == pytest.approx(8 * MB)
+    assert touched_bytes(seen, 64) == pytest.approx(2 * 2 * MB)  # two layers, the two experts of a token
+    assert touched_bytes(seen, 128) == pytest.approx(2 * 3 * MB)
+    assert touched_bytes(seen, 128, wanted=1) == pytest.approx(3 * MB + 2 * MB)
+    assert touched_bytes(seen, 128, wanted=0) == pytest.approx(3 * MB)
+    cold = [estimate(each, 8 * MB, SPEEDS, n_prompt=64, n_ubatch=64).ttft_seconds.expected for each in (WORK, seen)]
+    assert cold[1] < cold[0]
+
+
+def test_products_are_timed_for_the_tokens_that_an_expert_gets() -> None:
+    rows = ((1, 1e9), (4, 2e9), (16, 8e9))
+    curve = replace(SPEEDS, compute=1e9, expert_rows=rows, dense_rows=((1, 1e9), (64, 4e9)))
+    # 8 tokens of 2 experts of 4: 4 rows an expert; 8 x 4 MB at 2 GB/s, and 8 x 2 MB halfway between 1 and 4 GB/s
+    touched = touched_bytes(WORK, 8)
+    by_hand = 32e6 / interpolate([(0, 1e9), (2, 2e9), (4, 8e9)], np.log2(32e6 / touched)) + 16e6 / 2.5e9
+    by_hand = AROUND_PRODUCTS * by_hand + 0.002
+    assert prefill_compute_seconds(WORK, curve, 8) == pytest.approx(by_hand)
+    head = replace(WORK, head_bytes=1 * MB)
+    saved = prefill_compute_seconds(WORK, curve, 8, wanted=1) - prefill_compute_seconds(head, curve, 8, wanted=1)
+    assert saved == pytest.approx(AROUND_PRODUCTS * 7e6 / 2.5e9)
+    # 512 cells of 1 kB each: 8 tokens look at 100 of them with 2 query heads each, at 4 GB/s
+    cache = replace(WORK, kv_bytes=512_000, kv_positions=512, query_share=2)
+    seen = prefill_compute_seconds(cache, replace(curve, attention=4e9), 8, positions=100)
+    assert seen - by_hand == pytest.approx(AROUND_PRODUCTS * 8 * 100e3 * 2 / 4e9)
 
 
 def test_curves_pass_through_what_was_measured() -> None:

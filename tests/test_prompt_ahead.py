@@ -32,14 +32,15 @@ def prompt_step(layer: int, experts: list[int], n_tokens: int = PROMPT_TOKENS) -
 def test_it_stays_within_its_share_and_evicts_nothing_in_use(rule: str) -> None:
     layout, n_places = small_layout(), 100
     policy = make_policy(PolicyOptions(cache=rule), layout, n_places * SIZE)
-    for _ in range(4):
+    for number in range(4):
         for layer in range(layout.n_layers):
             step = prompt_step(layer, list(range(64)))
             plan = policy.plan(step)
             assert step.later or layer == 2  # some rules learn after the last layer too
             fetched = policy.meanwhile(step)
             own = set(layout.layer_units(layer))
-            assert len(fetched) == (PROMPT_SHARE * n_places if layer < 2 else 0)
+            # of the last layer nothing is read before a micro-batch has used it
+            assert len(fetched) == (PROMPT_SHARE * n_places if layer == 0 or (layer == 1 and number) else 0)
             for unit, victims in fetched:
                 assert unit in layout.layer_units(layer + 1) and unit in policy.cache
                 assert not own & set(victims)
@@ -53,7 +54,7 @@ def test_the_most_used_of_the_micro_batch_before_come_first() -> None:
     ahead = PromptAhead(layout, cache)
     second = prompt_step(1, [3, 4, 9, 14])
     cache.note(second)
-    ahead.fetch(second)
+    ahead.note(second)
     first = prompt_step(0, [0, 1])
     cache.note(first)
     for unit in (0, 1):
@@ -78,6 +79,35 @@ def test_nothing_for_few_tokens_or_the_last_layer() -> None:
     assert not ahead.wants(prompt_step(0, [1], PROMPT_TOKENS - 1))
     assert not ahead.wants(prompt_step(2, [1]))
     assert ahead.wants(prompt_step(1, [1]))
+
+
+@pytest.mark.parametrize("used", [[], [5, 9]])
+def test_of_the_last_layer_only_what_its_wanted_tokens_used_is_read(used: list[int]) -> None:
+    """llama.cpp drops the tokens whose logits nobody wants before the last layer."""
+    layout = small_layout()
+    policy = make_policy(PolicyOptions(cache="lru"), layout, 100 * SIZE)
+    everything = list(range(64))
+    fetched: list[int] = []
+    for _ in range(2):
+        for layer in range(3):
+            step = prompt_step(layer, everything) if layer < 2 else prompt_step(layer, used, n_tokens=bool(used))
+            policy.plan(step)
+            ahead = policy.meanwhile(step) if step.later else ()
+            fetched += [unit - layout.first_unit[2] for unit, _ in ahead if unit >= layout.first_unit[2]]
+        policy.reset(unit for unit in range(3 * 64) if unit in policy.cache and unit < layout.first_unit[2])
+    assert sorted(fetched) == used
+
+
+def test_decoding_leaves_what_a_prompt_used_as_it_was() -> None:
+    layout = small_layout()
+    cache = ExpertCache(layout, 100 * SIZE)
+    ahead = PromptAhead(layout, cache)
+    for n_tokens, used in ((PROMPT_TOKENS, [4, 9]), (1, [50])):
+        for layer in range(3):
+            ahead.note(prompt_step(layer, used, n_tokens))
+    step = prompt_step(1, [0])
+    cache.note(step)
+    assert [unit - layout.first_unit[2] for unit, _ in ahead.fetch(step)] == [4, 9]
 
 
 def test_an_expert_in_memory_at_any_level_is_left_alone() -> None:

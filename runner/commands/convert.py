@@ -39,7 +39,8 @@ def type_options(f: F) -> F:
 @click.option("--calibrate", type=click.Path(path_type=Path), help="A text to measure the experts on.")
 @click.option("--calibrate-tokens", type=click.IntRange(min=512), default=16384, show_default=True)
 @click.option("--imatrix", type=click.Path(path_type=Path), help="An importance matrix (GGUF) for the quantizer.")
-@click.option("--dense-type", help="Type of the dense matrices. Default: Q8_0 if a checkpoint's experts are quantized.")
+@click.option("--dense-type", help="Type of the dense matrices. Default: Q8_0 if a "
+              "checkpoint's experts are quantized. Q6_K is smaller, and faster in long prompts on x86.")
 @click.option("--pack", type=click.Choice(["none", "auto", "planes"]), default="none", show_default=True,
               help="Store experts packed, without loss. auto: BF16 and F16; planes: every type that gets shorter.")
 @click.option("--ram", type=Size(), default="auto", help="Memory for running the model on the text.")

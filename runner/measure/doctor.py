@@ -36,9 +36,9 @@ from moe_edge.runner.neighbours import usable_cores
 from moe_edge.schedulers.budget import MIB, format_bytes
 from moe_edge.schedulers.estimate import LAYER_SECONDS, MachineSpeeds
 
-VERSION = 1
+VERSION = 2  # 2: products by the tokens at once
 PROBE_FILE_BYTES = 256 * MIB
-PRODUCT_TYPES = ("Q4_K", "Q8_0")
+PRODUCT_TYPES = ("Q4_K", "Q8_0", "F16")
 TINY_TOKENS = 48
 LEAST_LAYER_SECONDS = 30e-6  # the engine's own share (DESIGN.md); less means that the products were disturbed
 
@@ -341,12 +341,14 @@ def storage_of(facts: Facts) -> StorageSpeeds | Unmeasured:
 
 
 def machine_speeds(
-    facts: Facts, type_id: int, read_bytes: int, *, disk_bytes_per_second: float | None = None
-) -> MachineSpeeds | Unmeasured:
+    facts: Facts, type_id: int, read_bytes: int, *,
+    disk_bytes_per_second: float | None = None, dense_type: int | None = None,
+) -> MachineSpeeds | Unmeasured:  # fmt: skip
     """The speeds that plan needs, from doctor()'s answer.
 
     type_id: the ggml type of the experts; measured now when it is not among doctor's. read_bytes: of one projection,
-    which is what the engine reads at a time. disk_bytes_per_second: instead of the measured one.
+    which is what the engine reads at a time. disk_bytes_per_second: instead of the measured one. dense_type: of most
+    of the other weights; None: as the experts'.
     """
     disk = disk_bytes_per_second
     if disk is None:
@@ -354,9 +356,10 @@ def machine_speeds(
         if isinstance(storage, Unmeasured):
             return storage
         disk = storage.at(read_bytes)
-    products = facts["products"].get(type_name(type_id)) or _or_why(probe.product_speeds(type_id, facts["n_threads"]))
+    products = _products(facts, type_id)
     if "why_not" in products:
         return Unmeasured(products["why_not"])
+    dense = products if dense_type in (None, type_id) else _products(facts, dense_type)
     return MachineSpeeds(
         disk=disk,
         # products that read faster than the probe of the memory show that it was disturbed
@@ -364,7 +367,18 @@ def machine_speeds(
         compute=products["decode_bytes_per_second"],
         prefill=products["prefill_bytes_per_second"],
         layer_seconds=facts["tiny_model"].get("layer_seconds", LAYER_SECONDS),
+        expert_rows=_curve(products),
+        dense_rows=_curve(dense),
+        attention=facts["products"].get("F16", {}).get("prefill_bytes_per_second", 0.0),
     )
+
+
+def _products(facts: Facts, type_id: int) -> Facts:
+    return facts["products"].get(type_name(type_id)) or _or_why(probe.product_speeds(type_id, facts["n_threads"]))
+
+
+def _curve(products: Facts) -> tuple[tuple[int, float], ...]:
+    return tuple((int(n), float(rate)) for n, rate in products.get("rows", ()))
 
 
 def kept_speeds(
@@ -386,4 +400,5 @@ def kept_speeds(
 
 def with_overrides(speeds: MachineSpeeds, **given: float | None) -> MachineSpeeds:
     """`speeds` with those of disk, memory, compute, prefill, layer_seconds that are not None."""
-    return replace(speeds, **{name: value for name, value in given.items() if value is not None})
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return replace(speeds, **changes)

@@ -17,6 +17,7 @@ from typing import Any
 
 from moe_edge.models.errors import BudgetTooSmall, MissingFile, UsageError, printable
 from moe_edge.models.formats.floats import Float64Array
+from moe_edge.models.formats.ggml_types import F32
 from moe_edge.models.formats.gguf import GGUFFile, GGUFModel, open_headers, read_gguf, read_header
 from moe_edge.models.formats.write import GGUFOutput, TensorSpec
 from moe_edge.models.store.folder import find_model
@@ -28,6 +29,7 @@ from moe_edge.runner.measure.doctor import Facts, Tell, doctor, machine_speeds, 
 from moe_edge.runner.measure.packed_split import find_split
 from moe_edge.runner.measure.probe import BLOCK_BYTES, Unmeasured, unpack_bytes_per_second
 from moe_edge.runner.memory import auto_budget, usable_bytes
+from moe_edge.runner.touched_file import TouchedFile
 from moe_edge.schedulers.budget import MemoryPlan, format_arg, format_bytes, plan_memory
 from moe_edge.schedulers.estimate import (
     Band,
@@ -43,6 +45,7 @@ from moe_edge.schedulers.packed import PackedSizes
 from moe_edge.schedulers.replay.simulate import simulate_policy
 from moe_edge.schedulers.replay.trace import Trace
 from moe_edge.schedulers.split import Split, can_have_packed, rank_chances
+from moe_edge.schedulers.touched import touched_in
 
 N_PROMPT = 512
 WORTH_PACKING = 1.03  # times the speed
@@ -134,6 +137,7 @@ def plan(
     hits: float | Callable[[int], float] | None = hit_rate
     if trace is not None:
         hits = _simulated(trace, policy or PolicyOptions(), facts)
+        facts = replace(facts, work=replace(facts.work, touched=touched_in(trace)))
     chances = None if trace is None else rank_chances(trace)
     return _decide(facts, budget, reason, ram_bytes is None, speeds, why_not, hits, n_prompt, chances)
 
@@ -149,6 +153,7 @@ class _ModelFacts:
     unlimited: MemoryPlan
     packed: PackedSizes
     expert_type: int
+    dense_type: int
     piece_bytes: int
     n_ctx: int
     n_ubatch: int
@@ -258,7 +263,9 @@ def _speeds(
     m: _ModelFacts, n_threads: int, disk: float | None, fresh: bool, tell: Tell
 ) -> MachineSpeeds | Unmeasured:
     measured = doctor(m.probe_target, n_threads=n_threads or n_cores(), fresh=fresh, tell=tell)
-    return machine_speeds(measured, m.expert_type, m.piece_bytes, disk_bytes_per_second=disk)
+    return machine_speeds(
+        measured, m.expert_type, m.piece_bytes, disk_bytes_per_second=disk, dense_type=m.dense_type
+    )
 
 
 def _simulated(trace: Trace, policy: PolicyOptions, m: _ModelFacts) -> Callable[[int], float]:
@@ -295,6 +302,10 @@ def _read_model(path: Path, *, n_ctx: int, n_ubatch: int, n_threads: int) -> _Mo
             kv_bytes=per_token * min(N_PROMPT, sizes.n_ctx),
             counts=None if calibration is None else calibration.counts,
             stored_share=model.stored_expert_bytes / model.expert_bytes,
+            head_bytes=head_bytes(skeleton),
+            touched=TouchedFile(files).touched,
+            kv_positions=max(1, min(N_PROMPT, sizes.n_ctx)),
+            query_share=query_share(skeleton),
         )
         by_type: dict[int, int] = {}
         for piece in model.pieces:
@@ -309,6 +320,7 @@ def _read_model(path: Path, *, n_ctx: int, n_ubatch: int, n_threads: int) -> _Mo
             unlimited=unlimited,
             packed=sizes.packed,
             expert_type=max(by_type, key=lambda t: by_type[t]),
+            dense_type=dense_type(skeleton),
             piece_bytes=sum(by_type.values()) // len(model.pieces),
             n_ctx=sizes.n_ctx,
             n_ubatch=sizes.n_ubatch,
@@ -327,6 +339,32 @@ def dense_bytes_used(skeleton: GGUFFile) -> int:
         for name, t in skeleton.tensors.items()
         if "_exps." not in name and (tied or name != "token_embd.weight")
     )
+
+
+def head_bytes(skeleton: GGUFFile) -> int:
+    """Bytes of the output matrix, which a prompt needs for its last token only."""
+    output = skeleton.tensors.get("output.weight") or skeleton.tensors.get("token_embd.weight")
+    return output.nbytes if output else 0
+
+
+def query_share(skeleton: GGUFFile) -> float:
+    """Query heads for each KV head, the mean over layers that have any; 1 where the file does not say."""
+    architecture = skeleton.kv.get("general.architecture")
+    counts = []
+    for key in ("head_count", "head_count_kv"):
+        found = skeleton.kv.get(f"{architecture}.attention.{key}", 1)
+        values = [each for each in (found if isinstance(found, (list, tuple)) else [found]) if each]
+        counts.append(sum(values) / len(values) if values else 1.0)
+    return max(1.0, counts[0] / counts[1])
+
+
+def dense_type(skeleton: GGUFFile) -> int:
+    """The type that most bytes of the dense products are in."""
+    by_type: dict[int, int] = {}
+    for name, t in skeleton.tensors.items():
+        if "_exps." not in name and name not in ("token_embd.weight", "output.weight") and len(t.shape) > 1:
+            by_type[t.type] = by_type.get(t.type, 0) + t.nbytes
+    return max(by_type, key=lambda t: by_type[t], default=F32)
 
 
 @contextlib.contextmanager

@@ -40,6 +40,7 @@ TRUTH_BYTES = 4 << 20
 # tokens, 8 of 128 experts each.
 PRODUCT_ROWS, PRODUCT_COLS = 768, 2048
 PREFILL_ROWS = 32
+ROWS = (1, 4, 8, PREFILL_ROWS, 128)  # tokens at once, as few and as many as an expert gets in a prompt
 PRODUCT_BYTES = 128 << 20
 
 
@@ -93,13 +94,14 @@ class ProductSpeeds:
     """Products of quantized weights by ggml's CPU backend, from memory beyond the caches.
 
     decode_bytes_per_second: bytes of weights multiplied by one token. prefill_bytes_per_second: bytes of weights
-    times tokens, for PREFILL_ROWS tokens at once.
+    times tokens, for PREFILL_ROWS tokens at once. rows: (tokens at once, the same for so many), for each of ROWS.
     """
 
     type_id: int
     n_threads: int
     decode_bytes_per_second: float
     prefill_bytes_per_second: float
+    rows: list[list[float]]
 
 
 UNPACK_REPEATS = 8
@@ -304,10 +306,10 @@ class _InitParams(ctypes.Structure):
 
 
 def product_speeds(type_id: int, n_threads: int, nbytes: int = PRODUCT_BYTES) -> ProductSpeeds | Unmeasured:
-    """Time ggml's own products over `nbytes` of weights of this type, for one token and for PREFILL_ROWS tokens.
+    """Time ggml's own products over `nbytes` of weights of this type, for one token, and over a part for more tokens.
 
     The same kernels and threads as a decode, on matrices of an expert's size, one after the other. Uses the public
-    functions of ggml.h and ggml-cpu.h only. Takes about half a second, and nbytes of memory until it returns.
+    functions of ggml.h and ggml-cpu.h only. Takes about a second, and nbytes of memory until it returns.
     """
     try:
         base, cpu = _ggml_libraries()
@@ -315,21 +317,24 @@ def product_speeds(type_id: int, n_threads: int, nbytes: int = PRODUCT_BYTES) ->
         return Unmeasured(f"ggml's libraries cannot be used directly: {e}")
     row = int(base.ggml_row_size(type_id, PRODUCT_COLS))
     n_matrices = max(1, nbytes // (row * PRODUCT_ROWS))
-    space = n_matrices * (row * PRODUCT_ROWS + 2 * PREFILL_ROWS * PRODUCT_ROWS * 4 + 4096) + (64 << 20)
+    some = max(1, n_matrices // 8)  # of them, for many tokens: those wait for arithmetic, not for memory
+    outputs = n_matrices + some * (sum(ROWS) - 1)
+    space = n_matrices * row * PRODUCT_ROWS + outputs * (PRODUCT_ROWS * 4 + 1024) + (64 << 20)
     context = base.ggml_init(_InitParams(space, None, False))
     if not context:
         return Unmeasured(f"no room for {space} bytes of weights")
     try:
         weights = [base.ggml_new_tensor_2d(context, type_id, PRODUCT_COLS, PRODUCT_ROWS) for _ in range(n_matrices)]
         _fill(base, weights, type_id, row * PRODUCT_ROWS)
-        seconds = [
-            _time_products(base, cpu, context, weights, n_tokens, n_threads, repeats)
-            for n_tokens, repeats in ((1, 8), (PREFILL_ROWS, 3))
-        ]
+        rates = []
+        for n_tokens in ROWS:
+            used, repeats = (weights, 8) if n_tokens == 1 else (weights[:some], 3)
+            seconds = _time_products(base, cpu, context, used, n_tokens, n_threads, repeats)
+            rates.append([n_tokens, len(used) * row * PRODUCT_ROWS * n_tokens / seconds])
     finally:
         base.ggml_free(context)
-    total = n_matrices * row * PRODUCT_ROWS
-    return ProductSpeeds(type_id, n_threads, total / seconds[0], total * PREFILL_ROWS / seconds[1])
+    by_rows = dict(zip(ROWS, (rate for _, rate in rates), strict=True))
+    return ProductSpeeds(type_id, n_threads, by_rows[1], by_rows[PREFILL_ROWS], rates)
 
 
 def _words(weights: Any, type_id: int) -> bytes:

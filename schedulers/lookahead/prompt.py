@@ -23,11 +23,20 @@ class PromptAhead:
 
     The experts that the micro-batch before used most come first. The first one has none before it: there they come in
     the order of their numbers, as the step itself would read them, and only where this layer used nearly all it has.
+    The last layer is not guessed at: llama.cpp gives it only the tokens whose logits are wanted, mostly one or none.
     """
 
     def __init__(self, layout: Layout, cache: ExpertCache) -> None:
         self._layout, self._cache = layout, cache
         self._counts: dict[int, dict[int, int]] = {}  # layer -> expert -> tokens of the latest micro-batch
+        self._in_prompt = False  # whether the step before was of many tokens
+
+    def note(self, step: Step) -> None:
+        """Remember what a prompt's micro-batch used of this layer; of the last one also when it has few tokens left."""
+        many = step.n_tokens >= PROMPT_TOKENS
+        if many or (self._in_prompt and step.layer + 1 == self._layout.n_layers):
+            self._counts[step.layer] = dict(zip(step.experts, step.counts, strict=True))
+        self._in_prompt = many
 
     def wants(self, step: Step) -> bool:
         """Whether fetch() has anything to do for this step, asked before it is planned."""
@@ -36,12 +45,11 @@ class PromptAhead:
     def fetch(self, step: Step) -> list[Prefetch]:
         """Units of the next layer to read now, in this order. The step must be the one that the cache noted last."""
         layout, layer = self._layout, step.layer + 1
-        self._counts[step.layer] = dict(zip(step.experts, step.counts, strict=True))
         experts: list[int]
         if layer in self._counts:
             counts = self._counts[layer]
             experts = sorted(counts, key=lambda expert: -counts[expert])
-        elif len(step.experts) >= NEARLY_ALL * layout.n_experts[step.layer]:
+        elif layer + 1 < layout.n_layers and len(step.experts) >= NEARLY_ALL * layout.n_experts[step.layer]:
             experts = list(range(layout.n_experts[layer]))
         else:
             return []

@@ -37,6 +37,8 @@ class ExactLru(LevelPolicy):
     def plan(self, step: Step) -> StepPlan | None:
         self.stats.wanted_high += len(step.experts)
         plan = None if self._all_high(step) else self.serve(step, [HIGH] * len(step.experts))
+        if step.n_tokens != 1 or step.layer + 1 == self._layout.n_layers:
+            self._ahead.note(step)
         if step.n_tokens > 1 and self._reads_ahead(step):
             step.later = True
         return plan

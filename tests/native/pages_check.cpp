@@ -52,6 +52,34 @@ static void the_arena_commits_whole_pages_and_no_more(const Pages & pages) {
     CHECK(arena.peak_committed_bytes() <= budget, "%zu", arena.peak_committed_bytes());
 }
 
+static void early_pages_are_those_that_the_budget_is_sure_to_need(const Pages & pages) {
+    const auto page = static_cast<size_t>(pages.bytes);
+    const std::atomic<bool> go_on{false}, stop{true};
+    Arena arena(5 * page, 6, 12 * page, pages);
+    arena.commit_early(2 * page, stop);
+    CHECK(arena.committed_bytes() == 0, "stopped before: %zu", arena.committed_bytes());
+    arena.commit_early(2 * page, go_on);
+    // 12 pages are two of the largest units and perhaps more smaller ones: two slots, two pages each
+    CHECK(arena.committed_bytes() == 4 * page, "%zu", arena.committed_bytes());
+    for (int slot : {0, 1}) {
+        CHECK(in_memory(arena.data(slot), static_cast<int64_t>(5 * page)) == static_cast<int64_t>(2 * page), "slot %d", slot);
+    }
+    CHECK(in_memory(arena.data(2), static_cast<int64_t>(4 * 5 * page)) == 0, "no other slot");
+    CHECK(arena.acquire(2 * page) == 0 && arena.committed_bytes() == 4 * page, "the first unit finds them");
+    CHECK(arena.acquire(5 * page) == 1 && arena.acquire(5 * page) == 2, "larger ones take the rest");
+    CHECK(arena.committed_bytes() == 12 * page && arena.peak_committed_bytes() == 12 * page, "%zu", arena.committed_bytes());
+
+    Arena alike(5 * page, 6, 12 * page, pages);
+    const int64_t unit = static_cast<int64_t>(5 * page);
+    {
+        const EarlyPages early(alike, 5 * page);
+        wait_for([&] { return alike.committed_bytes() == 10 * page; }, "two whole units");
+    }
+    CHECK(in_memory(alike.data(0), 6 * unit) == 2 * unit, "and no more");
+    for (int i = 0; i < 100; i++) const EarlyPages again(alike, 5 * page);  // ends whenever it is told to
+    CHECK(alike.committed_bytes() == 10 * page, "once");
+}
+
 static int refuse(char *, size_t) { return EAGAIN; }
 
 static void pages_that_the_system_keeps_stay_counted(Pages pages) {
@@ -143,6 +171,7 @@ int main(int, char ** argv) {
     a_range_is_widened_to_the_pages_it_touches(pages);
     the_arena_commits_whole_pages_and_no_more(pages);
     pages_that_the_system_keeps_stay_counted(pages);
+    early_pages_are_those_that_the_budget_is_sure_to_need(pages);
     printf("ok%s\n", reads_through_the_cache_leave_nothing(argv[1], pages) ? "" : ", without the page cache");
     return 0;
 }
