@@ -21,8 +21,8 @@ Weights = Mapping[str, FloatArray]  # projection -> (n_rows, n_cols), as quantiz
 Assignment = Mapping[str, int | None]  # projection -> type id; None or absent: the reference weights
 
 # A matrix of at most so many weights is quantized whole to find its errors; of a larger one some rows, about so many
-# weights. 32 Ki of the 1.5 Mi weights of Qwen3-30B-A3B's matrices: docs/LOG.md, 2026-11-27.
-WHOLE_WEIGHTS, SAMPLED_WEIGHTS, LEAST_ROWS = 1 << 18, 1 << 15, 16
+# weights. 64 Ki of the 1.5 Mi weights of Qwen3-30B-A3B's matrices: docs/LOG.md, 2026-11-27.
+WHOLE_WEIGHTS, SAMPLED_WEIGHTS, LEAST_ROWS = 1 << 18, 1 << 16, 32
 CHUNK_TOKENS = 2048  # at a time: hidden states of 2048 tokens and 8192 columns are 64 MiB
 
 

@@ -48,7 +48,7 @@ from moe_edge.runner.measure.logits import read_text
 from moe_edge.runner.prove import prove
 
 DEFAULT_TYPES = ("IQ2_XXS", "Q2_K", "IQ3_XXS", "Q3_K", "Q4_K", "Q6_K")
-CORE_HOURS = 3.0
+CORE_HOURS = 2.75
 REFERENCE_TYPE = "Q8_0"  # of the temporary model that a checkpoint is run as
 RATES, SETTINGS_KEPT = "rates.json", "settings.json"
 PILOT_EXPERTS = 16  # of three layers, whose errors say which types are hopeless
