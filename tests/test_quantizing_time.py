@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from moe_edge.convert import type_damage
 from moe_edge.convert.allocate import allocate_global
-from moe_edge.convert.conversion_plan import ExpertTypes
 from moe_edge.convert.imatrix_damage import weight_errors
 from moe_edge.convert.quantize import dequantize, quantize
 from moe_edge.convert.quantizing_time import Wanted, allocate_in_time, quantizing_seconds, used_types
@@ -203,7 +202,9 @@ def test_bits_by_an_importance_matrix_need_no_text_and_favour_what_is_used(sourc
         ({"bits": 4.0}, "need at least 4.5 bits a weight"),
     ],
 )
-def test_what_does_not_go_with_it_is_refused(source: Path, tmp_path: Path, changed: dict[str, object], says: str) -> None:
+def test_what_does_not_go_with_it_is_refused(
+    source: Path, tmp_path: Path, changed: dict[str, object], says: str
+) -> None:
     asked = {"bits": 5.0, "types": "Q4_0,Q8_0", "imatrix": matrix(tmp_path / "i.gguf"), "allocate": "imatrix"}
     asked |= changed
     if asked["bits"] is None:
