@@ -86,7 +86,7 @@ def sampled(calibrator: Calibrator, bits: Sequence[float], rows: int) -> dict[st
     before = type_damage.WHOLE_WEIGHTS, type_damage.SAMPLED_WEIGHTS, type_damage.LEAST_ROWS
     type_damage.WHOLE_WEIGHTS, type_damage.SAMPLED_WEIGHTS, type_damage.LEAST_ROWS = 0, 0, rows
     try:
-        found = {}
+        found: dict[tuple[int, int], Any] = {}
         for layer, view in calibrator._layers():
             for path in calibrator._kept.folder.glob("errors-*"):
                 path.unlink()

@@ -25,7 +25,8 @@ Q4, Q8 = find_type("Q4_0").id, find_type("Q8_0").id
 
 def expert(rng: np.random.Generator, n_embd: int = 256, n_ff: int = 512) -> dict[str, np.ndarray]:
     def matrix(rows: int, cols: int) -> np.ndarray:
-        return (rng.standard_normal((rows, cols)) / np.sqrt(cols)).astype(np.float32)
+        values: np.ndarray = (rng.standard_normal((rows, cols)) / np.sqrt(cols)).astype(np.float32)
+        return values
 
     return {"up": matrix(n_ff, n_embd), "gate": matrix(n_ff, n_embd), "down": matrix(n_embd, n_ff)}
 
@@ -41,7 +42,7 @@ def test_errors_from_an_eighth_of_the_rows_are_near_those_from_all() -> None:
     rows = {p: np.linspace(0, len(w) - 1, len(w) // 8).round().astype(np.int64) for p, w in reference.items()}
     whole = {p: {k: there_and_back(w, k) for k in (Q4, Q8)} for p, w in reference.items()}
     some = {p: {k: w[rows[p]] for k, w in kinds.items()} for p, kinds in whole.items()}
-    together = [dict.fromkeys(reference, Q4), {"up": Q4, "gate": None, "down": Q8}]
+    together: list[dict[str, int | None]] = [{"up": Q4, "gate": Q4, "down": Q4}, {"up": Q4, "gate": None, "down": Q8}]
     want = expert_errors(x, g, reference, whole, silu, together)
     found = sampled_errors(x, g, reference, rows, some, silu, together)
     assert found.removed == pytest.approx(want.removed, rel=1e-6)

@@ -89,7 +89,7 @@ class Journal:
         try:
             with np.load(self.folder / f"{name}.npz", allow_pickle=False) as found:
                 return {key: found[key] for key in found.files}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
             return None
 
     def found(self, name: str, find: Callable[[], Arrays]) -> Arrays:
