@@ -7,6 +7,7 @@ text, options); another's is thrown away. The files that a conversion writes sta
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -87,7 +88,8 @@ class Journal:
     def load(self, name: str) -> dict[str, npt.NDArray[Any]] | None:
         """What was kept by a name; None when nothing was, or it cannot be read."""
         try:
-            with np.load(self.folder / f"{name}.npz", allow_pickle=False) as found:
+            data = io.BytesIO((self.folder / f"{name}.npz").read_bytes())  # np.load leaves a torn file open
+            with np.load(data, allow_pickle=False) as found:
                 return {key: found[key] for key in found.files}
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
             return None
