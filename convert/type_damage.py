@@ -10,14 +10,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from moe_edge.models.errors import UnknownName
-from moe_edge.models.formats.floats import FloatArray
+from moe_edge.models.formats.floats import Float64Array, FloatArray
 from moe_edge.models.suggest import did_you_mean
 
+IntArray = npt.NDArray[np.int64]
 Activation = Callable[[FloatArray], FloatArray]
 Weights = Mapping[str, FloatArray]  # projection -> (n_rows, n_cols), as quantize takes them
 Assignment = Mapping[str, int | None]  # projection -> type id; None or absent: the reference weights
 
+# A matrix of at most so many weights is quantized whole to find its errors; of a larger one some rows, about so many
+# weights. 64 Ki of the 1.5 Mi weights of Qwen3-30B-A3B's matrices: docs/LOG.md, 2026-11-27.
+WHOLE_WEIGHTS, SAMPLED_WEIGHTS, LEAST_ROWS = 1 << 18, 1 << 16, 32
 CHUNK_TOKENS = 2048  # at a time: hidden states of 2048 tokens and 8192 columns are 64 MiB
 
 
@@ -168,6 +173,67 @@ def expert_errors(
     return ExpertErrors(single, tuple(joint), removed)
 
 
+def rows_to_sample(n_rows: int, n_cols: int) -> IntArray | None:
+    """Which rows of a matrix errors are estimated from, evenly spread; None when it is small and taken whole."""
+    if n_rows * n_cols <= WHOLE_WEIGHTS:
+        return None
+    n = min(n_rows, max(LEAST_ROWS, SAMPLED_WEIGHTS // n_cols))
+    rows: IntArray = np.linspace(0, n_rows - 1, n).round().astype(np.int64)
+    return rows
+
+
+def sampled_errors(
+    x: FloatArray,
+    g: FloatArray,
+    reference: Weights,
+    rows: Mapping[str, IntArray],
+    candidates: Mapping[str, Mapping[int, FloatArray]],
+    activation: Activation,
+    assignments: Sequence[Assignment] = (),
+) -> ExpertErrors:
+    """As expert_errors, estimated from some rows of each projection; `removed` is exact.
+
+    rows: projection -> which rows; gate and up have the same, and gate_up has them twice, n_ff apart. candidates:
+    those rows alone, dequantized. Errors of different hidden units are taken as independent of each other, and an
+    assignment's error as that of its hidden units and that of `down` (docs/LOG.md has how near this is).
+    """
+    single = {projection: dict.fromkeys(kinds, 0.0) for projection, kinds in candidates.items()}
+    of_units, of_down = [0.0] * len(assignments), [0.0] * len(assignments)
+    removed = 0.0
+    part = {p: reference[p][rows[p]] for p in reference if p != "down"}
+    down = reference["down"][rows["down"]]
+    units = rows["gate_up"][: len(rows["gate_up"]) // 2] if "gate_up" in rows else rows["up"]
+    reach = np.square(reference["down"], dtype=np.float64).sum(axis=0)  # of a hidden unit in the output
+    whole, sampled = np.zeros(2), np.zeros(2)  # squares of hidden units as far as they reach, and of outputs
+    for inputs, gate in _chunks(x, g):
+        hidden = expert_hidden(inputs, reference, activation)
+        output = hidden @ reference["down"].T
+        mine = hidden[:, units]
+        removed += _weighted_square(output, gate)
+        whole += _reached(hidden, gate, reach), _weighted_square(output, gate)
+        sampled += _reached(mine, gate, reach[units]), _weighted_square(output[:, rows["down"]], gate)
+        for projection, kinds in candidates.items():
+            for kind, weights in kinds.items():
+                if projection == "down":
+                    single[projection][kind] += _weighted_square(hidden @ (weights - down).T, gate)
+                else:
+                    changed = expert_hidden(inputs, {**part, projection: weights}, activation)
+                    single[projection][kind] += _reached(changed - mine, gate, reach[units])
+        for number, each in enumerate(assignments):
+            mixed = {p: part[p] if (k := each.get(p)) is None else candidates[p][k] for p in part}
+            of_units[number] += _reached(expert_hidden(inputs, mixed, activation) - mine, gate, reach[units])
+            if (kind_of_down := each.get("down")) is not None:
+                changed = candidates["down"][kind_of_down]
+                of_down[number] += _weighted_square(hidden @ (changed - down).T, gate)
+    # errors go with what they are errors of
+    scales = np.divide(whole, sampled, out=np.ones(2), where=sampled > 0).tolist()
+    return ExpertErrors(
+        {p: {k: v * scales[p == "down"] for k, v in kinds.items()} for p, kinds in single.items()},
+        tuple(a * scales[0] + b * scales[1] for a, b in zip(of_units, of_down, strict=True)),
+        removed,
+    )
+
+
 def column_importance(x: FloatArray, hidden: FloatArray, g: FloatArray | None = None) -> ColumnImportance:
     """The importance matrix of one expert from its own tokens: zeros when it has none.
 
@@ -207,6 +273,12 @@ def _assigned(
 def _chunks(x: FloatArray, g: FloatArray) -> Iterator[tuple[FloatArray, FloatArray]]:
     for start in range(0, len(x), CHUNK_TOKENS):
         yield x[start : start + CHUNK_TOKENS], g[start : start + CHUNK_TOKENS]
+
+
+def _reached(values: FloatArray, g: FloatArray, reach: Float64Array) -> float:
+    """Sum of g^2 times squared hidden units times what each adds to the output's square."""
+    sums = np.square(g, dtype=np.float64) @ np.square(values, dtype=np.float64)
+    return float(sums @ reach)
 
 
 def _weighted_square(values: FloatArray, g: FloatArray) -> float:

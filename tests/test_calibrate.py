@@ -18,8 +18,10 @@ from moe_edge.models.calibration import GATES_NORMALISED, Calibration
 from moe_edge.models.errors import MoeEdgeError, UnknownName, UsageError
 from moe_edge.models.formats.ggml_types import find_type, tensor_bytes
 from moe_edge.models.store.store import expert_name, open_model
-from moe_edge.runner.calibrate import calibrate as module
+from moe_edge.runner.calibrate import choose_types as choices_module
+from moe_edge.runner.calibrate import expert_weights as experts_module
 from moe_edge.runner.calibrate import measured_settings as settings_module
+from moe_edge.runner.calibrate import summary as summary_module
 from moe_edge.runner.calibrate.calibrate import CalibrateOptions, Calibrator, convert_calibrated
 from moe_edge.runner.calibrate.observe import LayerView, measure_sensitivity, spread_chunks
 from moe_edge.runner.engine import Engine
@@ -121,7 +123,7 @@ def test_an_error_is_that_of_the_weights_in_the_store(
     assert report.skeleton is not None
     where, expert = 1, 3
     x, g = measured.seen.layers[where].rows_of(expert)
-    assert 0 < len(g) <= module.MOST_ROWS
+    assert 0 < len(g) <= experts_module.MOST_ROWS
     reference = output(x, weights_of(report.skeleton, measured, where, expert, None))
     want = [
         np.square(
@@ -314,16 +316,16 @@ def test_a_low_level_that_saves_nothing_has_no_price() -> None:
 def test_quantiles_by_hand() -> None:
     """Weights 3 and 1: the shares before them are 0 and 0.75."""
     view = LayerView(np.zeros((1, 4), np.float16), np.array([[0, 1]], np.int32), np.array([[1, 3]], np.float32))
-    quantiles = module.cumulated_quantiles([view])
+    quantiles = summary_module.cumulated_quantiles([view])
     assert (quantiles[0], quantiles[50], quantiles[100]) == (0.0, pytest.approx(0.375), pytest.approx(0.75))
 
 
 def test_many_tokens_are_thinned_and_the_sums_scaled() -> None:
-    n = 4 * module.MOST_ROWS
+    n = 4 * experts_module.MOST_ROWS
     g = np.linspace(0.1, 1, n).astype(np.float32)
     view = LayerView(np.zeros((n, 4), np.float16), np.zeros((n, 1), np.int32), g[:, None])
-    x, kept, scale = module._some_rows(view, 0)
-    assert len(x) == len(kept) == module.MOST_ROWS
+    x, kept, scale = experts_module.some_rows(view, 0)
+    assert len(x) == len(kept) == experts_module.MOST_ROWS
     assert np.square(kept).sum() * scale == pytest.approx(np.square(g).sum(), rel=1e-5)
 
 
@@ -385,7 +387,7 @@ def test_an_importance_matrix_is_used_in_place_of_our_own(source: Path, text: Pa
         ("settings", "setting:", KeyboardInterrupt()),
     ],
 )
-def test_a_stop_at_any_stage_leaves_nothing_behind(
+def test_a_stop_at_any_stage_leaves_what_was_found_and_the_same_call_goes_on(
     source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, stage: str,
     error: BaseException,
 ) -> None:  # fmt: skip
@@ -400,9 +402,14 @@ def test_a_stop_at_any_stage_leaves_nothing_behind(
 
     o = options(text, n_tokens=512, types=("Q4_0", "Q5_0"), settings_tokens=512 if where == "settings" else 0)
     bits = 4.75 if where == "errors" else None
+    types = ExpertTypes(None if bits else "Q4_0")
     with pytest.raises(type(error)):
-        convert_calibrated(source, out / "c.gguf", ExpertTypes("Q4_0"), o, bits=bits, tell=tell)
-    assert not list(out.iterdir()) and not list(temp.iterdir())
+        convert_calibrated(source, out / "c.gguf", types, o, bits=bits, tell=tell)
+    assert [p.name for p in out.iterdir()] == ["c.gguf.moe-edge-calibrate"] and not list(temp.iterdir())
+    told: list[str] = []
+    convert_calibrated(source, out / "c.gguf", types, o, bits=bits, tell=told.append)
+    assert sorted(p.name for p in out.iterdir()) == ["c.experts.gguf", "c.gguf"] and not list(temp.iterdir())
+    assert not any(line.startswith("watching") for line in told), "that was done before"
 
 
 @pytest.mark.parametrize(("bits", "says"), [(4.4, r"--bits 4.4: .*Q4_0, Q5_0, Q8_0 need at least 4.5 bits a weight")])
@@ -445,7 +452,8 @@ def test_unknown_types_are_refused(source: Path, text: Path, tmp_path: Path) -> 
 
 
 def test_the_methods_to_compare_with_are_the_allocations() -> None:
-    made = module._allocations(np.ones((4, 2)), np.array([[1, 2]] * 4), 6, np.zeros(4, np.int64), np.ones(4, np.int64))
+    nothing, once = np.zeros(4, np.int64), np.ones(4, np.int64)
+    made = choices_module.allocations(np.ones((4, 2)), np.array([[1, 2]] * 4), 6, nothing, once)
     assert {name: how().bytes <= 6 for name, how in made.items()} == dict.fromkeys(
         ("global", "layer", "frequency", "uniform"), True
     )

@@ -3,75 +3,67 @@ runtime may expect of a low or skipped expert.
 
 The model runs once over a text (observe.py); everything else is arithmetic on one expert's weights and tokens at
 a time. The source's own weights are the reference. Source of the idea: GEMQ, with the layers' weights measured by
-disturbing their outputs instead of by gradients (PAPERS.md, section 5).
+disturbing their outputs instead of by gradients (PAPERS.md, section 5). What is found is kept in a journal beside the
+output, layer by layer, until the conversion is whole.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
+import hashlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from moe_edge.convert.allocate import (
-    Allocation,
-    allocate_by_frequency,
-    allocate_by_layer,
-    allocate_global,
-    allocate_uniform,
-)
 from moe_edge.convert.checkpoints import open_source
 from moe_edge.convert.conversion_plan import ConvertPlan, ExpertTypes, make_plan
 from moe_edge.convert.convert import ConvertReport, check_output, convert
 from moe_edge.convert.imatrix import fill_unused, read_imatrix
-from moe_edge.convert.quantize import dequantize, fitting_type, prepare, quantize, target_type
+from moe_edge.convert.quantize import prepare, target_type
+from moe_edge.convert.quantizing_time import used_types
 from moe_edge.convert.stacked import write_stacked
-from moe_edge.convert.type_damage import (
-    Activation,
-    ColumnImportance,
-    ExpertErrors,
-    column_importance,
-    expert_errors,
-    expert_hidden,
-    expert_output,
-    find_activation,
-)
-from moe_edge.models.calibration import Calibration, Substitution
-from moe_edge.models.errors import UsageError
+from moe_edge.convert.type_damage import ExpertErrors, find_activation, rows_to_sample
+from moe_edge.models.calibration import Substitution
 from moe_edge.models.formats.floats import Float64Array, FloatArray
-from moe_edge.models.formats.ggml_types import find_type, tensor_bytes
-from moe_edge.models.formats.source_files import SourceFiles
-from moe_edge.models.formats.work import WorkFolder
+from moe_edge.models.formats.work import WorkFolder, whole
 from moe_edge.models.store.calibration_keys import patch_settings
 from moe_edge.models.store.experts import MatrixKey, MoELayer
-from moe_edge.models.store.source import Source
-from moe_edge.models.store.store import HIGH_NAME, LOW_NAME, store_path
+from moe_edge.models.store.source import Source, n_expert_used
+from moe_edge.models.store.store import store_path
+from moe_edge.runner.calibrate.choose_types import Choices, check_bits, choices_of, measured_choices
+from moe_edge.runner.calibrate.expert_weights import ExpertWeights
+from moe_edge.runner.calibrate.forecast import Forecast
+from moe_edge.runner.calibrate.journal import Arrays, Journal, WrittenLayers, identity_of_run, journal_folder
 from moe_edge.runner.calibrate.measured_settings import measure_settings
-from moe_edge.runner.calibrate.observe import LayerView, Observed, observe
+from moe_edge.runner.calibrate.observe import CHUNK, LayerView, Timed, recall, run_on_text
+from moe_edge.runner.calibrate.rehearse import SETTINGS, Rehearsal
 from moe_edge.runner.calibrate.substitution import measure_substitution
+from moe_edge.runner.calibrate.summary import calibration_of, planned_types, settings_from, settings_text
 from moe_edge.runner.engine_options import EngineOptions
+from moe_edge.runner.hub.download import exclusive
+from moe_edge.runner.measure.logits import read_text
 from moe_edge.runner.prove import prove
 
 DEFAULT_TYPES = ("IQ2_XXS", "Q2_K", "IQ3_XXS", "Q3_K", "Q4_K", "Q6_K")
-MOST_ROWS = 512  # of an expert's tokens, for its errors; more move them by a few per cent (docs/LOG.md)
+CORE_HOURS = 2.75
 REFERENCE_TYPE = "Q8_0"  # of the temporary model that a checkpoint is run as
-QUANTILES = np.linspace(0, 1, 101)
+RATES, SETTINGS_KEPT = "rates.json", "settings.json"
+PILOT_EXPERTS = 16  # of three layers, whose errors say which types are hopeless
+TOKEN_LAYERS = 8192  # of one setting: a deep model's settings are measured on fewer tokens
+LEAST_TOKENS = 512
 
 Tell = Callable[[str], None]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class CalibrateOptions:
     """text: to run the model on. n_tokens: how many of it; sensitivity_tokens: of those, for each layer's weight;
-    settings_tokens: for the table behind --max-kld, 0 leaves it empty. types: to choose from when bits are wanted.
-    imatrix: an importance matrix (GGUF) in place of our own. ram_bytes: for running the model. n_threads: for that, and
-    to quantize.
+    settings_tokens: for the table behind --max-kld, 0 leaves it empty; a deep model gets fewer of both. types: to
+    choose from when bits are wanted. imatrix: an importance matrix (GGUF) in place of our own. ram_bytes: for running
+    the model. n_threads: for that, and to quantize. core_hours: of quantizing to the types chosen, nominal, at most.
     """
 
     text: Path
@@ -82,6 +74,7 @@ class CalibrateOptions:
     imatrix: Path | None = None
     ram_bytes: int | None = None
     n_threads: int = 0
+    core_hours: float = CORE_HOURS
 
 
 def convert_calibrated(
@@ -100,47 +93,60 @@ def convert_calibrated(
     """Convert with a calibration.
 
     bits, low_bits: average bits a weight of the experts' high and low level, whose types are then chosen from
-    options.types; None: as `types` say. Raises what convert(), observe() and find_activation() raise, and UsageError
-    for bits that the types cannot make.
+    options.types; None: as `types` say. However it is stopped, what was found stays beside the output, and the same
+    call goes on from there. Raises what convert(), run_on_text() and find_activation() raise, and UsageError for bits
+    that the types cannot make.
     """
     source = open_source(source_path)
+    find_activation(source.architecture.name, source.name)
+    whole(output.parent, lambda: None)
     check_output(output, source, overwrite)
-    for wanted in (bits, low_bits):
-        if wanted is not None:
-            _check_bits(source, options.types, wanted)
-    with Calibrator(source_path, output.parent, options, tell) as calibrator:
-        if bits is not None:
-            types = replace(types, homes=calibrator.allocate(bits))
-        if low_bits is not None:
-            types = replace(types, low_homes=calibrator.allocate(low_bits))
-        return calibrator.convert(output, types, dense_type=dense_type, overwrite=overwrite, pack=pack)
-
-
-def _check_bits(source: Source, types: Sequence[str], bits: float) -> None:
-    """Raises UsageError, before hours of work, for bits that the smallest types do not reach."""
-    shapes = [layer.shape(p) for layer in source.layers for p in layer.projections for _ in range(layer.n_expert)]
-    kinds = [target_type(name, with_imatrix=True).id for name in types]
-    least = sum(min(tensor_bytes(fitting_type(k, shape[0]), shape) for k in kinds) for shape in shapes)
-    n_weights = sum(shape[0] * shape[1] for shape in shapes)
-    if int(bits * n_weights / 8) < least:
-        raise UsageError(
-            f"--bits {bits:g}: the types {', '.join(types)} need at least {8 * least / n_weights:.4g} bits a weight"
-        )
+    wanted = [each for each in (bits, low_bits) if each is not None]
+    for each in wanted:
+        check_bits(source, options.types, each)
+    text = read_text(options.text)
+    asked = repr((replace(options, text=Path(), imatrix=None, ram_bytes=None, n_threads=0), types, bits, low_bits,
+                  dense_type, pack))  # fmt: skip
+    with exclusive(output.with_name(output.name + ".moe-edge-lock")):
+        journal = Journal(journal_folder(output), identity_of_run(source, text, asked, options.imatrix))
+        try:
+            with Calibrator(source_path, output.parent, options, tell, journal=journal) as calibrator:
+                low: list[str | None] = [types.low] if types.low is not None and low_bits is None else []
+                calibrator.measure(wanted, ([types.high] if bits is None else []) + low)
+                chosen = iter(calibrator.allocate_levels(wanted))
+                if bits is not None:
+                    types = replace(types, homes=next(chosen))
+                if low_bits is not None:
+                    types = replace(types, low_homes=next(chosen))
+                made = calibrator.convert(output, types, dense_type=dense_type, overwrite=overwrite, pack=pack)
+        except BaseException:
+            journal.remove_empty()
+            raise
+        journal.remove()
+    return made
 
 
 class Calibrator:
-    """One source on one text: what was seen and measured, and conversions that use it. Use it in `with`.
+    """One source on one text: what was seen and measured, and conversions that use it. Use it in `with`, and call
+    measure() before the rest when the time it takes is to be told beforehand.
 
-    folder: for temporary files; a checkpoint is run as a Q8_0 there.
+    folder: for temporary files; a checkpoint is run as a Q8_0 there. journal: where what is found stays; None: in the
+    folder, until the end.
     """
 
-    def __init__(self, source_path: Path, folder: Path, options: CalibrateOptions, tell: Tell = lambda _: None) -> None:
+    def __init__(
+        self, source_path: Path, folder: Path, options: CalibrateOptions, tell: Tell = lambda _: None,
+        journal: Journal | None = None,
+    ) -> None:  # fmt: skip
         self.source, self.source_path = open_source(source_path), source_path
         self.options, self.tell = options, tell
-        self._folder = folder
+        self.types = options.types
+        self._folder, self._journal, self._is_kept = folder, journal, journal is not None
         self._errors: dict[tuple[int, int], ExpertErrors] = {}
-        self._substitution_known: Substitution | None = None
-        self._substitution_measured = False
+        self._bits: tuple[float, ...] = ()
+        self._fixed: tuple[str | None, ...] = (None,)
+        self._forecast = Forecast()
+        self._text = read_text(options.text)
         find_activation(self.source.architecture.name, self.source.name)
         for name in options.types:
             target_type(name, with_imatrix=True)
@@ -150,47 +156,186 @@ class Calibrator:
             imatrix = read_imatrix(options.imatrix)
             self.importance = fill_unused(imatrix.expert_importance(self.source.layers), self.source.layers)
             self.dense_importance = imatrix.dense_importance()
+        self._is_given = bool(self.importance)
 
     def __enter__(self) -> Calibrator:
-        o = self.options
         with contextlib.ExitStack() as stack:
-            reference = stack.enter_context(_reference(self.source, self.source_path, self._folder, self.tell))
-            engine = EngineOptions(ram_bytes=o.ram_bytes, n_threads=o.n_threads)
-            self.seen: Observed = stack.enter_context(
-                observe(
-                    reference, o.text, n_tokens=o.n_tokens, sensitivity_tokens=o.sensitivity_tokens, options=engine,
-                    tell=self.tell,
+            if self._journal is None:
+                where = stack.enter_context(
+                    tempfile.TemporaryDirectory(prefix="moe-edge-calibrate-", ignore_cleanup_errors=True)
                 )
-            )  # fmt: skip
-            self._weights = stack.enter_context(_Weights(self.source, o.n_threads))
-            if not self.importance:
-                self._measure_importance()
+                self._journal = Journal(Path(where))
+            self._weights = stack.enter_context(ExpertWeights(self.source, self.options.n_threads))
+            if not self._is_kept:
+                self.measure()
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
+    def measure(self, bits: Sequence[float] = (), fixed: Sequence[str | None] = (None,)) -> None:
+        """Run the model on the text, find the importance and, when bits are wanted, the errors of types.
+
+        bits: of the levels whose types will be chosen. fixed: types of the other levels, None as the source has them.
+        The forecast that is told is of a conversion to these.
+        """
+        self._bits, self._fixed = tuple(bits), tuple(fixed)
+        source, journal, forecast = self.source, self._kept, self._forecast
+        n_experts = sum(layer.n_expert for layer in source.layers)
+        forecast.read(journal.read_text(RATES))
+        for stage, units in (("experts", n_experts), ("levels", n_experts), ("substitution", len(source.layers))):
+            forecast.plan(stage, units)
+        n_settings = SETTINGS[len(self._bits) + len(self._fixed)] if self.options.settings_tokens else 0
+        forecast.plan("settings", n_settings)
+        forecast.plan("writing", self._expected_bytes())
+        widths = [layer.n_embd for layer in source.layers]
+        sha256 = hashlib.sha256(self._text).hexdigest()
+        seen = recall(journal, widths, sha256)
+        if seen is None:
+            forecast.begin()
+            with _reference(source, self.source_path, self._folder, self.tell) as reference:
+                o = self.options
+                run_on_text(
+                    reference, self._text, journal, _Told(self), n_tokens=o.n_tokens,
+                    n_sensitivity_tokens=o.sensitivity_tokens, options=self._engine_options(),
+                )  # fmt: skip
+            seen = recall(journal, widths, sha256)
+            assert seen is not None, "what was run is in the journal"
+        elif self._is_kept:
+            self.tell(f"the text has been run; {journal.folder} has what was seen")
+        self.seen = seen
+        self._counts = [
+            np.bincount(view.experts.ravel(), minlength=layer.n_expert) for layer, view in self._layers()
+        ]  # fmt: skip
+        if self._is_kept and forecast.is_known:
+            self.tell(forecast.text())
+        self._measure_experts()
+
+    @property
+    def _kept(self) -> Journal:
+        assert self._journal is not None, "inside `with`"
+        return self._journal
+
+    def _engine_options(self) -> EngineOptions:
+        return EngineOptions(ram_bytes=self.options.ram_bytes, n_threads=self.options.n_threads)
+
+    def _expected_bytes(self) -> int:
+        """Of the store, before its types are chosen."""
+        weights = {
+            p: sum(layer.shape(p)[0] * layer.shape(p)[1] * layer.n_expert for layer in self.source.layers
+                   if p in layer.projections) for p in ("up", "gate", "gate_up", "down")
+        }  # fmt: skip
+        chosen = sum(bits * sum(weights.values()) / 8 for bits in self._bits)
+        for name in self._fixed:
+            kept = sum(each.nbytes for each in self.source.experts.values())
+            kind = None if name is None else target_type(name, with_imatrix=True)
+            chosen += kept if kind is None else sum(weights.values()) * kind.block_bytes / kind.block
+        return int(chosen)
+
+    def rehearse(self, timed: Timed, n_tokens: int) -> None:
+        """Time what is to come, and tell how long all of it will take."""
+        rehearsal = Rehearsal(
+            self.source, self._weights, self._bits, self.types, self._fixed, self.options.core_hours * 3600, n_tokens,
+            n_expert_used(self.source.kv, self.source.name), self._settings_tokens(),
+        )  # fmt: skip
+        self._forecast.know(rehearsal.seconds(timed, self._kept.folder))
+        self._kept.write_text(RATES, self._forecast.to_json())
+        if self._is_kept:
+            self.tell(self._forecast.text())
+        self._forecast.begin()
+
+    def step(self, stage: str, line: str, units: float = 1.0) -> None:
+        """Some of a stage is done."""
+        self._forecast.step(stage, units)
+        self.tell(line + (self._forecast.suffix() if self._is_kept else ""))
+
     def _layers(self) -> Iterator[tuple[MoELayer, LayerView]]:
         return zip(self.source.layers, self.seen.layers, strict=True)
 
-    def _measure_importance(self) -> None:
+    def _measure_experts(self) -> None:
+        """Importance of all experts, and errors of types when some are to be chosen among."""
+        self._forecast.begin()
+        self.types = self.options.types
         for layer, view in self._layers():
-            for expert, found in enumerate(self._weights.map(_Weights.importance, layer, view)):
-                self.importance |= {(layer.layer, expert, p): found.of(p) for p in layer.projections}
-            self.tell(f"importance: block {layer.layer}")
-        self.importance = fill_unused(self.importance, self.source.layers)
+            if not self._is_given:
+                self._find_importance(layer, view)
+        if self._bits:
+            self._drop_hopeless()
+        for layer, view in self._layers() if self._bits else ():
+            self._errors |= self._layer_errors(layer, view)
+            self.step("experts", f"errors: block {layer.layer}, {len(self.types)} types", layer.n_expert * 0.9)
+
+    def _find_importance(self, layer: MoELayer, view: LayerView) -> None:
+        def find() -> Arrays:
+            found = list(self._weights.map(ExpertWeights.importance, layer, view))
+            return {"inputs": np.stack([e.inputs for e in found]), "hidden": np.stack([e.hidden for e in found])}
+
+        found = self._kept.found(f"importance-{layer.layer:04}", find)
+        mine = {
+            (layer.layer, expert, p): found["hidden" if p == "down" else "inputs"][expert]
+            for expert in range(layer.n_expert) for p in layer.projections
+        }  # fmt: skip
+        self.importance |= fill_unused(mine, [layer])
+        self.step("experts", f"importance: block {layer.layer}", layer.n_expert * (0.1 if self._bits else 1.0))
+
+    def _layer_errors(self, layer: MoELayer, view: LayerView) -> dict[tuple[int, int], ExpertErrors]:
+        kinds = [target_type(name, with_imatrix=True).id for name in self.types]
+        asked = dict.fromkeys(layer.projections, kinds)
+        prepare(set(kinds))
+
+        def find() -> Arrays:
+            found = list(self._weights.map(ExpertWeights.errors, layer, view, asked, (), self.importance))
+            single = [[[each.single[p][k] for k in kinds] for p in layer.projections] for each in found]
+            return {"single": np.array(single), "removed": np.array([each.removed for each in found])}
+
+        kept = self._kept.found(f"errors-{layer.layer:04}-{_digest(kinds)}", find)
+        return {
+            (layer.layer, expert): ExpertErrors(
+                {p: dict(zip(kinds, row.tolist(), strict=True))
+                 for p, row in zip(layer.projections, kept["single"][expert], strict=True)},
+                (), float(kept["removed"][expert]),
+            )
+            for expert in range(layer.n_expert)
+        }  # fmt: skip
+
+    def _drop_hopeless(self) -> None:
+        """Of large experts, try no type on all that no expert of a few layers would be given."""
+        layers = list(self._layers())
+        if all(rows_to_sample(*reversed(layer.shape(p))) is None for layer, _ in layers for p in layer.projections):
+            return
+        chosen, cost, uses = [], [], []
+        kinds = [target_type(name, with_imatrix=True).id for name in self.types]
+        prepare(set(kinds))
+        for position in sorted({0, len(layers) // 2, len(layers) - 1}):
+            layer, view = layers[position]
+            used = np.flatnonzero(self._counts[position])
+            experts = used[np.linspace(0, len(used) - 1, min(len(used), PILOT_EXPERTS)).astype(np.int64)].tolist()
+            asked = dict.fromkeys(layer.projections, kinds)
+            found = self._weights.map(ExpertWeights.errors, layer, view, asked, (), self.importance, experts=experts)
+            cost.append([each.single for each in found])
+            chosen.append(replace(layer, n_expert=len(experts)))
+            uses.append(np.ones(len(experts), np.int64))
+            weight = float(self.seen.sensitivity[position])
+            cost[-1] = [{p: {k: v * weight for k, v in row.items()} for p, row in each.items()} for each in cost[-1]]
+        pilot = choices_of(self.source, chosen, self.types, lambda i, e, p, k: cost[i][e][p][k], uses)
+        share = pilot.n_weights / sum(np.prod(each.shape) for each in self.source.experts.values())
+        limit = self.options.core_hours * 3600 * float(share)
+        useful = used_types([pilot.wanted(bits) for bits in self._bits], limit)
+        self.types = tuple(self.types[i] for i in useful.tolist())
+        if dropped := [name for name in self.options.types if name not in self.types]:
+            self.tell(f"types: {', '.join(dropped)} left out: no expert of {len(chosen)} layers would get them")
 
     def errors(self) -> Mapping[tuple[int, int], ExpertErrors]:
-        """(layer number, expert) -> errors of each of options.types for each projection alone; measured once."""
+        """(layer number, expert) -> errors of each of the types for each projection alone; measured once."""
         if not self._errors:
-            kinds = {p: [find_type(t).id for t in self.options.types] for p in ("up", "gate", "gate_up", "down")}
-            prepare({each for some in kinds.values() for each in some})
             for layer, view in self._layers():
-                found = self._weights.map(_Weights.errors, layer, view, kinds, None, self.importance)
-                self._errors |= {(layer.layer, expert): each for expert, each in enumerate(found)}
-                self.tell(f"errors: block {layer.layer}, {len(self.options.types)} types")
+                self._errors |= self._layer_errors(layer, view)
+                self.tell(f"errors: block {layer.layer}, {len(self.types)} types")
         return self._errors
+
+    def _choices(self) -> Choices:
+        return measured_choices(self.source, self.seen.sensitivity, self.errors(), self.types, self._counts)
 
     def allocate(self, bits: float, how: str = "global") -> dict[MatrixKey, int]:
         """(layer number, expert, projection) -> type id: the home precisions that make the wanted bits a weight.
@@ -198,7 +343,16 @@ class Calibrator:
         how: `global` is the product's; `layer`, `frequency` and `uniform` are there to be compared with.
         Raises UsageError when the types cannot make them.
         """
-        return allocate(self.source, self.seen, self.errors(), self.options.types, bits, how)
+        return self._choices().choose(bits, how)
+
+    def allocate_levels(self, bits: Sequence[float]) -> tuple[dict[MatrixKey, int], ...]:
+        """The same of several levels, that are quantized in the time there is for all of them."""
+        if not bits:
+            return ()
+        found, note = self._choices().choose_in_time(bits, self.options.core_hours * 3600)
+        if note:
+            self.tell(note)
+        return found
 
     def convert(
         self, output: Path, types: ExpertTypes, *, dense_type: str | None = None, overwrite: bool = False,
@@ -207,47 +361,131 @@ class Calibrator:
         """Convert with what was measured. Raises what convert() raises."""
         o = self.options
         plan = make_plan(self.source, types=types, dense_type=dense_type, importance=self.importance)
+        self._forecast.begin()
         calibration = replace(
-            _result(self.source, self.seen, plan, self._measure_levels(plan)), substitution=self._substitution()
+            calibration_of(self.source, self.seen, plan, self._measure_levels(plan)), substitution=self._substitution()
         )
+        written = WrittenLayers(self._kept) if self._is_kept and pack == "none" else None
         return convert(
             self.source_path, output, types=types, importance=self.importance, dense_importance=self.dense_importance,
             calibration=calibration, dense_type=dense_type, threads=o.n_threads or None, overwrite=overwrite,
-            prove=self._prove_and_measure, pack=pack,
+            prove=self._prove_and_measure, pack=pack, arriving=written,
+            progress=self._writing(plan, written) if self._is_kept else None,
         )  # fmt: skip
+
+    def _writing(self, plan: ConvertPlan, written: WrittenLayers | None) -> Callable[[int, int], None]:
+        """Progress of the writing, told now and then."""
+        at = 0
+        sizes = [each.nbytes for each in (*plan.store_tensors, *plan.dense)]
+
+        def progress(done: int, total: int) -> None:
+            nonlocal at
+            if not at:
+                before = sum(sizes[: written.n_before]) if written else 0
+                self._forecast.plan("writing", total, before)
+            self._forecast.step("writing", done - at)
+            at = done
+            stage = self._forecast.stages["writing"]
+            if suffix := self._forecast.suffix():
+                self.tell(f"writing: {100 * stage.done / max(1, stage.units):.0f} %{suffix}")
+
+        return progress
 
     def _substitution(self) -> Substitution | None:
         """What another expert in the place of one costs; measured once."""
-        if not self._substitution_measured and self.seen.rankings:
-            self._substitution_known = measure_substitution(
-                self.seen.rankings, lambda layer: self.seen.layers[layer].inputs,
-                lambda layer, expert, x: self._weights.output(self.source.layers[layer], expert, x), self.seen.gating,
-            )  # fmt: skip
-            self._substitution_measured = True
-            self.tell("substitution: all blocks")
-        return self._substitution_known
+        if not self.seen.rankings:
+            return None
+
+        def kept(layer: int, find: Callable[[], Float64Array]) -> Float64Array:
+            found = self._kept.found(f"substitution-{layer:04}", lambda: {"factor": find()})["factor"]
+            self._forecast.step("substitution")
+            return found
+
+        found = measure_substitution(
+            self.seen.rankings, lambda layer: self.seen.layers[layer].inputs,
+            lambda layer, expert, x: self._weights.output(self.source.layers[layer], expert, x), self.seen.gating, kept,
+        )  # fmt: skip
+        self.tell("substitution: all blocks" + (self._forecast.suffix() if self._is_kept else ""))
+        return found
+
+    def _settings_tokens(self) -> int:
+        return min(self.options.settings_tokens, max(LEAST_TOKENS, TOKEN_LAYERS // len(self.source.layers)))
 
     def _prove_and_measure(self, skeleton: Path) -> None:
         """The last part of a conversion: what it raises, an interrupt too, removes both files."""
+        self._forecast.begin()
         prove(skeleton, self.source_path)
-        o = self.options
-        if o.settings_tokens:
-            settings = measure_settings(
-                skeleton, o.text, n_tokens=o.settings_tokens,
-                options=EngineOptions(ram_bytes=o.ram_bytes, n_threads=o.n_threads), tell=self.tell,
+        if not self.options.settings_tokens:
+            return
+
+        def told(line: str) -> None:
+            self.step("settings", line)
+
+        rows = settings_from(self._kept.read_text(SETTINGS_KEPT)) if self._is_kept else None
+        if rows is None:
+            rows = measure_settings(
+                skeleton, self.options.text, n_tokens=self._settings_tokens(), options=self._engine_options(),
+                tell=told,
             )  # fmt: skip
-            patch_settings(store_path(skeleton), settings)
+            if self._is_kept:
+                self._kept.write_text(SETTINGS_KEPT, settings_text(rows))
+        patch_settings(store_path(skeleton), rows)
 
     def _measure_levels(self, plan: ConvertPlan) -> dict[tuple[int, int], ExpertErrors]:
         """errors of each level of the store as it will be, all projections together."""
-        planned = _planned_types(plan)
+        planned = planned_types(plan)
         prepare(set(planned.values()))
         levels: dict[tuple[int, int], ExpertErrors] = {}
         for layer, view in self._layers():
-            found = self._weights.map(_Weights.errors, layer, view, {}, (planned, plan.levels), self.importance)
-            levels |= {(layer.layer, expert): each for expert, each in enumerate(found)}
-            self.tell(f"levels: block {layer.layer}")
+            mine = [
+                [{p: planned[layer.layer, expert, p, name] for p in layer.projections} for name in plan.levels]
+                for expert in range(layer.n_expert)
+            ]
+            levels |= self._layer_levels(layer, view, mine)
+            self.step("levels", f"levels: block {layer.layer}", layer.n_expert)
         return levels
+
+    def _layer_levels(
+        self, layer: MoELayer, view: LayerView, planned: Sequence[Sequence[Mapping[str, int]]]
+    ) -> dict[tuple[int, int], ExpertErrors]:
+        def work(weights: ExpertWeights, layer: MoELayer, expert: int) -> ExpertErrors:
+            return weights.errors(layer, expert, view, {}, planned[expert], self.importance)
+
+        def find() -> Arrays:
+            found = list(self._weights.map(work, layer))
+            return {"joint": np.array([e.joint for e in found]), "removed": np.array([e.removed for e in found])}
+
+        kept = self._kept.found(f"levels-{layer.layer:04}-{_digest(planned)}", find)
+        return {
+            (layer.layer, expert): ExpertErrors({}, tuple(row), removed)
+            for expert, (row, removed) in enumerate(zip(kept["joint"].tolist(), kept["removed"].tolist(), strict=True))
+        }
+
+
+class _Told:
+    """Carries what a run of the model says to the calibration it is for."""
+
+    def __init__(self, of: Calibrator) -> None:
+        self._of = of
+        self._n_tokens = 0
+
+    def planned(self, n_chunks: int, n_done: int, n_sensitivity: int, n_known: int) -> None:
+        self._n_tokens = n_chunks * CHUNK
+        self._of._forecast.plan("watching", n_chunks, n_done)
+        self._of._forecast.plan("sensitivity", n_sensitivity, n_known)
+        if self._of._is_kept and self._of._forecast.is_known:
+            self._of.tell(self._of._forecast.text())
+
+    def timed(self, found: Timed) -> None:
+        if self._of._is_kept:
+            self._of.rehearse(found, self._n_tokens)
+
+    def step(self, stage: str, line: str, units: float) -> None:
+        self._of.step(stage, line, units)
+
+
+def _digest(of: Any) -> str:
+    return hashlib.sha256(repr(of).encode()).hexdigest()[:12]
 
 
 @contextlib.contextmanager
@@ -259,190 +497,3 @@ def _reference(source: Source, path: Path, folder: Path, tell: Tell) -> Iterator
     with WorkFolder(folder, label="reference") as work:
         tell(f"writing the checkpoint as {REFERENCE_TYPE}, to run it")
         yield write_stacked(path, work.path / "reference.gguf", REFERENCE_TYPE)
-
-
-class _Weights:
-    """One expert's float weights at a time, on several threads."""
-
-    def __init__(self, source: Source, threads: int) -> None:
-        self._source = source
-        self._activation: Activation = find_activation(source.architecture.name, source.name)
-        self._files = SourceFiles()
-        self._pool = ThreadPoolExecutor(threads or os.cpu_count() or 1)
-        for path in source.files:
-            self._files.open(path)
-
-    def __enter__(self) -> _Weights:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        self._files.__exit__(*error)
-
-    def map(self, work: Callable[..., T], layer: MoELayer, *args: Any) -> Iterator[T]:
-        """work(self, layer, expert, *args) for all experts of a layer, in order."""
-        return self._pool.map(lambda expert: work(self, layer, expert, *args), range(layer.n_expert))
-
-    def of(self, layer: MoELayer, expert: int) -> dict[str, FloatArray]:
-        """projection -> (n_rows, n_cols)."""
-        found = {}
-        for projection in layer.projections:
-            entry = self._source.experts[layer.layer, expert, projection]
-            data = self._files.read(entry, 0, entry.nbytes)
-            found[projection] = dequantize(data, entry.type, entry.shape[0])
-        return found
-
-    def output(self, layer: MoELayer, expert: int, x: FloatArray) -> FloatArray:
-        """(n, n_embd): the expert's output, without its gate weight."""
-        return expert_output(x, self.of(layer, expert), self._activation)
-
-    def importance(self, layer: MoELayer, expert: int, view: LayerView) -> ColumnImportance:
-        x, g, _ = _some_rows(view, expert)
-        return column_importance(x, expert_hidden(x, self.of(layer, expert), self._activation), g)
-
-    def errors(
-        self, layer: MoELayer, expert: int, view: LayerView, kinds: Mapping[str, Sequence[int]],
-        levels: tuple[Mapping[tuple[int, int, str, str], int], Sequence[str]] | None,
-        importance: Mapping[MatrixKey, FloatArray],
-    ) -> ExpertErrors:  # fmt: skip
-        """kinds: projection -> types to try alone. levels: planned types and the levels to try together."""
-        planned, names = levels or ({}, ())
-        assignments = [{p: planned[layer.layer, expert, p, name] for p in layer.projections} for name in names]
-        x, g, scale = _some_rows(view, expert)
-        reference = self.of(layer, expert)
-        candidates: dict[str, dict[int, FloatArray]] = {}
-        for projection in layer.projections:
-            wanted = {*kinds.get(projection, ()), *(a[projection] for a in assignments if projection in a)}
-            for kind in sorted(wanted):
-                rows = reference[projection]
-                fitting = fitting_type(kind, rows.shape[1])
-                data = quantize(rows, fitting, importance.get((layer.layer, expert, projection)))
-                candidates.setdefault(projection, {})[kind] = dequantize(data, fitting, rows.shape[1])
-        tried = {p: {k: w for k, w in found.items() if k in kinds.get(p, ())} for p, found in candidates.items()}
-        single = expert_errors(x, g, reference, tried, self._activation)
-        joint = expert_errors(x, g, reference, candidates, self._activation, assignments).joint if assignments else ()
-        return ExpertErrors(
-            {p: {k: v * scale for k, v in kinds.items()} for p, kinds in single.single.items()},
-            tuple(v * scale for v in joint),
-            single.removed * scale,
-        )
-
-
-def _some_rows(view: LayerView, expert: int) -> tuple[FloatArray, FloatArray, float]:
-    """(inputs, gate weights, what their sums must be multiplied by) of at most MOST_ROWS evenly spread tokens."""
-    x, g = view.rows_of(expert)
-    if len(g) <= MOST_ROWS:
-        return x, g, 1.0
-    chosen = np.linspace(0, len(g) - 1, MOST_ROWS).astype(np.int64)
-    kept = float(np.square(g[chosen]).sum())
-    return x[chosen], g[chosen], float(np.square(g).sum()) / kept if kept > 0 else 1.0
-
-
-def _planned_types(plan: ConvertPlan) -> dict[tuple[int, int, str, str], int]:
-    """(layer number, expert, projection, level) -> type of the store's tensor."""
-    found = {}
-    for each in plan.experts:  # blk.3.ffn_up_exps.7.low.weight
-        _, layer, name, expert, *level = each.name.split(".")
-        projection = name.removeprefix("ffn_").removesuffix("_exps")
-        found[int(layer), int(expert), projection, LOW_NAME if level[0] == LOW_NAME else HIGH_NAME] = each.type
-    return found
-
-
-def allocate(
-    source: Source, seen: Observed, errors: Mapping[tuple[int, int], ExpertErrors], types: Sequence[str], bits: float,
-    how: str,
-) -> dict[MatrixKey, int]:  # fmt: skip
-    """See Calibrator.allocate; types: names of those to choose from."""
-    kinds = [find_type(name).id for name in types]
-    keys: list[MatrixKey] = []
-    cost: list[list[float]] = []
-    sizes: list[list[int]] = []
-    layer_of: list[int] = []
-    counts: list[int] = []
-    n_weights = 0
-    for position, (layer, view) in enumerate(zip(source.layers, seen.layers, strict=True)):
-        used = np.bincount(view.experts.ravel(), minlength=layer.n_expert)
-        once = _cost_of_one_use(layer, used, errors, kinds)
-        for expert in range(layer.n_expert):
-            for projection in layer.projections:
-                shape = layer.shape(projection)
-                single = errors[layer.layer, expert].single[projection] if used[expert] else once[projection]
-                keys.append((layer.layer, expert, projection))
-                cost.append([single[k] * float(seen.sensitivity[position]) for k in kinds])
-                sizes.append([tensor_bytes(fitting_type(k, shape[0]), shape) for k in kinds])
-                layer_of.append(position)
-                counts.append(int(used[expert]))
-                n_weights += shape[0] * shape[1]
-    budget = int(bits * n_weights / 8)
-    costs, bytes_ = np.array(cost), np.array(sizes, np.int64)
-    try:
-        made = _allocations(costs, bytes_, budget, np.array(layer_of), np.array(counts))[how]()
-    except UsageError as error:
-        least = 8 * int(bytes_.min(axis=1).sum()) / n_weights
-        raise UsageError(
-            f"--bits {bits:g}: the types {', '.join(types)} need at least {least:.4g} bits a weight"
-        ) from error
-    return {key: kinds[choice] for key, choice in zip(keys, made.choice.tolist(), strict=True)}
-
-
-def _cost_of_one_use(
-    layer: MoELayer, used: npt.NDArray[np.int64], errors: Mapping[tuple[int, int], ExpertErrors], kinds: Sequence[int]
-) -> dict[str, dict[int, float]]:
-    """For experts the text never used: projection -> type -> the layer's median error of a single use.
-
-    At no cost they would get the smallest type whatever it does to them when another text does use them.
-    """
-    seen = np.flatnonzero(used).tolist()
-    return {
-        p: {k: float(np.median([errors[layer.layer, e].single[p][k] / used[e] for e in seen])) for k in kinds}
-        for p in layer.projections
-    }
-
-
-def _allocations(
-    cost: Float64Array, bytes_: npt.NDArray[np.int64], budget: int, layer_of: npt.NDArray[np.int64],
-    counts: npt.NDArray[np.int64],
-) -> dict[str, Callable[[], Allocation]]:  # fmt: skip
-    return {
-        "global": lambda: allocate_global(cost, bytes_, budget),
-        "layer": lambda: allocate_by_layer(cost, bytes_, budget, layer_of),
-        "frequency": lambda: allocate_by_frequency(cost, bytes_, budget, counts),
-        "uniform": lambda: allocate_uniform(cost, bytes_, budget),
-    }
-
-
-def _result(
-    source: Source, seen: Observed, plan: ConvertPlan, levels: Mapping[tuple[int, int], ExpertErrors]
-) -> Calibration:
-    n_layers, n_experts = len(source.layers), max(layer.n_expert for layer in source.layers)
-    counts = np.zeros((n_layers, n_experts), np.int64)
-    gates, squares = np.zeros((n_layers, n_experts)), np.zeros((n_layers, n_experts))
-    error = np.zeros((n_layers, n_experts, len(plan.levels) + 1))
-    for i, (layer, view) in enumerate(zip(source.layers, seen.layers, strict=True)):
-        chosen, g = view.experts.ravel(), view.weights.ravel().astype(np.float64)
-        counts[i] = np.bincount(chosen, minlength=n_experts)
-        gates[i] = np.bincount(chosen, g, n_experts) / np.maximum(1, counts[i])
-        squares[i] = np.bincount(chosen, g * g, n_experts)
-        for expert in range(layer.n_expert):
-            found = levels[layer.layer, expert]
-            error[i, expert] = [*found.joint, found.removed]
-    plain = Calibration(
-        text_sha256=seen.text_sha256, n_tokens=seen.n_tokens, levels=plan.levels, counts=counts, mean_gate=gates,
-        squares=squares, sensitivity=seen.sensitivity, error=error, cumulated=cumulated_quantiles(seen.layers),
-        use_damage=np.zeros((n_layers, len(QUANTILES))),
-    )  # fmt: skip
-    unit = plain.unit_damage(1 if len(plan.levels) > 1 else -1)
-    damage = [np.square(v.weights.astype(np.float64)) * unit[i][v.experts] for i, v in enumerate(seen.layers)]
-    return replace(plain, use_damage=np.stack([np.quantile(d, QUANTILES) for d in damage]))
-
-
-def cumulated_quantiles(layers: Sequence[LayerView]) -> Float64Array:
-    """[101]: quantiles over all uses of the share of the token's gate weight that larger ones have: HOBBIT's s(e_i)."""
-    shares = []
-    for view in layers:
-        g = -np.sort(-view.weights.astype(np.float64), axis=1)
-        before = np.cumsum(g, axis=1) - g
-        shares.append((before / np.maximum(g.sum(axis=1, keepdims=True), 1e-30)).ravel())
-    quantiles: Float64Array = np.quantile(np.concatenate(shares), QUANTILES)
-    return quantiles
-

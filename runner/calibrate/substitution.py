@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -48,10 +49,11 @@ class WatchRanking(ExactLru):
 
     selects = True
 
-    def __init__(self, layout: Layout, arena_bytes: int, stride: int) -> None:
+    def __init__(self, layout: Layout, arena_bytes: int, stride: int, n_seen: int = 0) -> None:
+        """n_seen: tokens of each layer that were seen before."""
         super().__init__(layout, arena_bytes)
         self._stride = stride
-        self._rows = [_Rows() for _ in range(layout.n_layers)]
+        self._rows = [_Rows(n_seen) for _ in range(layout.n_layers)]
 
     def select(self, selection: Selection) -> None:
         self._keep(selection.layer, selection.n_used, 1, lambda _: (list(selection.order), list(selection.gates)))
@@ -78,12 +80,20 @@ class WatchRanking(ExactLru):
             kept.gates.append(gates[: RANKS * n_used])
         kept.seen += n_tokens
 
+    def taken(self) -> tuple[Ranking, ...]:
+        """The rankings since this was last asked."""
+        found = self.rankings()
+        for kept in self._rows:
+            kept.rows, kept.experts, kept.gates = [], [], []
+        return found
+
     def rankings(self) -> tuple[Ranking, ...]:
         """Of each layer by position; with no rows where the graph hides the gates."""
         return tuple(
             Ranking(
-                max(1, r.n_used), np.array(r.rows, np.int64), np.array(r.experts, np.int32).reshape(len(r.rows), -1),
-                np.array(r.gates, np.float64).reshape(len(r.rows), -1),
+                max(1, r.n_used), np.array(r.rows, np.int64),
+                np.array(r.experts, np.int32).reshape(len(r.rows), RANKS * max(1, r.n_used) if not r.rows else -1),
+                np.array(r.gates, np.float64).reshape(len(r.rows), RANKS * max(1, r.n_used) if not r.rows else -1),
             )
             for r in self._rows
         )  # fmt: skip
@@ -92,21 +102,27 @@ class WatchRanking(ExactLru):
 def measure_substitution(
     rankings: Sequence[Ranking], inputs: Callable[[int], npt.NDArray[np.float16]], outputs: Outputs,
     gating: Sequence[tuple[int, float]],
+    kept: Callable[[int, Callable[[], Float64Array]], Float64Array] = lambda _, find: find(),
 ) -> Substitution | None:  # fmt: skip
     """inputs: layer position -> [n, n_embd], what its experts multiplied. gating: GATES_* and factor of each layer.
+    kept: (layer position, what finds its factors) -> those, found now or before.
 
     None when a layer's gate weights come about in a way that is not known, or has no experts besides those in use.
     """
-    factors = []
-    for layer, (ranking, (kind, scale)) in enumerate(zip(rankings, gating, strict=True)):
+    for ranking, (kind, _) in zip(rankings, gating, strict=True):
         if kind == GATES_UNKNOWN or not len(ranking.rows) or ranking.experts.shape[1] <= ranking.n_used:
             return None
+
+    def find(layer: int) -> Float64Array:
+        ranking, (kind, scale) = rankings[layer], gating[layer]
         x = inputs(layer)[ranking.rows].astype(np.float32)
         y = np.zeros((*ranking.experts.shape, x.shape[1]), np.float32)
         for expert in np.unique(ranking.experts).tolist():
             tokens, ranks = np.nonzero(ranking.experts == expert)
             y[tokens, ranks] = outputs(layer, expert, x[tokens])
-        factors.append(_factors(ranking, y, kind, scale))
+        return _factors(ranking, y, kind, scale)
+
+    factors = [kept(layer, partial(find, layer)) for layer in range(len(rankings))]
     kinds, scales = zip(*gating, strict=True)
     return Substitution(np.stack(factors), np.array(kinds, np.int64), np.array(scales))
 

@@ -37,6 +37,8 @@ class ConvertRequest:
     calibrate: Path | None = None
     calibrate_tokens: int = 16384
     imatrix: Path | None = None
+    allocate: str = "calibrated"
+    core_hours: float = 2.75
     dense_type: str | None = None
     ram_bytes: int | None = None
     n_threads: int = 0
@@ -54,13 +56,26 @@ def run_convert(r: ConvertRequest, tell: Callable[[str], None] = lambda _: None)
     if r.low_bits is not None and (r.low or any(level == "low" for level, _ in r.overrides)):
         raise UsageError("--low-bits chooses the types of the low level; leave --low and --low-* away")
     shared = r.bits is not None or r.low_bits is not None
-    if shared and r.calibrate is None:
-        raise UsageError("--bits and --low-bits need a text to measure the experts on: --calibrate TEXT")
+    by_imatrix = r.allocate == "imatrix"
+    if by_imatrix:
+        _check_imatrix(r, shared)
+    elif shared and r.calibrate is None:
+        raise UsageError(
+            "--bits and --low-bits need a text to measure the experts on: --calibrate TEXT; "
+            "or --allocate imatrix --imatrix FILE, which is cheaper and less exact"
+        )
     if r.types is not None and not shared:
         raise UsageError("--types is what --bits chooses from; give --bits, or --high TYPE for all")
     if shared and r.dry_run:
         raise UsageError("--dry-run cannot tell what --bits and --low-bits choose: that takes the calibration itself")
     types = ExpertTypes(r.high, r.low, r.overrides)
+    if by_imatrix and r.imatrix is not None:
+        from moe_edge.runner.calibrate.by_imatrix import types_by_imatrix
+
+        types = types_by_imatrix(
+            r.source, r.imatrix, types, tuple(r.types.split(",")) if r.types else None, bits=r.bits,
+            low_bits=r.low_bits, core_hours=r.core_hours, n_threads=r.n_threads, tell=tell,
+        )  # fmt: skip
     if r.calibrate is None or r.dry_run or r.output is None:
         importance, dense = _imatrix(r)
         return convert_and_prove(
@@ -74,12 +89,22 @@ def run_convert(r: ConvertRequest, tell: Callable[[str], None] = lambda _: None)
 
     options = CalibrateOptions(
         text=r.calibrate, types=tuple(r.types.split(",")) if r.types else DEFAULT_TYPES, n_tokens=r.calibrate_tokens,
-        imatrix=r.imatrix, ram_bytes=r.ram_bytes, n_threads=r.n_threads,
+        imatrix=r.imatrix, ram_bytes=r.ram_bytes, n_threads=r.n_threads, core_hours=r.core_hours,
     )  # fmt: skip
     return convert_calibrated(
         r.source, r.output, types, options, bits=r.bits, low_bits=r.low_bits, dense_type=r.dense_type,
         overwrite=r.force, tell=tell, pack=r.pack,
     )  # fmt: skip
+
+
+def _check_imatrix(r: ConvertRequest, shared: bool) -> None:
+    """Raises UsageError for what does not go with --allocate imatrix."""
+    if r.imatrix is None:
+        raise UsageError("--allocate imatrix needs an importance matrix to go by: --imatrix FILE")
+    if not shared:
+        raise UsageError("--allocate imatrix is how --bits and --low-bits choose types; give one of them")
+    if r.calibrate is not None:
+        raise UsageError("--allocate imatrix does not run the model; leave --calibrate away, or --allocate")
 
 
 def _imatrix(r: ConvertRequest) -> tuple[Any, Any]:

@@ -39,6 +39,10 @@ def type_options(f: F) -> F:
 @click.option("--calibrate", type=click.Path(path_type=Path), help="A text to measure the experts on.")
 @click.option("--calibrate-tokens", type=click.IntRange(min=512), default=16384, show_default=True)
 @click.option("--imatrix", type=click.Path(path_type=Path), help="An importance matrix (GGUF) for the quantizer.")
+@click.option("--allocate", type=click.Choice(["calibrated", "imatrix"]), default="calibrated", show_default=True,
+              help="What --bits goes by: a text (--calibrate), or an importance matrix alone.")
+@click.option("--core-hours", type=Number(0.01, 1e6), default=2.75, show_default=True,
+              help="Of quantizing at the most: --bits takes faster types where the best would need longer.")
 @click.option("--dense-type", help="Type of the dense matrices. Default: Q8_0 if a "
               "checkpoint's experts are quantized. Q6_K is smaller, and faster in long prompts on x86.")
 @click.option("--pack", type=click.Choice(["none", "auto", "planes"]), default="none", show_default=True,
@@ -68,6 +72,7 @@ def request_of(source: Path, o: Mapping[str, Any], arriving: Arriving | None = N
     return ConvertRequest(
         source, o["output"], high=o["high"], low=o["low"], overrides=overrides, bits=o["bits"], low_bits=o["low_bits"],
         types=o["types"], calibrate=o["calibrate"], calibrate_tokens=o["calibrate_tokens"], imatrix=o["imatrix"],
-        dense_type=o["dense_type"], ram_bytes=o["ram"], n_threads=o["n_threads"], dry_run=o["dry_run"],
+        allocate=o["allocate"], core_hours=o["core_hours"], dense_type=o["dense_type"], ram_bytes=o["ram"],
+        n_threads=o["n_threads"], dry_run=o["dry_run"],
         force=o["force"], pack=o["pack"], arriving=arriving,
     )  # fmt: skip

@@ -1,0 +1,115 @@
+"""How long a calibrated conversion will take: what its stages have to do, and how long one unit of each takes.
+
+The times of units are measured on the model itself before most of the work is done (rehearse.py), and replaced by what
+a stage really takes as it goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+STAGES = ("watching", "sensitivity", "experts", "levels", "substitution", "writing", "settings")
+WORDS = {
+    "watching": "running the text", "sensitivity": "weighing layers", "experts": "trying types", "levels": "levels",
+    "substitution": "substitution", "writing": "quantizing and writing", "settings": "proof and settings",
+}  # fmt: skip
+SAY_SECONDS = 20.0  # between lines of progress that say how long is left
+
+
+@dataclass
+class Stage:
+    """units: to be done in all, in the stage's own unit. each: forecast seconds of one; None: not known yet.
+
+    done: of the units; before: done by an earlier run; spent: seconds that those of this run took.
+    """
+
+    units: float = 0.0
+    each: float | None = None
+    done: float = 0.0
+    before: float = 0.0
+    spent: float = 0.0
+
+    def left(self) -> float:
+        """Seconds: by what was measured here once a tenth is done, before by the forecast."""
+        mine = self.done - self.before
+        each = self.each or 0.0
+        if mine > 0 and mine >= 0.1 * (self.units - self.before):
+            each = self.spent / mine
+        return max(0.0, self.units - self.done) * each
+
+
+class Forecast:
+    """The stages of one conversion. now: a clock, seconds."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self.stages = {name: Stage() for name in STAGES}
+        self.is_known = False
+        self._now, self._started, self._at = now, now(), now()
+        self._said = float("-inf")
+
+    def plan(self, stage: str, units: float, done: float = 0.0) -> None:
+        """So many units, of which some were done before."""
+        found = self.stages[stage]
+        found.units, found.done, found.before = units, done, done
+
+    def know(self, seconds: Mapping[str, float]) -> None:
+        """Seconds of one unit of each stage."""
+        for name, each in seconds.items():
+            self.stages[name].each = each
+        self.is_known = True
+
+    def begin(self) -> None:
+        """What takes time from here on belongs to the next step."""
+        self._at = self._now()
+
+    def step(self, stage: str, units: float = 1.0) -> None:
+        """So many units are done, since the last step or begin()."""
+        now = self._now()
+        found = self.stages[stage]
+        found.done += units
+        found.spent += now - self._at
+        self._at = now
+
+    @property
+    def passed(self) -> float:
+        """Seconds since it began."""
+        return self._now() - self._started
+
+    def left(self) -> float:
+        return sum(stage.left() for stage in self.stages.values())
+
+    def text(self) -> str:
+        """The whole forecast, stage by stage, of what is left and what has passed."""
+        parts = [f"{WORDS[name]} {clock(stage.left())}" for name, stage in self.stages.items() if stage.left() >= 0.5]
+        return f"forecast: {clock(self.passed + self.left())} in all, {clock(self.left())} left: " + ", ".join(parts)
+
+    def suffix(self) -> str:
+        """What to add to a line of progress, now and then."""
+        now = self._now()
+        if not self.is_known or now - self._said < SAY_SECONDS:
+            return ""
+        self._said = now
+        return f"; about {clock(self.left())} left"
+
+    def to_json(self) -> str:
+        return json.dumps({name: stage.each for name, stage in self.stages.items()})
+
+    def read(self, text: str | None) -> None:
+        """Seconds of units that an earlier run has measured; nothing where they are not there."""
+        try:
+            found = json.loads(text or "{}")
+            self.know({name: float(each) for name, each in found.items() if name in STAGES and each is not None})
+            self.is_known = bool(found)
+        except (ValueError, TypeError, AttributeError):
+            self.is_known = False
+
+
+def clock(seconds: float) -> str:
+    """`2 h 05 min`, `7 min`, `12 s`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
