@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from moe_edge.models.errors import BoardError
 from moe_edge.runner.loading import Loading
@@ -47,9 +48,15 @@ def speeds_of(board: Board, fixed_bytes: int, network: Network = HERE, *, measur
     if "why_not" in found:
         raise BoardError(f"board {board.address}: {found['why_not']}")
     return BoardSpeeds(
-        int(board.facts["ram_bytes"]), fixed_bytes, MachineSpeeds(**found["speeds"]), network.latency_seconds,
+        int(board.facts["ram_bytes"]), fixed_bytes, speeds_from_json(found["speeds"]), network.latency_seconds,
         network.bytes_per_second,
     )  # fmt: skip
+
+
+def speeds_from_json(found: dict[str, Any]) -> MachineSpeeds:
+    """What a board has sent as JSON, where tuples are lists."""
+    rows = {name: tuple((int(n), float(rate)) for n, rate in found[name]) for name in ("expert_rows", "dense_rows")}
+    return MachineSpeeds(**{**found, **rows})
 
 
 def choose_runs(

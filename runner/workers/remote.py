@@ -91,6 +91,9 @@ class RemoteNative:
     def resident_units(self) -> list[int]:
         return self.units("resident")
 
+    def drop_empty_parts(self) -> None:
+        """Boards have no packed cache."""
+
     def new_conversation(self) -> None:
         self._tell_all("new_conversation")
 
