@@ -65,7 +65,8 @@ def check_bits(model: Path, n_boards: int) -> None:
         assert np.array_equal(logits_of(engine), expected)
         assert engine.counters().evictions == 0
         floors = [int(board.taken["floor_bytes"]) for board in engine.boards]
-    with workers(model, floors) as boards, on_boards(model, [b.address for b in boards]) as engine:
+        split = tuple(len(board.layers) for board in engine.boards)  # which the floors are of
+    with workers(model, floors) as boards, on_boards(model, [b.address for b in boards], split=split) as engine:
         assert np.array_equal(logits_of(engine), expected)
         assert engine.counters().evictions > 0
         for board, process, floor in zip(engine.boards, boards, floors, strict=True):

@@ -38,6 +38,7 @@ from moe_edge.runner.kv.state_file import read_header
 from moe_edge.runner.workers.board import TIMEOUT_VARIABLE, Board
 from moe_edge.runner.workers.guard import check_rpc
 from moe_edge.runner.workers.wire import Address
+from moe_edge.runner.workers.worker import Worker, _Peer
 from random_models import Shape, write_random_model
 from test_workers import ENOUGH, OPTIONS, logits_of, on_boards, on_one_machine
 from worker_process import Tunnel, WorkerProcess, workers
@@ -315,3 +316,17 @@ def test_a_conversation_whose_board_is_lost_is_not_kept_but_its_messages_are(
         assert list(prompt_folder().glob("*")) == []
         state = read_header(path)
         assert len(state.tokens) == 0 and state.extra["text"] == text != "" and state.extra["messages"] == messages
+
+
+def test_a_client_waits_for_one_that_is_going_and_not_for_one_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that is started again at once may come before the board has let its first run go."""
+    worker = Worker(str(MODEL), OPTIONS, Address("127.0.0.1", 0), measure=lambda _: "nothing here")
+    worker._peer = _Peer("the first", time.monotonic())
+    going = threading.Timer(0.3, worker._let_go)
+    going.start()
+    assert worker._speeds(True) == {"why_not": "nothing here"}
+    going.join()
+    worker._peer = _Peer("the second", time.monotonic())
+    monkeypatch.setattr("moe_edge.runner.workers.worker.LETTING_GO_SECONDS", 0.1)
+    with pytest.raises(UsageError, match="is at work for the second"):
+        worker._speeds(True)

@@ -23,6 +23,7 @@ from moe_edge.runner.workers.wire import CONTROL, PROTOCOL, RPC, TOKEN_BYTES, Ad
 from moe_edge.runner.workers.worker_session import Session, session_options
 from moe_edge.schedulers.options import PolicyOptions
 
+LETTING_GO_SECONDS = 2.0  # how long one client waits for another, which may have gone: its session is being closed
 SILENT_SECONDS = 30.0  # a client that says nothing for so long is gone; it says something every second
 
 
@@ -77,6 +78,7 @@ class Worker:
         self._peer: _Peer | None = None
         self._token = b""
         self._lock = threading.Lock()  # of the session: who has it
+        self._free = threading.Condition(self._lock)  # told when nobody has
         self._relays: dict[threading.Thread, socket.socket] = {}
         self._inner = 0
         self._server: socket.socket | None = None
@@ -249,10 +251,16 @@ class Worker:
 
     def _speeds(self, measured_only: bool) -> dict[str, Any]:
         """Of this board's disk and processor, measured once and kept. measured_only: not now, if it has not been."""
-        if self._peer is not None:
-            raise UsageError(f"is at work for {self._peer.name}, so its speeds cannot be measured now")
+        with self._lock:
+            if peer := self._stays():
+                raise UsageError(f"is at work for {peer.name}, so its speeds cannot be measured now")
         found = self._measure(measured_only)
         return {"why_not": found} if isinstance(found, str) else {"speeds": found}
+
+    def _stays(self) -> _Peer | None:
+        """Who has the board and keeps it, asked under the lock; None when it is free, or was so soon."""
+        self._free.wait_for(lambda: self._peer is None, LETTING_GO_SECONDS)
+        return self._peer
 
     def _ping(self) -> dict[str, Any]:
         """progress changes as long as something is computed or read."""
@@ -266,9 +274,9 @@ class Worker:
 
     def _open(self, asked: dict[str, Any], peer: str) -> dict[str, Any]:
         with self._lock:
-            if self._peer is not None:
+            if other := self._stays():
                 raise UsageError(
-                    f"is at work for {self._peer.name} since {time.monotonic() - self._peer.since:.0f} s; a board "
+                    f"is at work for {other.name} since {time.monotonic() - other.since:.0f} s; a board "
                     "serves one client at a time"
                 )
             self._peer = _Peer(peer, time.monotonic())
@@ -278,13 +286,19 @@ class Worker:
             policy = PolicyOptions(cache=str(asked["cache"]), lookahead=str(asked["lookahead"]))
             session = Session(self._path, options, self.ram_bytes, begin, end, policy)
         except BaseException:
-            with self._lock:
-                self._peer = None
+            self._let_go()
             raise
         with self._lock:
             self._session, self._token = session, secrets.token_hex(TOKEN_BYTES // 2).encode()
         self._tell(f"layers {begin} to {end - 1} for {peer}")
         return {"token": self._token.decode()}
+
+    def _let_go(self) -> _Peer | None:
+        """The board is free; who had it."""
+        with self._lock:
+            peer, self._peer = self._peer, None
+            self._free.notify_all()
+        return peer
 
     def _close_session(self) -> None:
         with self._lock:
@@ -299,6 +313,5 @@ class Worker:
         for thread in relays:
             thread.join()
         session.close()
-        with self._lock:
-            peer, self._peer = self._peer, None
+        peer = self._let_go()
         self._tell(f"{peer.name if peer else 'the client'} has gone")
