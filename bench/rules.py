@@ -98,15 +98,15 @@ class Watched:
         return ahead
 
 
-def loads_of(trace: Trace, make: MakePlanner, arena_bytes: int) -> list[int]:
-    """Units read in each micro-batch, every step one event."""
+def loads_of(trace: Trace, make: MakePlanner, arena_bytes: int, *, atomic: bool = True) -> list[int]:
+    """Units read in each micro-batch. atomic: every step is one event; else as the engine has it."""
     watched: list[Watched] = []
 
     def watch(layout: Layout, arena: int) -> Planner:
         watched.append(Watched(make(layout, arena), layout))
         return watched[0]
 
-    simulate(trace, watch, arena_bytes, atomic=True)
+    simulate(trace, watch, arena_bytes, atomic=atomic)
     return watched[0].loads
 
 
@@ -218,14 +218,7 @@ def loads_as(trace: Trace, arena_bytes: int, atomic: bool) -> list[int]:
     """Units read in each micro-batch under the default rule, steps one event or as in the engine."""
     if atomic:
         return loads_of(trace, of_rule("auto"), arena_bytes)
-    watched: list[Watched] = []
-
-    def watch(layout: Layout, arena: int) -> Planner:
-        watched.append(Watched(make_policy(PolicyOptions(), layout, arena), layout))
-        return watched[0]
-
-    simulate(trace, watch, arena_bytes)
-    return watched[0].loads
+    return loads_of(trace, lambda layout, arena: make_policy(PolicyOptions(), layout, arena), arena_bytes, atomic=False)
 
 
 def traced(engine: Engine, chunks: IntArray, one_by_one: bool) -> tuple[Trace, list[int]]:

@@ -1,6 +1,6 @@
 """What quantizing to a type costs in time, and types chosen by damage and time together.
 
-llama.cpp's grid types are searched for, a hundred times slower than rounding: the best types of a model of 30 billion
+llama.cpp's grid types are searched for, up to 25 times slower than rounding: the best types of a model of 30 billion
 weights take longer to write than anybody waits. So time has a price, in damage, that is raised until what is chosen
 can be quantized in the time that is there. The speeds are nominal, so that the choice is the same on every machine.
 """

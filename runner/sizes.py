@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_edge.models.formats.gguf import GGUFFile
 from moe_edge.models.store.store import ExpertModel
 from moe_edge.runner import signals
 from moe_edge.runner.engine_options import EngineOptions
@@ -91,3 +92,9 @@ def fixed_sizes(loading: Loading, native: NativeModel, program_bytes: int = 0) -
         scratch_bytes=scratch,
         program_excess_bytes=max(0, program_bytes - PROGRAM_ALLOWANCE_BYTES) if o.charge_program else 0,
     )
+
+
+def head_bytes(skeleton: GGUFFile) -> int:
+    """Bytes of the output matrix, which a prompt needs for its last token only."""
+    output = skeleton.tensors.get("output.weight") or skeleton.tensors.get("token_embd.weight")
+    return output.nbytes if output else 0

@@ -117,6 +117,12 @@ class BoardsForecast:
         return max(self.boards, key=lambda board: board.seconds + board.network_seconds)
 
 
+def runs_by_memory(model: BlockWork, ram_bytes: Sequence[int]) -> list[range]:
+    """The layers of each board where only its memory decides; as split_layers()."""
+    facts = [BoardFacts(each) for each in ram_bytes]
+    return split_layers(facts, model.dense_bytes, model.expert_bytes, model.kv_bytes)
+
+
 def forecast_boards(
     model: BlockWork, boards: Sequence[BoardSpeeds], client: MachineSpeeds, runs: Sequence[range] | None = None
 ) -> BoardsForecast:
@@ -125,8 +131,7 @@ def forecast_boards(
     Raises UsageError when there are more boards than layers with experts.
     """
     if runs is None:
-        facts = [BoardFacts(board.ram_bytes) for board in boards]
-        runs = split_layers(facts, model.dense_bytes, model.expert_bytes, model.kv_bytes)
+        runs = runs_by_memory(model, [board.ram_bytes for board in boards])
     made = tuple(_forecast(model, board, run) for board, run in zip(boards, runs, strict=True))
     return BoardsForecast(made, model.output_bytes / client.compute)
 

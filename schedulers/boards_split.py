@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from moe_edge.schedulers.boards_forecast import BlockWork, BoardSpeeds
+from moe_edge.schedulers.boards_forecast import BlockWork, BoardSpeeds, runs_by_memory
 from moe_edge.schedulers.budget import MIB
 from moe_edge.schedulers.estimate import (
     DECODE_OVERLAP,
@@ -22,7 +22,7 @@ from moe_edge.schedulers.estimate import (
     interpolate,
     typical_hit_rate,
 )
-from moe_edge.schedulers.workers import BoardFacts, check_enough_layers, split_layers
+from moe_edge.schedulers.workers import check_enough_layers
 
 # A worker counts a little more than a plan foresees: graphs in ggml's server, pages of its own program.
 SPARE_BYTES = 8 * MIB
@@ -70,10 +70,7 @@ def fastest_split(model: BlockWork, boards: Sequence[BoardSpeeds]) -> FastestSpl
 def split_by_speed(model: BlockWork, boards: Sequence[BoardSpeeds]) -> list[range]:
     """As fastest_split(); by memory where no split fits, so that whoever is asked can say what is missing."""
     found = fastest_split(model, boards)
-    if found is not None:
-        return list(found.layers)
-    facts = [BoardFacts(board.ram_bytes) for board in boards]
-    return split_layers(facts, model.dense_bytes, model.expert_bytes, model.kv_bytes)
+    return runs_by_memory(model, [board.ram_bytes for board in boards]) if found is None else list(found.layers)
 
 
 def _best(costs: _Costs, boards: Sequence[BoardSpeeds], weight: float) -> tuple[Run, ...] | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from moe_edge.models.errors import BadFile, UnknownName
@@ -108,3 +108,11 @@ def row_bytes(type_id: int, cols: int) -> int:
 def tensor_bytes(type_id: int, shape: Sequence[int]) -> int:
     """Bytes of a whole tensor, `shape` in ggml order (row length first)."""
     return row_bytes(type_id, shape[0]) * math.prod(shape[1:])
+
+
+def main_type(sizes: Iterable[tuple[int, int]]) -> int:
+    """The type that most bytes are in. sizes: (type id, bytes), at least one."""
+    by_type: dict[int, int] = {}
+    for type_id, nbytes in sizes:
+        by_type[type_id] = by_type.get(type_id, 0) + nbytes
+    return max(by_type, key=lambda type_id: by_type[type_id])

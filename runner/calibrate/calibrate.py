@@ -262,9 +262,7 @@ class Calibrator:
                 self._find_importance(layer, view)
         if self._bits:
             self._drop_hopeless()
-        for layer, view in self._layers() if self._bits else ():
-            self._errors |= self._layer_errors(layer, view)
-            self.step("experts", f"errors: block {layer.layer}, {len(self.types)} types", layer.n_expert * 0.9)
+            self.errors()
 
     def _find_importance(self, layer: MoELayer, view: LayerView) -> None:
         def find() -> Arrays:
@@ -331,7 +329,7 @@ class Calibrator:
         if not self._errors:
             for layer, view in self._layers():
                 self._errors |= self._layer_errors(layer, view)
-                self.tell(f"errors: block {layer.layer}, {len(self.types)} types")
+                self.step("experts", f"errors: block {layer.layer}, {len(self.types)} types", layer.n_expert * 0.9)
         return self._errors
 
     def _choices(self) -> Choices:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +21,7 @@ from moe_edge.models.errors import DiskFull, MissingFile
 from moe_edge.models.formats.files import FileStamp
 from moe_edge.models.formats.gguf import TensorEntry
 from moe_edge.models.formats.source_files import SourceFiles
-from moe_edge.models.formats.work import sync_folder
+from moe_edge.models.formats.work import new_file, sync_folder
 from moe_edge.models.formats.write import GGUFOutput, free_bytes
 from moe_edge.models.store.source import Source
 
@@ -61,29 +60,17 @@ class Journal:
             if identity is not None and self._identity() != identity:
                 shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(exist_ok=True)
-            if identity is not None and self._identity() != identity:
-                self._write(folder / IDENTITY, identity.encode())
         except OSError as error:
             raise self._failed(error) from error
+        if identity is not None and self._identity() != identity:
+            self.write_text(IDENTITY, identity)
 
     def _identity(self) -> str | None:
-        try:
-            return (self.folder / IDENTITY).read_text()
-        except (OSError, ValueError):
-            return None
+        return self.read_text(IDENTITY)
 
     def save(self, name: str, arrays: Arrays) -> None:
         """Keep arrays by a name; whoever sees the name sees all of them."""
-        part = self.folder / f"{name}.part"
-        try:
-            with open(part, "wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, self.folder / f"{name}.npz")
-            sync_folder(self.folder)
-        except OSError as error:
-            raise self._failed(error) from error
+        self._write(f"{name}.npz", lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
 
     def load(self, name: str) -> dict[str, npt.NDArray[Any]] | None:
         """What was kept by a name; None when nothing was, or it cannot be read."""
@@ -113,19 +100,16 @@ class Journal:
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _write(self, path: Path, data: bytes) -> None:
-        part = path.with_name(path.name + ".part")
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        sync_folder(self.folder)
-
     def write_text(self, name: str, text: str) -> None:
         """Keep a small text."""
+        self._write(name, lambda file: file.write(text.encode()))
+
+    def _write(self, name: str, write: Callable[[IO[bytes]], object]) -> None:
+        """Raises MissingFile, DiskFull."""
         try:
-            self._write(self.folder / name, text.encode())
+            with new_file(self.folder / name) as file:
+                write(file)
+            sync_folder(self.folder)
         except OSError as error:
             raise self._failed(error) from error
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from moe_edge.models.errors import BoardError
-from moe_edge.models.store.store import ExpertModel
+from moe_edge.models.formats.ggml_types import main_type
 from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.loading import Loading
-from moe_edge.runner.measure.doctor import doctor, is_measured, machine_speeds, n_cores
-from moe_edge.runner.measure.probe import BLOCK_BYTES, Unmeasured
+from moe_edge.runner.measure.doctor import doctor, is_measured, machine_speeds, n_cores, probed_file
+from moe_edge.runner.measure.probe import Unmeasured
 from moe_edge.runner.prove import LOADS
 from moe_edge.runner.sizes import sizes_of
 from moe_edge.runner.workers.board import Board, Network
@@ -142,10 +142,10 @@ def plan_boards(
     Raises BoardError for one that cannot be asked, UsageError for too many boards or a split that is not the model's.
     """
     options = EngineOptions(n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, proof=LOADS)
-    sizes = sizes_of(path, options)
-    model, fixed_bytes = block_work(Loading(path, options), sizes.layout, sizes.plan.fixed)
+    sizes, loading = sizes_of(path, options), Loading(path, options)
+    model, fixed_bytes = block_work(loading, sizes.layout, sizes.plan.fixed)
     client = _own_speeds(path, options, tell)
-    ours, mine = versions(), content_id(Loading(path, options).model)
+    ours, mine = versions(), content_id(loading.model)
     boards: list[BoardSpeeds] = []
     networks: list[Network] = []
     for address in workers:
@@ -174,25 +174,17 @@ def plan_boards(
 def speeds_here(path: str | Path, options: EngineOptions, tell: Callable[[str], None]) -> MachineSpeeds | Unmeasured:
     """This machine's, for the experts of a model: measured once and kept, as `doctor` does."""
     model = Loading(path, options).model
-    by_type: dict[int, int] = {}
-    for piece in model.pieces:
-        by_type[piece.type] = by_type.get(piece.type, 0) + piece.nbytes
-    measured = doctor(_probed(model), n_threads=options.n_threads or n_cores(), tell=tell)
+    measured = doctor(probed_file(model.files), n_threads=options.n_threads or n_cores(), tell=tell)
     return machine_speeds(
-        measured, max(by_type, key=lambda t: by_type[t]), sum(by_type.values()) // len(model.pieces),
+        measured, main_type((piece.type, piece.nbytes) for piece in model.pieces),
+        sum(piece.nbytes for piece in model.pieces) // len(model.pieces),
         disk_bytes_per_second=options.disk_bytes_per_second,
     )  # fmt: skip
 
 
 def are_measured(path: str | Path, options: EngineOptions) -> bool:
     """Whether speeds_here() would only read what was kept."""
-    return is_measured(_probed(Loading(path, options).model), n_threads=options.n_threads)
-
-
-def _probed(model: ExpertModel) -> Path:
-    """The file of the model that the disk is measured with, or its folder where the file is short."""
-    largest = max(model.files, key=lambda file: file.stat().st_size)
-    return largest if largest.stat().st_size >= BLOCK_BYTES else largest.absolute().parent
+    return is_measured(probed_file(Loading(path, options).model.files), n_threads=options.n_threads)
 
 
 def _own_speeds(path: str | Path, options: EngineOptions, tell: Callable[[str], None]) -> MachineSpeeds:

@@ -14,7 +14,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from importlib import metadata
@@ -82,6 +82,12 @@ def is_measured(
     target = _target(path, cache_dir)
     kept = _read_cache(cache_file(target, cache_dir))
     return _storage_serves(kept.get("storage"), target) and _computing_serves(kept, n_threads or n_cores())
+
+
+def probed_file(files: Iterable[Path]) -> Path:
+    """The file of a model that its disk is measured with, or their folder where the largest file is short."""
+    largest = max(files, key=lambda file: file.stat().st_size)
+    return largest if largest.stat().st_size >= probe.BLOCK_BYTES else largest.absolute().parent
 
 
 def n_cores() -> int:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 from moe_edge.models.formats.floats import Float64Array
+from moe_edge.models.formats.ggml_types import main_type
 from moe_edge.models.store.experts import Piece
 from moe_edge.models.store.store import ExpertModel
 from moe_edge.runner.measure.doctor import kept_speeds, n_cores
@@ -69,10 +70,6 @@ def auto_split(
 
 def _main_type(pieces: Sequence[Piece]) -> tuple[int, int]:
     """(ggml type of most bytes, mean stored bytes of a piece of it)."""
-    stored: dict[int, list[int]] = {}
-    nbytes: dict[int, int] = {}
-    for piece in pieces:
-        stored.setdefault(piece.type, []).append(piece.stored_bytes)
-        nbytes[piece.type] = nbytes.get(piece.type, 0) + piece.nbytes
-    main = max(nbytes, key=lambda kind: nbytes[kind])
-    return main, sum(stored[main]) // len(stored[main])
+    main = main_type((piece.type, piece.nbytes) for piece in pieces)
+    stored = [piece.stored_bytes for piece in pieces if piece.type == main]
+    return main, sum(stored) // len(stored)

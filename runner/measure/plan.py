@@ -17,7 +17,7 @@ from typing import Any
 
 from moe_edge.models.errors import BudgetTooSmall, MissingFile, UsageError, printable
 from moe_edge.models.formats.floats import Float64Array
-from moe_edge.models.formats.ggml_types import F32
+from moe_edge.models.formats.ggml_types import F32, main_type
 from moe_edge.models.formats.gguf import GGUFFile, GGUFModel, open_headers, read_gguf, read_header
 from moe_edge.models.formats.write import GGUFOutput, TensorSpec
 from moe_edge.models.store.folder import find_model
@@ -25,9 +25,9 @@ from moe_edge.models.store.planes import TYPICAL_SHARE, can_pack
 from moe_edge.models.store.skeleton import IN_PLACE, file_identities, in_place_id, own_kvs, skeleton_kvs, stub_specs
 from moe_edge.models.store.source import KIND, gguf_source
 from moe_edge.models.store.store import STORE_KIND, store_path
-from moe_edge.runner.measure.doctor import Facts, Tell, doctor, machine_speeds, n_cores, with_overrides
+from moe_edge.runner.measure.doctor import Facts, Tell, doctor, machine_speeds, n_cores, probed_file, with_overrides
 from moe_edge.runner.measure.packed_split import find_split
-from moe_edge.runner.measure.probe import BLOCK_BYTES, Unmeasured, unpack_bytes_per_second
+from moe_edge.runner.measure.probe import Unmeasured, unpack_bytes_per_second
 from moe_edge.runner.memory import auto_budget, usable_bytes
 from moe_edge.runner.touched_file import TouchedFile
 from moe_edge.schedulers.budget import MemoryPlan, format_arg, format_bytes, plan_memory
@@ -285,7 +285,7 @@ def _simulated(trace: Trace, policy: PolicyOptions, m: _ModelFacts) -> Callable[
 def _read_model(path: Path, *, n_ctx: int, n_ubatch: int, n_threads: int) -> _ModelFacts:
     from moe_edge.runner.engine_options import EngineOptions
     from moe_edge.runner.prove import LOADS
-    from moe_edge.runner.sizes import sizes_of
+    from moe_edge.runner.sizes import head_bytes, sizes_of
 
     path = find_model(path)
     options = EngineOptions(n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, proof=LOADS)
@@ -307,11 +307,7 @@ def _read_model(path: Path, *, n_ctx: int, n_ubatch: int, n_threads: int) -> _Mo
             kv_positions=max(1, min(N_PROMPT, sizes.n_ctx)),
             query_share=query_share(skeleton),
         )
-        by_type: dict[int, int] = {}
-        for piece in model.pieces:
-            by_type[piece.type] = by_type.get(piece.type, 0) + piece.nbytes
         whole = sum(f.stat().st_size for f in model.files)
-        largest = max(files, key=lambda f: f.stat().st_size)
         return _ModelFacts(
             name=str(path),
             architecture=model.architecture,
@@ -319,13 +315,13 @@ def _read_model(path: Path, *, n_ctx: int, n_ubatch: int, n_threads: int) -> _Mo
             calibration=calibration,
             unlimited=unlimited,
             packed=sizes.packed,
-            expert_type=max(by_type, key=lambda t: by_type[t]),
+            expert_type=main_type((piece.type, piece.nbytes) for piece in model.pieces),
             dense_type=dense_type(skeleton),
-            piece_bytes=sum(by_type.values()) // len(model.pieces),
+            piece_bytes=sum(piece.nbytes for piece in model.pieces) // len(model.pieces),
             n_ctx=sizes.n_ctx,
             n_ubatch=sizes.n_ubatch,
             n_embd=model.layers[0].n_embd,
-            probe_target=largest if largest.stat().st_size >= BLOCK_BYTES else largest.absolute().parent,
+            probe_target=probed_file(files),
             files_bytes=whole,
             present_bytes=min(whole, sum(f.stat().st_size for f in files)),
         )
@@ -341,12 +337,6 @@ def dense_bytes_used(skeleton: GGUFFile) -> int:
     )
 
 
-def head_bytes(skeleton: GGUFFile) -> int:
-    """Bytes of the output matrix, which a prompt needs for its last token only."""
-    output = skeleton.tensors.get("output.weight") or skeleton.tensors.get("token_embd.weight")
-    return output.nbytes if output else 0
-
-
 def query_share(skeleton: GGUFFile) -> float:
     """Query heads for each KV head, the mean over layers that have any; 1 where the file does not say."""
     architecture = skeleton.kv.get("general.architecture")
@@ -360,11 +350,11 @@ def query_share(skeleton: GGUFFile) -> float:
 
 def dense_type(skeleton: GGUFFile) -> int:
     """The type that most bytes of the dense products are in."""
-    by_type: dict[int, int] = {}
-    for name, t in skeleton.tensors.items():
-        if "_exps." not in name and name not in ("token_embd.weight", "output.weight") and len(t.shape) > 1:
-            by_type[t.type] = by_type.get(t.type, 0) + t.nbytes
-    return max(by_type, key=lambda t: by_type[t], default=F32)
+    dense = [
+        (t.type, t.nbytes) for name, t in skeleton.tensors.items()
+        if "_exps." not in name and name not in ("token_embd.weight", "output.weight") and len(t.shape) > 1
+    ]  # fmt: skip
+    return main_type(dense) if dense else F32
 
 
 @contextlib.contextmanager

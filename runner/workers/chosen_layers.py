@@ -7,14 +7,15 @@ from typing import Any
 
 from moe_edge.models.errors import BoardError
 from moe_edge.runner.loading import Loading
+from moe_edge.runner.sizes import head_bytes
 from moe_edge.runner.workers.board import Board, Network
 from moe_edge.runner.workers.part import dense_bytes_by_block, expert_bytes_by_block, n_blocks
-from moe_edge.schedulers.boards_forecast import BlockWork, BoardSpeeds
+from moe_edge.schedulers.boards_forecast import BlockWork, BoardSpeeds, runs_by_memory
 from moe_edge.schedulers.boards_split import split_by_speed
 from moe_edge.schedulers.budget import FixedSizes
 from moe_edge.schedulers.estimate import MachineSpeeds, ModelWork
 from moe_edge.schedulers.layout import Layout
-from moe_edge.schedulers.workers import AUTO, MEMORY, BoardFacts, Split, exact_split, split_layers
+from moe_edge.schedulers.workers import AUTO, MEMORY, Split, exact_split
 
 N_PROMPT = 512  # tokens in the KV cache that a token looks at, as `plan` has it
 SPEED_SECONDS = 300.0  # a board that was never measured takes a minute
@@ -30,11 +31,10 @@ def block_work(loading: Loading, layout: Layout, fixed: FixedSizes) -> tuple[Blo
     work = ModelWork(layout, model.n_expert_used, sum(dense), 0, counts, model.stored_expert_bytes / model.expert_bytes)
     kv = tuple([fixed.kv_bytes // max(1, blocks)] * blocks)
     share = min(N_PROMPT, loading.n_ctx) / max(1, loading.n_ctx)
-    output = loading.skeleton.tensors.get("output.weight") or loading.skeleton.tensors.get("token_embd.weight")
     n_embd = max((layer.n_embd for layer in model.layers), default=0)
     made = BlockWork(
         work, tuple(layer.layer for layer in model.layers), tuple(dense), tuple(expert_bytes_by_block(model, blocks)),
-        kv, share, n_embd, output.nbytes if output else others,
+        kv, share, n_embd, head_bytes(loading.skeleton) or others,
     )  # fmt: skip
     return made, fixed.compute_bytes + fixed.scratch_bytes
 
@@ -65,8 +65,9 @@ def choose_runs(
     """The layers of each board. Raises UsageError for a split that is not the model's; BoardError."""
     if not isinstance(split, str):
         return exact_split(split, model.expert_bytes, len(boards))
+    by_memory = runs_by_memory(model, [int(board.facts["ram_bytes"]) for board in boards])
     if split == MEMORY or len(boards) == 1:
-        return runs_by_memory(boards, model)
+        return by_memory
     speeds: list[BoardSpeeds] = []
     for board in boards:
         if split != AUTO:
@@ -77,10 +78,5 @@ def choose_runs(
             if split != AUTO or board.why_lost:
                 raise
             tell(f"layers go by memory alone: {e}; `moe-edge plan --workers` measures it, and then they go by speed")
-            return runs_by_memory(boards, model)
+            return by_memory
     return split_by_speed(model, speeds)
-
-
-def runs_by_memory(boards: Sequence[Board], model: BlockWork) -> list[range]:
-    facts = [BoardFacts(int(board.facts["ram_bytes"])) for board in boards]
-    return split_layers(facts, model.dense_bytes, model.expert_bytes, model.kv_bytes)
