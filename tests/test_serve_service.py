@@ -241,7 +241,7 @@ def test_a_prompt_that_is_too_long_is_refused_before_a_stream_begins(path: str) 
 
 @pytest.mark.parametrize("path", GENERATING)
 def test_a_client_that_waits_for_a_prompt_hears_from_us(path: str) -> None:
-    model = FakeModel(says("done"), prefill_seconds=0.3)
+    model = FakeModel(says("done"), prefill_seconds=1.0)
     with serving(model, {"keep_alive_seconds": 0.05}) as server:
         answer = server.post(path, GENERATING[path] | {"stream": True})
     assert text_of(path, answer.text) == "done"
