@@ -4,8 +4,9 @@
 
 Arms, in turns: `moe-edge` under the cap, with its reads paced by the engine as a disk of that speed; `stock-mmap` under
 the same cap, slowed by the kernel's throttle, which is kind to it: it lets a process that did not read for a while read
-faster afterwards; `moe-edge`, no cap, all experts in memory (`computing`); and `stock-read`, no cap. Page caches are
-dropped before each. A cell's cold row is the first prompt of a process, its warm row the second, of another text.
+faster afterwards; `moe-edge`, no cap, the prompt a second time, so that all its experts are in memory (`computing`);
+and `stock-read`, no cap. Page caches are dropped before each. A cell's cold row is the first prompt of a process, its
+warm row the second, of another text. `read MB` are those of experts; `unused` were read ahead and dropped again.
 
 `bound` is the larger of computing alone and of the bytes read over the disk's speed; `over` is the time over that.
 `planned` is what `moe-edge plan` says of the cold row over what was measured: before anything ran, and after, when it
@@ -45,6 +46,7 @@ class Cell:
     disk: int | None
     seconds: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     read_bytes: dict[str, list[float]] = field(default_factory=dict)
+    unused_bytes: dict[str, list[float]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     planned: float | None = None
     planned_after: float | None = None
@@ -64,10 +66,12 @@ class Bench:
         self.stock: dict[int, list[float]] = {}
 
     def job(self, arm: str, n_prompt: int, join: list[str], *, capped: bool, pace: int | None) -> Job:
+        """Two texts under a cap, one text twice without."""
         o = self.o
         n_ctx = -(-(n_prompt + N_TOKENS + 2) // CONTEXT_STEP) * CONTEXT_STEP
         _, text = texts.read_text(o.text)
         tokens = texts.pick_tokens(o.model, text, 2, n_prompt + N_TOKENS + 1)
+        tokens = tokens if capped else tokens[:1] * 2
         ram = self.cap - PROGRAM_ALLOWANCE_BYTES if capped and self.cap is not None else None
         ubatch = min(o.ubatch, max(n_prompt, 32))
         return Job(arm, str(o.model.absolute()), tokens, n_prompt, n_ctx, ubatch, o.threads, ram, join, pace=pace)
@@ -104,6 +108,7 @@ class Bench:
             cell.seconds.setdefault((arm, state), []).append(each["ttft_s"])
             if arm == "moe-edge":
                 cell.read_bytes.setdefault(state, []).append(each["prefill"]["bytes_read"])
+                cell.unused_bytes.setdefault(state, []).append(each["prefill"]["wasted_bytes"])
 
     def planned(self, cell: Cell) -> float | None:
         o = self.o
@@ -141,14 +146,15 @@ def spread(values: Sequence[float] | None) -> str:
 
 def table(bench: Bench, cells: Sequence[Cell]) -> str:
     lines = [
-        "| tokens | disk | prompt | moe-edge s | stock mmap s | ratio | computing s | read MB | bound s | over | "
-        "binds | planned |",
-        "|" + "---|" * 12,
+        "| tokens | disk | prompt | moe-edge s | stock mmap s | ratio | computing s | read MB | unused | bound s | "
+        "over | binds | planned |",
+        "|" + "---|" * 13,
     ]
     for cell in cells:
         for state in ("cold", "warm"):
             ours, theirs = cell.median("moe-edge", state), cell.median("stock-mmap", state)
             read = statistics.median(cell.read_bytes.get(state, [0.0]))
+            unused = statistics.median(cell.unused_bytes.get(state, [0.0]))
             compute = statistics.median(bench.computing.get(cell.n_prompt, [0.0]))
             reading = read / cell.disk if cell.disk else 0.0
             bound = max(compute, reading)
@@ -156,7 +162,8 @@ def table(bench: Bench, cells: Sequence[Cell]) -> str:
                 str(cell.n_prompt), f"{cell.disk / 1e6:.0f} MB/s" if cell.disk else "as it is", state,
                 spread(cell.seconds.get(("moe-edge", state))), spread(cell.seconds.get(("stock-mmap", state))),
                 f"{theirs / ours:.1f}x" if ours and theirs else "N/A", f"{compute:.2f}", f"{read / 1e6:.0f}",
-                f"{bound:.2f}", f"{ours / bound:.2f}x" if ours and bound else "N/A",
+                f"{unused / read:.0%}" if read else "", f"{bound:.2f}",
+                f"{ours / bound:.2f}x" if ours and bound else "N/A",
                 "reading" if reading > compute else "computing",
                 f"{cell.planned / ours:.2f}, {cell.planned_after / ours:.2f}"
                 if state == "cold" and cell.planned and cell.planned_after and ours

@@ -8,6 +8,7 @@ from moe_edge.runner.native import NativeModel
 from moe_edge.schedulers.layout import Layout
 from moe_edge.schedulers.lookahead.around import LookAheadPolicy
 from moe_edge.schedulers.lookahead.controller import Measured
+from moe_edge.schedulers.lookahead.prompt_window import PromptSums
 from moe_edge.schedulers.policy import Policy
 
 
@@ -17,6 +18,7 @@ def use_policy(native: NativeModel, policy: Policy, layout: Layout, n_used: int)
     native.schedule, native.meanwhile = policy.plan, policy.meanwhile
     native.part_changes = None if policy.packed is None else policy.packed.take_changes
     native.wants_routing = policy.wants_routing
+    policy.measure_prompts(lambda: _prompt_sums(native))
     if isinstance(policy, LookAheadPolicy):
         native.set_lookahead(policy.depth, min(2 * n_used, min(layout.n_experts)))
         native.announce = policy.plan_ahead
@@ -40,3 +42,9 @@ def _measured(native: NativeModel) -> Measured:
     """The sums that the look-ahead controller decides by."""
     stall, busy, nbytes = native.some_counters("stall_ns", "disk_busy_ns", "bytes_read")
     return Measured(time.perf_counter(), stall * 1e-9, busy * 1e-9, nbytes)
+
+
+def _prompt_sums(native: NativeModel) -> PromptSums:
+    """The sums that a prompt's window follows."""
+    step, stall, busy, nbytes = native.some_counters("step_ns", "stall_ns", "disk_busy_ns", "bytes_read")
+    return PromptSums(time.perf_counter(), step * 1e-9, stall * 1e-9, busy * 1e-9, nbytes)

@@ -161,8 +161,9 @@ class ExpertCache:
         return victims
 
     def add_ahead(self, units: Sequence[int], allowance: float) -> list[tuple[int, list[int]]]:
-        """Put in absent units that a later step needs, in this order, as far as `allowance` bytes go; each with its
-        victims. Nothing goes that is in use, protected, or put in here. The present step may not add any more."""
+        """Put in absent units that a later step needs, in this order, as far as free room and then `allowance` bytes
+        go; each with its victims. Nothing goes that is in use, protected, or put in here. The present step may not add
+        any more."""
         before, self._window = self._protected, None
         in_use = self._in_use()
         self.protect(before | in_use | frozenset(units))
@@ -170,10 +171,11 @@ class ExpertCache:
         added: list[tuple[int, list[int]]] = []
         for unit in units:
             size = self._unit_bytes[unit]
-            if size > allowance or kept_bytes + size > self.arena_bytes:
-                break
+            if self.used_bytes + size > self.arena_bytes:
+                if size > allowance or kept_bytes + size > self.arena_bytes:
+                    break
+                allowance -= size
             added.append((unit, self.add(unit)))
-            allowance -= size
             kept_bytes += size
         self.protect(before)
         return added

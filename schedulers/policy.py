@@ -6,13 +6,14 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from moe_edge.models.calibration import Calibration
 from moe_edge.schedulers.cache import ExpertCache
 from moe_edge.schedulers.layout import Layout, Prefetch, Selection, Selections, Step, StepPlan
 from moe_edge.schedulers.lookahead.around import with_lookahead
+from moe_edge.schedulers.lookahead.prompt_window import PromptSums
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.packed import PackedCache, PackedSplit
 from moe_edge.schedulers.policies import find_policy
@@ -84,6 +85,10 @@ class Policy(Protocol):
 
         The time is the disk's: what it costs is seldom waited for. Returns what to fetch ahead, in this order.
         """
+        ...
+
+    def measure_prompts(self, measure: Callable[[], PromptSums] | None) -> None:
+        """Give what says how long a prompt's layers waited, by the clock; None: nothing does, as in a replay."""
         ...
 
     def reset(self, resident: Iterable[int]) -> None:

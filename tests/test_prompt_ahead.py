@@ -10,7 +10,8 @@ from conftest import open_engine
 from moe_edge.schedulers.cache import ExpertCache
 from moe_edge.schedulers.eviction import RULES
 from moe_edge.schedulers.layout import Layout, Step
-from moe_edge.schedulers.lookahead.prompt import PROMPT_SHARE, PROMPT_TOKENS, PromptAhead
+from moe_edge.schedulers.lookahead.prompt import PROMPT_TOKENS, PromptAhead
+from moe_edge.schedulers.lookahead.prompt_window import MOST_SHARE, PROMPT_SHARE, PromptSums, PromptWindow
 from moe_edge.schedulers.options import PolicyOptions
 from moe_edge.schedulers.policy import make_policy
 from random_models import Shape, write_random_model
@@ -29,7 +30,7 @@ def prompt_step(layer: int, experts: list[int], n_tokens: int = PROMPT_TOKENS) -
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_it_stays_within_its_share_and_evicts_nothing_in_use(rule: str) -> None:
+def test_it_takes_free_room_and_its_share_and_evicts_nothing_in_use(rule: str) -> None:
     layout, n_places = small_layout(), 100
     policy = make_policy(PolicyOptions(cache=rule), layout, n_places * SIZE)
     for number in range(4):
@@ -37,10 +38,14 @@ def test_it_stays_within_its_share_and_evicts_nothing_in_use(rule: str) -> None:
             step = prompt_step(layer, list(range(64)))
             plan = policy.plan(step)
             assert step.later or layer == 2  # some rules learn after the last layer too
+            free = n_places - policy.used_bytes // SIZE
+            assert (free > 0) == (number == 0 and layer == 0)
             fetched = policy.meanwhile(step)
             own = set(layout.layer_units(layer))
             # of the last layer nothing is read before a micro-batch has used it
-            assert len(fetched) == (PROMPT_SHARE * n_places if layer == 0 or (layer == 1 and number) else 0)
+            share = PROMPT_SHARE * n_places if layer == 0 or (layer == 1 and number) else 0
+            assert len(fetched) == min(free + share, n_places - len(own))
+            assert sum(bool(victims) for _, victims in fetched) == len(fetched) - free
             for unit, victims in fetched:
                 assert unit in layout.layer_units(layer + 1) and unit in policy.cache
                 assert not own & set(victims)
@@ -57,9 +62,7 @@ def test_the_most_used_of_the_micro_batch_before_come_first() -> None:
     ahead.note(second)
     first = prompt_step(0, [0, 1])
     cache.note(first)
-    for unit in (0, 1):
-        cache.add(unit)
-    cache.reset((0, 1))
+    cache.reset((0, 1, *range(2, 36), *layout.layer_units(2)))  # full
     cache.note(first)
     # 4, 9 and 14 had five tokens each, 3 had four; experts that were not used are not read at all.
     assert [unit - 64 for unit, _ in ahead.fetch(first)] == [4, 9, 14]
@@ -98,6 +101,50 @@ def test_of_the_last_layer_only_what_its_wanted_tokens_used_is_read(used: list[i
     assert sorted(fetched) == used
 
 
+def test_the_window_is_what_the_disk_reads_between_two_layers() -> None:
+    window = PromptWindow(1000)
+    window.first_layer(PromptSums(5.0, 4.0, 1.0, 2.0, 700))  # whatever was before the prompt says nothing
+    assert window.bytes == PROMPT_SHARE * 1000
+    window.layer(PromptSums(6.0, 4.6, 1.2, 2.5, 750))  # 0.4 s between layers, 100 bytes a second
+    assert window.bytes == pytest.approx(40)
+    window.layer(PromptSums(7.0, 5.0, 1.4, 3.3, 830))
+    assert window.bytes == pytest.approx(60)
+    window.first_layer(PromptSums(27.0, 6.0, 1.9, 4.3, 930))
+    assert window.bytes == pytest.approx(60)
+    window.layer(PromptSums(28.0, 6.4, 1.9, 5.3, 1030))  # nothing was waited for
+    assert window.bytes == pytest.approx(0.95 * 60)
+    window.layer(PromptSums(29.0, 6.5, 2.8, 5.4, 1130))  # however much it is, this is the most
+    assert window.bytes == MOST_SHARE * 1000
+    for i in range(100):
+        window.layer(PromptSums(30.0 + i, 6.5, 2.8, 5.4, 1130))
+    assert window.bytes == PROMPT_SHARE * 1000
+
+
+def test_a_prompt_that_waits_reads_more_ahead_until_a_token_is_decoded() -> None:
+    layout = small_layout(n_layers=6)
+    policy = make_policy(PolicyOptions(cache="lru"), layout, 200 * SIZE)
+    clock = iter(range(100))
+
+    def measure() -> PromptSums:  # four places a second are read; of ten seconds seven are between layers
+        n = next(clock)
+        return PromptSums(10.0 * n, 3.0 * n, 2.0 * n, 4.0 * n, 16 * n * SIZE)
+
+    policy.measure_prompts(measure)
+
+    def prompt() -> list[int]:
+        counts = []
+        for layer in range(6):
+            policy.plan(step := prompt_step(layer, list(range(64))))
+            counts.append(len(policy.meanwhile(step)))
+        return counts
+
+    prompt()
+    assert prompt()[:5] == [28] * 5  # seven seconds of four places
+    for layer in 2 * list(range(6)):
+        policy.plan(Step(layer, [1], [1], [1.0], [1.0], 1))
+    assert prompt()[0] == 6
+
+
 def test_decoding_leaves_what_a_prompt_used_as_it_was() -> None:
     layout = small_layout()
     cache = ExpertCache(layout, 100 * SIZE)
@@ -113,7 +160,7 @@ def test_decoding_leaves_what_a_prompt_used_as_it_was() -> None:
 def test_an_expert_in_memory_at_any_level_is_left_alone() -> None:
     layout = small_layout(n_levels=2)
     cache = ExpertCache(layout, 100 * SIZE)
-    cache.reset([layout.first_unit[1] + 1])  # expert 0 of layer 1, low
+    cache.reset([layout.first_unit[1] + 1, *list(layout.layer_units(2))[:99]])  # expert 0 of layer 1, low; full
     step = prompt_step(0, list(range(64)))
     cache.note(step)
     units = [unit for unit, _ in PromptAhead(layout, cache).fetch(step)]

@@ -78,6 +78,7 @@ def record_trace(
     size = 1 if one_by_one else engine.n_ubatch
     try:
         engine.set_policy(policy or PolicyOptions())
+        engine.policy.measure_prompts(None)  # a replay has no clock
         if attention:
             engine.native.watch_attention()
         resident, held, before = engine.native.resident_units(), engine.native.held_parts(), engine.counters()

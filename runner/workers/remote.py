@@ -13,6 +13,7 @@ from moe_edge.models.store.store import ExpertModel
 from moe_edge.runner.capi import Counters
 from moe_edge.runner.workers.board import Board
 from moe_edge.schedulers.layout import Prefetch, Selection, Selections, Step, StepPlan
+from moe_edge.schedulers.lookahead.prompt_window import PromptSums
 from moe_edge.schedulers.policies.levels import IntArray, PolicyStats
 
 
@@ -164,6 +165,9 @@ class RemotePolicy:
 
     def select_many(self, selections: Selections) -> IntArray | None:
         raise NotImplementedError("the boards schedule")
+
+    def measure_prompts(self, measure: Callable[[], PromptSums] | None) -> None:
+        """Each board goes by its own clock."""
 
     def reset(self, resident: Iterable[int]) -> None:
         """Each board has done so when it told what failed."""

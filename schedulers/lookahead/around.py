@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 from moe_edge.schedulers.cache import ExpertCache
 from moe_edge.schedulers.layout import SKIP, Ahead, Layout, Prefetch, Selection, Selections, Step, StepPlan
 from moe_edge.schedulers.lookahead.controller import Controller, Measured
+from moe_edge.schedulers.lookahead.prompt_window import PromptSums
 from moe_edge.schedulers.lookahead.rules import make_rule
 from moe_edge.schedulers.lookahead.rules.rule import MOST_DEPTH, Predicted, Rule
 from moe_edge.schedulers.packed import PackedCache
@@ -65,6 +66,8 @@ class Inner(Protocol):
     def reset(self, resident: Iterable[int]) -> None: ...
 
     def new_conversation(self) -> None: ...
+
+    def measure_prompts(self, measure: Callable[[], PromptSums] | None) -> None: ...
 
 
 AnyPolicy = TypeVar("AnyPolicy", bound=Inner)
@@ -159,6 +162,9 @@ class LookAheadPolicy:
 
     def new_conversation(self) -> None:
         self.inner.new_conversation()
+
+    def measure_prompts(self, measure: Callable[[], PromptSums] | None) -> None:
+        self.inner.measure_prompts(measure)
 
     # ---- each step
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from moe_edge.schedulers.layout import Layout, Prefetch, Step, StepPlan
 from moe_edge.schedulers.lookahead.prompt import PromptAhead
+from moe_edge.schedulers.lookahead.prompt_window import PromptSums
 from moe_edge.schedulers.packed import PackedSplit
 from moe_edge.schedulers.policies.entry import PolicyEntry
 from moe_edge.schedulers.policies.levels import HIGH, LevelPolicy
@@ -32,7 +33,11 @@ class ExactLru(LevelPolicy):
         self, rule: str, usage: Usage | None = None, count: Usage | None = None, packed: PackedSplit | None = None
     ) -> None:
         super().use_cache(rule, usage, count, packed)
-        self._ahead = PromptAhead(self._layout, self.cache)
+        measure, self._ahead = self._ahead.measure, PromptAhead(self._layout, self.cache)
+        self._ahead.measure = measure
+
+    def measure_prompts(self, measure: Callable[[], PromptSums] | None) -> None:
+        self._ahead.measure = measure
 
     def plan(self, step: Step) -> StepPlan | None:
         self.stats.wanted_high += len(step.experts)

@@ -6,7 +6,7 @@ used, further ones are not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from moe_edge.models.calibration import Calibration
 from moe_edge.schedulers.cache import ExpertCache
 from moe_edge.schedulers.layout import SKIP, Layout, Prefetch, Selection, Selections, Step, StepPlan
+from moe_edge.schedulers.lookahead.prompt_window import PromptSums
 from moe_edge.schedulers.packed import PackedCache, PackedSplit
 from moe_edge.schedulers.usage import Usage
 
@@ -107,6 +108,9 @@ class LevelPolicy:
     def reset(self, resident: Iterable[int]) -> None:
         """Forget the cache state and start from these units. The counts go on."""
         self.cache.reset(resident)
+
+    def measure_prompts(self, measure: Callable[[], PromptSums] | None) -> None:
+        """Let what is read ahead for a prompt follow the engine's sums, or not. Nothing is, but by the exact policy."""
 
     def meanwhile(self, step: Step) -> Sequence[Prefetch]:
         """Let the eviction rule learn. Nothing is fetched ahead: what level the next layer gets is not known yet."""
