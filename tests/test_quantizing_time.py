@@ -144,6 +144,28 @@ def test_a_forecast_goes_by_what_was_measured_once_a_tenth_is_done() -> None:
     assert [clock(s) for s in (12, 420, 7500)] == ["12 s", "7 min", "2 h 05 min"]
 
 
+def test_stages_to_come_are_as_slow_as_those_before_were() -> None:
+    """The rehearsal fell into a slow phase of the machine: a calibration of 621 s was forecast at 14 minutes."""
+    now = [0.0]
+    forecast = Forecast(lambda: now[0])
+    forecast.plan("watching", 30)
+    forecast.plan("writing", 100)
+    forecast.plan("settings", 10)
+    forecast.know({"watching": 1.0, "writing": 5.0, "settings": 20.0})
+    now[0] += 3.0
+    forecast.step("watching", 6)
+    assert forecast.left() == pytest.approx(24 * 0.5 + 0.5 * (500 + 200)), "half as long as rehearsed"
+    now[0] += 57.0
+    forecast.step("watching", 24)
+    assert forecast.left() == pytest.approx(2 * (500 + 200))
+    now[0] += 40.0
+    forecast.step("writing", 20)
+    assert forecast.left() == pytest.approx(80 * 2 + 200 * 100 / 130)
+    now[0] += 1e6
+    forecast.step("writing", 80)
+    assert forecast.left() == 200 * 3, "a pause is no pace"
+
+
 # ---- an importance matrix alone ----------------------------------------------------------------------------
 
 

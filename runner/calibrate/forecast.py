@@ -1,7 +1,8 @@
 """How long a calibrated conversion will take: what its stages have to do, and how long one unit of each takes.
 
 The times of units are measured on the model itself before most of the work is done (rehearse.py), and replaced by what
-a stage really takes as it goes on.
+a stage really takes as it goes on. The stages that are still to come are taken to be as much faster or slower than the
+rehearsal as those before them were: the rehearsal lasts seconds, in which a machine may be busy otherwise.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ WORDS = {
     "substitution": "substitution", "writing": "quantizing and writing", "settings": "proof and settings",
 }  # fmt: skip
 SAY_SECONDS = 20.0  # between lines of progress that say how long is left
+PACE_SECONDS = 5.0  # of work done, by the rehearsal, before it is compared with what it took
+MOST_PACE = 3.0  # times as fast or as slow as the rehearsal
 
 
 @dataclass
@@ -32,10 +35,15 @@ class Stage:
     before: float = 0.0
     spent: float = 0.0
 
-    def left(self) -> float:
-        """Seconds: by what was measured here once a tenth is done, before by the forecast."""
+    @property
+    def rehearsed(self) -> float:
+        """Seconds that what this run has done would have taken, by the forecast."""
+        return (self.done - self.before) * (self.each or 0.0)
+
+    def left(self, pace: float) -> float:
+        """Seconds: by what was measured here once a tenth is done, before by the forecast times the pace."""
         mine = self.done - self.before
-        each = self.each or 0.0
+        each = (self.each or 0.0) * pace
         if mine > 0 and mine >= 0.1 * (self.units - self.before):
             each = self.spent / mine
         return max(0.0, self.units - self.done) * each
@@ -78,12 +86,22 @@ class Forecast:
         """Seconds since it began."""
         return self._now() - self._started
 
+    def pace(self) -> float:
+        """Seconds that work took over the seconds that the rehearsal gave it; 1 while little is done."""
+        known = [stage for stage in self.stages.values() if stage.each and stage.spent]
+        rehearsed = sum(stage.rehearsed for stage in known)
+        if rehearsed < PACE_SECONDS:
+            return 1.0
+        return min(MOST_PACE, max(1 / MOST_PACE, sum(stage.spent for stage in known) / rehearsed))
+
     def left(self) -> float:
-        return sum(stage.left() for stage in self.stages.values())
+        pace = self.pace()
+        return sum(stage.left(pace) for stage in self.stages.values())
 
     def text(self) -> str:
         """The whole forecast, stage by stage, of what is left and what has passed."""
-        parts = [f"{WORDS[name]} {clock(stage.left())}" for name, stage in self.stages.items() if stage.left() >= 0.5]
+        left = {name: stage.left(self.pace()) for name, stage in self.stages.items()}
+        parts = [f"{WORDS[name]} {clock(seconds)}" for name, seconds in left.items() if seconds >= 0.5]
         return f"forecast: {clock(self.passed + self.left())} in all, {clock(self.left())} left: " + ", ".join(parts)
 
     def suffix(self) -> str:
