@@ -13,8 +13,9 @@ constexpr size_t TILE_BYTES = 128u << 10;  // of weights: many tiles for the thr
 constexpr int64_t TILE_OPERANDS = 16;      // rows of the input multiplied at a time
 constexpr int64_t INTERLEAVED = 8;         // the most weight rows that ggml interleaves
 
-// Types whose products take fewer instructions this way on ARM, repacking included, for one row as for 128. Counted in
-// emulation (tests/arm/count.py; docs/LOG.md, 2026-11-28). x86-64 has tiled kernels for many rows, which are not beaten.
+// Types that gain on ARM: repacking a matrix pays after one row of input or two, and each row after that takes 1.3 to 3.8
+// times fewer instructions, the fewer the more rows come together. Other types repack at the price of ten rows and more, or
+// gain nothing. Counted in emulation (tests/arm/count.py; docs/LOG.md, 2026-11-28). On x86-64 tiled kernels serve many rows.
 static bool gains(ggml_type type) {
 #ifdef __aarch64__
     return type == GGML_TYPE_Q4_0 || type == GGML_TYPE_MXFP4;

@@ -5,7 +5,6 @@
 // matrix in the buffer type CPU_REPACK, or without. Everything goes through ggml's public interface.
 #pragma once
 #include <cstdint>
-#include <string>
 #include <vector>
 
 #include "ggml-backend.h"
