@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "device.h"
+#include "repack.h"
 #include "step.h"
 
 namespace moe_edge {
@@ -117,10 +118,20 @@ static void unload_uncounted_backends() {
 #endif
 }
 
+// ggml says in its log what it repacks, which here is every expert that is read. Taken once more by whoever takes llama.cpp's
+// log after us (me_log in capi.h).
+static void filter_log() {
+    ggml_log_callback theirs = nullptr;
+    void * user = nullptr;
+    ggml_log_get(&theirs, &user);
+    if (theirs && !user) ggml_log_set(log_without_repacking, reinterpret_cast<void *>(theirs));
+}
+
 void register_backend() {
     static bool done = false;
     if (done) return;
     unload_uncounted_backends();
+    filter_log();
     fill_device(g_device, &g_reg, {device_name, device_description, device_memory, device_type, device_init, device_supports_op});
     ggml_backend_register(&g_reg);
     done = true;

@@ -12,6 +12,7 @@
 #include "ggml_abi.h"
 #include "graph.h"
 #include "handle.h"
+#include "repack.h"
 #include "selection.h"
 
 using namespace moe_edge;
@@ -58,6 +59,14 @@ int32_t me_register(char * error) {
     }
 }
 
+void me_log(int32_t level, const char * text, void * user) {
+    log_without_repacking(static_cast<ggml_log_level>(level), text, user);
+}
+
+int32_t me_kernel(int32_t type, int64_t n_cols, int64_t n_rows, int32_t repacking) {
+    return static_cast<int32_t>(kernel_of(static_cast<ggml_type>(type), n_cols, n_rows, repacking));
+}
+
 void me_set_zstd(void * create, void * free, void * decompress, void * is_error) {
     zstd.create = reinterpret_cast<decltype(zstd.create)>(create);
     zstd.free = reinterpret_cast<decltype(zstd.free)>(free);
@@ -78,6 +87,7 @@ int32_t me_unpack(const char * stored, int64_t stored_bytes, int32_t type, char 
 me_model * me_model_open(const me_model_desc * desc, char * error) {
     try {
         auto * m = new me_model(*desc);
+        Ffn::choose_kernels(m->model, desc->repacking);
         m->model.schedule = desc->schedule;
         m->model.announce = desc->announce;
         m->model.select = desc->select;

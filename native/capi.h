@@ -18,6 +18,10 @@ enum me_schedule_status {
     ME_SCHEDULE_RESIDENT = 3,  // all are in memory at level 0: compute them in the order asked; nothing was written
 };
 
+// Which matrices are multiplied by ggml's repacked kernels: those of types that gain by it on this processor, all that ggml
+// can repack, none. See native/repack.h.
+enum me_repacking { ME_REPACK_AUTO = 0, ME_REPACK_ALWAYS = 1, ME_REPACK_NEVER = 2 };
+
 struct me_piece_desc {  // one projection of one expert at one level
     int32_t file, type, projection, codec;  // codec: see native/codec.h
     int64_t offset, stored_bytes, nbytes, cols, rows;  // stored_bytes from offset in the file; nbytes of the matrix
@@ -84,6 +88,7 @@ struct me_model_desc {
     int64_t n_pieces;
     int32_t n_paths, n_layers, n_levels, n_io_threads, direct_io;
     int32_t page_bytes;            // 0: the system's; more: as if its pages were so large
+    int32_t repacking;             // an me_repacking
     me_schedule_fn schedule;
     me_announce_fn announce;  // or null
     me_select_fn select;      // or null
@@ -157,6 +162,12 @@ ME_API void me_abi(struct me_abi_info * out);
 // ggml_tensor_overhead() of the ggml that is loaded now: the size of a ggml_tensor and its header.
 ME_API int32_t me_loaded_tensor_overhead(void);
 ME_API int32_t me_register(char * error);
+// A ggml_log_callback whose user data is another one: it hands on what it hears, without the line that ggml writes for each
+// matrix it repacks. Whoever takes ggml's log should take it through this one.
+ME_API void me_log(int32_t level, const char * text, void * user);
+// How experts' matrices of this type and shape are multiplied: 0 as they are, 1 repacked, each row of the input by itself,
+// 2 repacked, rows together. repacking: an me_repacking.
+ME_API int32_t me_kernel(int32_t type, int64_t n_cols, int64_t n_rows, int32_t repacking);
 // zstd's ZSTD_createDCtx, ZSTD_freeDCtx, ZSTD_decompressDCtx and ZSTD_isError; before a model with packed pieces is opened.
 ME_API void me_set_zstd(void * create, void * free, void * decompress, void * is_error);
 // Unpack one matrix of nbytes of a ggml type from `stored`; for checks.

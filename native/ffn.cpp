@@ -14,6 +14,9 @@ constexpr int64_t ROW_TILE = 16;    // weight rows kept in L1 while a group's ro
 
 static ggml_type vec_dot_type(ggml_type weights) { return ggml_get_type_traits_cpu(weights)->vec_dot_type; }
 
+// What a product's input rows are in.
+static ggml_type input_type(const Piece & p) { return p.kernel == Kernel::PLAIN ? vec_dot_type(p.type) : GGML_TYPE_F32; }
+
 // Products and activations of one row, its quantized hidden row, its input and its output.
 static int64_t row_work_bytes(const Layer & l) {
     const int64_t n_tensors = std::max(5, l.activation_tensors + 1);
@@ -55,12 +58,7 @@ static void quantize_rows(const QuantizeTask & t, int ith, int nth) {
     }
 }
 
-struct DotTask {  // out[row][0..n_rows) = weights . x[row], for the rows of one group
-    const char * weights; ggml_type type;
-    int64_t n_cols, n_weight_rows;
-    struct Operand { const char * x; float * out; };
-    const Operand * operands; int64_t n_operands;
-};
+static int64_t chunk_rows(const DotTask & t) { return t.kernel == Kernel::PLAIN ? ROW_CHUNK : Tile::rows(t.type, t.n_cols); }
 
 static void dot_rows(const DotTask & t, int64_t from, int64_t to) {
     const auto vec_dot = ggml_get_type_traits_cpu(t.type)->vec_dot;
@@ -115,15 +113,18 @@ struct Ffn::Task {
     std::vector<int64_t> chunk_start;  // cumulative chunks of dots
     std::vector<DotTask::Operand> operands;
     std::vector<CopyTask> copies;
+    const std::vector<Tile *> * tiles = nullptr;  // for dots
     std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
 
-    void finish_dots() {
+    void finish_dots(const Lane & lane) {
+        tiles = &lane.tiles;
         chunk_start.assign(1, 0);
         size_t at = 0;
         for (DotTask & d : dots) {
             d.operands = operands.data() + at;
             at += static_cast<size_t>(d.n_operands);
-            chunk_start.push_back(chunk_start.back() + (d.n_weight_rows + ROW_CHUNK - 1) / ROW_CHUNK);
+            chunk_start.push_back(chunk_start.back() + (d.n_weight_rows + chunk_rows(d) - 1) / chunk_rows(d));
         }
     }
 };
@@ -132,13 +133,18 @@ struct FfnTasks {
     static void quantize(ggml_tensor *, int ith, int nth, void * arg) {
         for (const QuantizeTask & q : static_cast<Ffn::Task *>(arg)->quantize) quantize_rows(q, ith, nth);
     }
-    static void dots(ggml_tensor *, int, int, void * arg) {
+    static void dots(ggml_tensor *, int ith, int, void * arg) {
         Ffn::Task & t = *static_cast<Ffn::Task *>(arg);
         size_t d = 0;
         for (int64_t c = t.next.fetch_add(1); c < t.chunk_start.back(); c = t.next.fetch_add(1)) {
             while (c >= t.chunk_start[d + 1]) d++;
-            const int64_t from = (c - t.chunk_start[d]) * ROW_CHUNK;
-            dot_rows(t.dots[d], from, std::min(from + ROW_CHUNK, t.dots[d].n_weight_rows));
+            const DotTask & dot = t.dots[d];
+            const int64_t from = (c - t.chunk_start[d]) * chunk_rows(dot), to = std::min(from + chunk_rows(dot), dot.n_weight_rows);
+            if (dot.kernel == Kernel::PLAIN) {
+                dot_rows(dot, from, to);
+            } else if (!(*t.tiles)[static_cast<size_t>(ith)]->multiply(dot, from, to)) {
+                t.failed = true;
+            }
         }
     }
     static void sum(ggml_tensor *, int ith, int nth, void * arg) {
@@ -198,7 +204,13 @@ void Ffn::set_threads(int n) {
     n_threads_ = n;
     all_ = std::make_unique<Lane>(n);
     own_.clear();
-    for (int i = 0; i < n; i++) own_.push_back(std::make_unique<Lane>(1));
+    tiles_.clear();
+    for (int i = 0; i < n; i++) {
+        own_.push_back(std::make_unique<Lane>(1));
+        tiles_.push_back(std::make_unique<Tile>());
+        own_.back()->tiles.push_back(tiles_.back().get());
+        all_->tiles.push_back(tiles_.back().get());
+    }
 }
 
 static void grow(std::vector<char> & v, int64_t bytes) {
@@ -211,6 +223,21 @@ void Ffn::reserve(Lane & lane, const Step & s, int64_t hidden_rows) {
     const Layer & l = s.model->layers[static_cast<size_t>(s.layer_pos)];
     grow(lane.work_area, lane_bytes(l, s.n_tokens));
     grow(lane.hidden, hidden_rows * l.n_ff * 4);
+}
+
+void Ffn::choose_kernels(Model & m, int32_t repacking) {
+    for (int id = 0; id < m.n_units(); id++) {
+        Unit & u = m.unit(id);
+        for (int p = 0; p < u.n_pieces; p++) {
+            Piece & piece = u.pieces[p];
+            piece.kernel = kernel_of(piece.type, piece.cols, piece.rows, repacking);
+            if (piece.kernel == Kernel::PLAIN) continue;
+            const auto eight_rows = static_cast<int64_t>(8 * ggml_row_size(piece.type, piece.cols));
+            m.tile_bytes = std::max(m.tile_bytes, Tile::bytes(piece.type, piece.cols));
+            m.rearranging_bytes = std::max({m.rearranging_bytes, static_cast<int64_t>(REPACK_BYTES), eight_rows});
+        }
+    }
+    m.rearrange = [](const Piece & p, char * data) { repack_in_place(p.type, p.cols, p.rows, data); };
 }
 
 int64_t Ffn::scratch_bytes(const Model & m, int64_t n_ubatch, int64_t n_used, int n_threads) {
@@ -226,7 +253,7 @@ int64_t Ffn::scratch_bytes(const Model & m, int64_t n_ubatch, int64_t n_used, in
         most = std::max(most, x + quantized + lanes + hidden + rows + routed);
     }
     // the CPU backends' own work buffers: ggml's tiled kernels take 512 KiB a thread
-    return most + (int64_t{1} << 20) * n_threads + (int64_t{1} << 20);
+    return most + m.tile_bytes * n_threads + m.rearranging_bytes * 2 * m.io_threads() + (int64_t{1} << 20) * n_threads + (int64_t{1} << 20);
 }
 
 void Ffn::begin(Step & s, const ggml_tensor * x) {
@@ -281,6 +308,11 @@ static bool compute(Lane & lane, ggml_cgraph * graph, std::string & error) {
     const ggml_status status = ggml_backend_graph_compute(lane.cpu, graph);
     if (status != GGML_STATUS_SUCCESS) error = std::string("ggml could not compute the experts: ") + ggml_status_to_string(status);
     return status == GGML_STATUS_SUCCESS;
+}
+
+static bool repacked_failed(const std::atomic<bool> & failed, std::string & error) {
+    if (failed) error = "ggml could not compute the repacked experts; is there memory for the work space of its threads?";
+    return failed;
 }
 
 // Time a cooperative graph as computing.
@@ -367,7 +399,7 @@ bool Ffn::run_workers(Step & s, const std::function<void(int)> & worker, std::st
     for (const Group & g : s.groups) {
         const Unit & u = s.model->unit(g.unit);
         for (int p = 0; p < u.n_pieces; p++) {
-            if (u.pieces[p].projection != DOWN) x_rows(vec_dot_type(u.pieces[p].type), s, quantize_x.quantize);
+            if (u.pieces[p].projection != DOWN) x_rows(input_type(u.pieces[p]), s, quantize_x.quantize);
         }
     }
     Lane & lane = *all_;
@@ -405,7 +437,8 @@ bool Ffn::small(Lane & lane, Step & s, const std::vector<Group *> & ready, const
     place_hidden(lane, s, ready, down);
     down.insert(down.end(), hidden.begin(), hidden.end());
     if (!add_down(lane, graph, s, down, quantize_h, down_dots, error)) return false;
-    if (!compute(lane, graph, error)) return false;
+    if (!compute(lane, graph, error) || repacked_failed(up_dots.failed, error) ||
+        repacked_failed(down_dots.failed, error)) return false;
     for (Group * g : down) g->state = Group::DONE;
     return true;
 }
@@ -430,7 +463,7 @@ bool Ffn::add_hidden(Lane & lane, ggml_cgraph * graph, Step & s, const std::vect
         for (int64_t r = 0; r < g->n_rows; r++) ids[at + r] = g->expert;
         at += g->n_rows;
     }
-    dots.finish_dots();
+    dots.finish_dots(lane);
     if (!quantize.quantize.empty()) add_custom(lane, graph, FfnTasks::quantize, &quantize);
     add_custom(lane, graph, FfnTasks::dots, &dots);
     ggml_tensor * h = activation(lane, s, in, error);
@@ -448,7 +481,7 @@ void Ffn::up_dots(const Step & s, const Group & g, const ActivationInputs & in, 
     for (int p = 0; p < u.n_pieces; p++) {
         const Piece & piece = u.pieces[p];
         if (piece.projection == DOWN) continue;
-        const ggml_type xt = vec_dot_type(piece.type);
+        const ggml_type xt = input_type(piece);
         const char * x = x_rows(xt, s, quantize.quantize);
         ggml_tensor * out = piece.projection == UP ? in.up : piece.projection == GATE ? in.gate : in.gate_up;
         for (int64_t r = 0; r < g.n_rows; r++) {
@@ -456,7 +489,7 @@ void Ffn::up_dots(const Step & s, const Group & g, const ActivationInputs & in, 
             dots.operands.push_back({x + static_cast<size_t>(row.token) * ggml_row_size(xt, l.n_embd),
                                      static_cast<float *>(out->data) + (at + r) * out->ne[0]});
         }
-        dots.dots.push_back({m.data(u, piece), piece.type, piece.cols, piece.rows, nullptr, g.n_rows});
+        dots.dots.push_back({m.data(u, piece), piece.type, piece.kernel, piece.cols, piece.rows, nullptr, g.n_rows});
     }
 }
 
@@ -478,7 +511,7 @@ bool Ffn::add_down(Lane & lane, ggml_cgraph * graph, Step & s, const std::vector
     for (const Group * g : down) {
         Unit & u = m.unit(g->unit);
         const Piece & piece = u.piece(DOWN);
-        const ggml_type ht = vec_dot_type(piece.type);
+        const ggml_type ht = input_type(piece);
         const size_t row_bytes = ggml_row_size(ht, n_ff);
         const char * h = lane.hidden.data() + static_cast<size_t>(g->hidden_row * n_ff) * sizeof(float);
         const char * hq = h;
@@ -495,9 +528,9 @@ bool Ffn::add_down(Lane & lane, ggml_cgraph * graph, Step & s, const std::vector
             const Row & row = s.rows[static_cast<size_t>(g->first_row + r)];
             dots.operands.push_back({hq + static_cast<size_t>(r) * row_bytes, reinterpret_cast<float *>(s.output(row))});
         }
-        dots.dots.push_back({m.data(u, piece), piece.type, piece.cols, piece.rows, nullptr, g->n_rows});
+        dots.dots.push_back({m.data(u, piece), piece.type, piece.kernel, piece.cols, piece.rows, nullptr, g->n_rows});
     }
-    dots.finish_dots();
+    dots.finish_dots(lane);
     if (!quantize.quantize.empty()) add_custom(lane, graph, FfnTasks::quantize, &quantize);
     if (!down.empty()) add_custom(lane, graph, FfnTasks::dots, &dots);
     return true;
@@ -542,7 +575,7 @@ bool Ffn::large_rows(Lane & lane, Step & s, Group & g, int64_t from, int64_t n, 
     Model & m = *s.model;
     Unit & u = m.unit(g.unit);
     ggml_cgraph * graph = ggml_new_graph_custom(lane.fresh_context(), GRAPH_NODES, false);
-    Task quantize_x, gather, scatter;
+    Task quantize_x, gather, up_dots, down_dots, scatter;
     ggml_tensor * zero_ids = same_ids(lane, n, 0);
     ActivationInputs in;
     in.ids = same_ids(lane, n, g.expert);
@@ -552,24 +585,73 @@ bool Ffn::large_rows(Lane & lane, Step & s, Group & g, int64_t from, int64_t n, 
     for (int p = 0; p < u.n_pieces; p++) {
         const Piece & piece = u.pieces[p];
         if (piece.projection == DOWN) continue;
+        ggml_tensor *& product = piece.projection == UP ? in.up : piece.projection == GATE ? in.gate : in.gate_up;
+        if (piece.kernel != Kernel::PLAIN) {
+            product = repacked_product(lane, s, g, from, n, piece, up_dots, error);
+            if (!product) return false;
+            continue;
+        }
         ggml_tensor *& xg = xg_by_type[vec_dot_type(piece.type)];
         if (!xg && !(xg = gathered(lane, s, g, from, n, vec_dot_type(piece.type), quantize_x, gather, error))) return false;
-        ggml_tensor * product = product_of(lane, weight_tensor(lane, m, u, piece), xg, zero_ids, "products", error);
+        product = product_of(lane, weight_tensor(lane, m, u, piece), xg, zero_ids, "products", error);
         if (!product) return false;
-        (piece.projection == UP ? in.up : piece.projection == GATE ? in.gate : in.gate_up) = product;
         products.push_back(product);
     }
+    up_dots.finish_dots(lane);
     if (!quantize_x.quantize.empty()) add_custom(lane, graph, FfnTasks::quantize, &quantize_x);
-    add_custom(lane, graph, FfnTasks::copy, &gather);
+    if (!gather.copies.empty()) add_custom(lane, graph, FfnTasks::copy, &gather);
+    if (!up_dots.dots.empty()) add_custom(lane, graph, FfnTasks::dots, &up_dots);
     for (ggml_tensor * p : products) ggml_build_forward_expand(graph, p);
     ggml_tensor * h = activation(lane, s, in, error);
     if (!h) return false;
-    ggml_tensor * y = product_of(lane, weight_tensor(lane, m, u, u.piece(DOWN)), h, zero_ids, "output", error);
-    if (!y) return false;
-    ggml_build_forward_expand(graph, y);
-    scatter_rows(s, g, from, n, y, scatter);
-    add_custom(lane, graph, FfnTasks::copy, &scatter);
-    return compute(lane, graph, error);
+    if (u.piece(DOWN).kernel != Kernel::PLAIN) {
+        if (!repacked_down(lane, graph, s, g, from, h, down_dots, error)) return false;
+    } else {
+        ggml_tensor * y = product_of(lane, weight_tensor(lane, m, u, u.piece(DOWN)), h, zero_ids, "output", error);
+        if (!y) return false;
+        ggml_build_forward_expand(graph, y);
+        scatter_rows(s, g, from, n, y, scatter);
+        add_custom(lane, graph, FfnTasks::copy, &scatter);
+    }
+    return compute(lane, graph, error) && !repacked_failed(up_dots.failed, error) && !repacked_failed(down_dots.failed, error);
+}
+
+// A product of rows of the step's input, which it reads where they are; `dots` computes it.
+ggml_tensor * Ffn::repacked_product(Lane & lane, const Step & s, const Group & g, int64_t from, int64_t n, const Piece & piece,
+                                    Task & dots, std::string & error) {
+    ggml_tensor * product = f32_rows(lane.ctx, piece.rows, n, lane.work(static_cast<size_t>(piece.rows * n) * sizeof(float)));
+    if (!product->data) {
+        error = "the work area is too small for the products of one expert";
+        return nullptr;
+    }
+    for (int64_t r = 0; r < n; r++) {
+        const Row & row = s.rows[static_cast<size_t>(g.first_row + from + r)];
+        dots.operands.push_back({x_.data() + static_cast<size_t>(row.token * piece.cols) * sizeof(float),
+                                 static_cast<float *>(product->data) + r * piece.rows});
+    }
+    dots.dots.push_back({s.model->data(s.model->unit(g.unit), piece), piece.type, piece.kernel, piece.cols, piece.rows, nullptr, n});
+    return product;
+}
+
+// The down product of the hidden rows `h`, into the step's output.
+bool Ffn::repacked_down(Lane & lane, ggml_cgraph * graph, const Step & s, const Group & g, int64_t from, ggml_tensor * h, Task & dots,
+                        std::string & error) {
+    const Unit & u = s.model->unit(g.unit);
+    const Piece & piece = u.piece(DOWN);
+    if (!h->data && !(h->data = lane.work(ggml_nbytes(h)))) {
+        error = "the work area is too small for the hidden rows of one expert";
+        return false;
+    }
+    ggml_build_forward_expand(graph, h);
+    const int64_t n = h->ne[2];
+    for (int64_t r = 0; r < n; r++) {
+        dots.operands.push_back({static_cast<const char *>(h->data) + static_cast<size_t>(r) * h->nb[2],
+                                 reinterpret_cast<float *>(s.output(s.rows[static_cast<size_t>(g.first_row + from + r)]))});
+    }
+    dots.dots.push_back({s.model->data(u, piece), piece.type, piece.kernel, piece.cols, piece.rows, nullptr, n});
+    dots.finish_dots(lane);
+    add_custom(lane, graph, FfnTasks::dots, &dots);
+    return true;
 }
 
 // The step's input rows of a group, in `type`, side by side; `gather` copies them there.

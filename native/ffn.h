@@ -1,6 +1,7 @@
 // The arithmetic of one MoE layer at the real width, on ggml's own kernels and threads. Two ways to share the work: all
 // threads on the same experts, row chunk by row chunk (decode: latency), or each thread an expert of its own (prefill:
 // no barrier between experts, and whoever is free takes the next one that has arrived).
+// A matrix that ggml repacks is multiplied tile by tile (repack.h), for any number of rows. Others as follows.
 // Few rows for an expert: `vec_dot` over its weight rows, shared among the threads of one CPU backend. Many rows: ggml's
 // MUL_MAT_ID on that one expert, which is the kernel stock llama.cpp takes for it (tiled where there is one). The choice
 // depends on the number of rows alone, never on what is in memory, so the result is the same for every budget.
@@ -15,6 +16,7 @@
 #include "ggml-backend.h"
 #include "graph.h"
 #include "model.h"
+#include "repack.h"
 
 namespace moe_edge {
 
@@ -73,6 +75,7 @@ struct Lane {
 
     ggml_backend_t cpu;
     ggml_context * ctx = nullptr;
+    std::vector<Tile *> tiles;            // of each thread
     std::vector<char> meta, work_area, hidden;  // hidden: F32 rows between activation and down product
     size_t used = 0;
     int64_t next_hidden = 0;
@@ -105,6 +108,8 @@ public:
     static bool run_node(ggml_tensor * node, Lane & lane, std::string & error);
     bool run_alone(Step & s, int thread, Group & g, std::string & error);
 
+    // How each matrix of the model is multiplied, for its whole life. repacking: an me_repacking.
+    static void choose_kernels(Model & m, int32_t repacking);
     static int64_t scratch_bytes(const Model & m, int64_t n_ubatch, int64_t n_used, int n_threads);
 
 private:
@@ -124,9 +129,14 @@ private:
                            Task & gather, std::string & error);
     static void scatter_rows(const Step & s, const Group & g, int64_t from, int64_t n, const ggml_tensor * y, Task & scatter);
     bool large_rows(Lane & lane, Step & s, Group & g, int64_t from, int64_t n, std::string & error);
+    ggml_tensor * repacked_product(Lane & lane, const Step & s, const Group & g, int64_t from, int64_t n, const Piece & piece,
+                                   Task & dots, std::string & error);
+    static bool repacked_down(Lane & lane, ggml_cgraph * graph, const Step & s, const Group & g, int64_t from, ggml_tensor * h,
+                              Task & dots, std::string & error);
     void reserve(Lane & lane, const Step & s, int64_t hidden_rows);
 
     int n_threads_ = 0;
+    std::vector<std::unique_ptr<Tile>> tiles_;  // of each thread
     std::unique_ptr<Lane> all_;               // every thread
     std::vector<std::unique_ptr<Lane>> own_;  // one for each thread
     std::vector<char> x_;

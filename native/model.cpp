@@ -488,6 +488,7 @@ void Model::on_read(const ReadJob & job, const std::string & read_error) {
     Unit & u = unit(static_cast<int>(job.tag / MAX_PIECES));
     const auto p = static_cast<int>(job.tag % MAX_PIECES);
     const uint32_t bit = 1u << p;
+    if (error.empty() && u.pieces[p].kernel != Kernel::PLAIN) rearrange(u.pieces[p], data(u, u.pieces[p]));
     if (error.empty() && parts && job.dst && u.pieces[p].packed()) {
         u.ready |= bit;
         tell_waiters();  // it can be computed with; what is kept for later is copied meanwhile

@@ -17,6 +17,7 @@
 #include "codec.h"
 #include "ggml.h"
 #include "parts.h"
+#include "repack.h"
 #include "router.h"
 #include "source.h"
 #include "unpackers.h"
@@ -30,6 +31,7 @@ struct Piece {
     int file = 0;
     ggml_type type = GGML_TYPE_F32;
     Projection projection = UP;
+    Kernel kernel = Kernel::PLAIN;
     int64_t cols = 0, rows = 0;
     int64_t offset = 0, stored_bytes = 0;  // in the file
     int64_t nbytes = 0;                    // what the products read: the whole matrix
@@ -142,9 +144,12 @@ public:
     int layer_pos(int number) const;
     // What reading packed pieces takes beside the arena: buffers, and for each thread a chunk and zstd's context.
     int64_t unpacking_bytes() const { return largest_packed_ ? source->totals().lent_bytes + 2 * n_io_threads_ * UNPACK_BYTES : 0; }
-
+    int64_t io_threads() const { return n_io_threads_; }
     std::vector<Layer> layers;
     int n_levels = 1;
+    // Of pieces whose kernel wants another order than the file's: puts the matrix into it, before anyone reads it.
+    void (*rearrange)(const Piece & piece, char * data) = nullptr;
+    int64_t rearranging_bytes = 0, tile_bytes = 0;  // what that takes on each thread that reads, products on each that computes
     const Pages pages;  // of the arena, the units and the reader
     me_schedule_fn schedule = nullptr, announce = nullptr;
     me_select_fn select = nullptr;

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_edge.models.errors import EngineError, UnknownArchitecture, UnknownName
+from moe_edge.runner.capi import library
 from moe_edge.runner.llama_package import import_llama, llama_package
 from moe_edge.runner.template import metadata_for_llama
 from moe_edge.runner.tokens import with_own_tokenize
@@ -48,7 +49,8 @@ def _install() -> None:
         _theirs = found
         if _callback is None:
             _callback = llama_cpp.llama_log_callback(_sort)
-        llama_cpp.llama_log_set(_callback, ctypes.c_void_p(0))
+        ours = ctypes.cast(library().me_log, llama_cpp.llama_log_callback)
+        llama_cpp.llama_log_set(ours, ctypes.cast(_callback, ctypes.c_void_p))
         _current = _log_callback()[1]
 
 

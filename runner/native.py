@@ -42,6 +42,7 @@ from moe_edge.runner.capi import (
     counters_of,
     library,
 )
+from moe_edge.runner.repacking import repacking
 from moe_edge.runner.turns import CLOSED
 from moe_edge.runner.zstd import zstd_functions
 from moe_edge.schedulers.layout import Ahead, Prefetch, Routing, Selection, Selections, Step, StepPlan
@@ -161,6 +162,7 @@ class NativeModel:
         self._callbacks = SCHEDULE_FN(self._on_step), SCHEDULE_FN(self._on_announce), SCHEDULE_FN(self._on_select)
         desc, keep = _describe(model)
         desc.n_io_threads, desc.direct_io, desc.page_bytes = n_io_threads, int(direct_io), memory.page_bytes()
+        desc.repacking = repacking()
         desc.schedule, desc.announce, desc.select = self._callbacks
         desc.schedule_user, desc.mail = None, self.mail.struct()
         if any(piece.codec == PLANES for piece in model.pieces):

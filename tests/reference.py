@@ -7,7 +7,9 @@ llama.cpp repacks weights, and on the machine these tests were made on it dies i
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +17,13 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+from moe_edge.models.formats.ggml_types import TYPES
+from moe_edge.models.formats.gguf import open_gguf
+from moe_edge.runner.repacking import is_repacked
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
+AS_OURS = "as ours"
 
 
 def stock_logits(
@@ -30,16 +36,18 @@ def stock_logits(
     flash_attention: bool = False,
     n_batch: int | None = None,
     n_ctx: int | None = None,
+    repacked: str = AS_OURS,
 ) -> FloatArray:
     """Logits after each of the tokens, or after the last, from stock llama.cpp on the CPU.
 
-    n_batch: tokens given to one llama_decode, default n_ubatch. n_ctx: default, room for the tokens.
+    n_batch: tokens given to one llama_decode, default n_ubatch. n_ctx: default, room for the tokens. repacked: see
+    stock_model.
     Returns (n_tokens, n_vocab), or (1, n_vocab) without all_positions; owned by the caller.
     Raises RuntimeError if llama.cpp refuses the model or fails in a decode; some bad models end the process.
     """
     n_batch = max(n_batch or 0, n_ubatch)
     with (
-        stock_model(path) as model,
+        stock_model(path, repacked) as model,
         stock_context(
             model,
             n_ctx=n_ctx or max(256, len(tokens)),
@@ -53,13 +61,22 @@ def stock_logits(
 
 
 @contextmanager
-def stock_model(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """A llama_model read into memory (no mmap), without repacking, on the CPU; freed at the end."""
+def stock_model(path: str | os.PathLike[str], repacked: str = AS_OURS) -> Iterator[Any]:
+    """A llama_model read into memory (no mmap), on the CPU; freed at the end.
+
+    repacked: an expression; tensors whose names it finds are repacked, as stock does by default with every tensor of a
+    type that it can repack on this processor. Others are not. AS_OURS: the experts that moe-edge repacks.
+    """
     llama_cpp.llama_backend_init()
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = 0
     params.use_extra_bufts = False
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+    if repacked == AS_OURS:
+        repacked = repacked_experts(path)
+    if repacked:
+        overrides = (_Override * 2)(_Override(repacked.encode(), _repacked_buffer_type()))  # a null pattern ends them
+        params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
     model = llama_cpp.llama_model_load_from_file(os.fsencode(Path(path)), params)
     if not model:
         raise RuntimeError(f"{path}: stock llama.cpp does not load it")
@@ -67,6 +84,41 @@ def stock_model(path: str | os.PathLike[str]) -> Iterator[Any]:
         yield model
     finally:
         llama_cpp.llama_model_free(model)
+
+
+def repacked_experts(path: str | os.PathLike[str]) -> str:
+    """An expression for the names of the experts that moe-edge repacks on this processor; empty for none."""
+    kinds = [kind for kind in TYPES if is_repacked(kind, 1 << 12, 64)]
+    if not kinds:
+        return ""
+    tensors = [t for t in open_gguf(path).tensors.values() if re.search(r"_exps\.weight$", t.name) and t.type in kinds]
+    names = [re.escape(t.name) for t in tensors if is_repacked(t.type, t.shape[0], t.shape[1])]
+    return f"^({'|'.join(names)})$" if names else ""
+
+
+class _Override(ctypes.Structure):
+    """llama.h, struct llama_model_tensor_buft_override."""
+
+    _fields_ = [("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p)]
+
+
+def _repacked_buffer_type() -> int:
+    """The address of ggml's buffer type CPU_REPACK, found as llama.cpp finds it."""
+    lib, pointer = llama_cpp.llama_cpp._lib, ctypes.c_void_p
+    for name, result, arguments in (
+        ("ggml_backend_dev_by_type", pointer, [ctypes.c_int]),
+        ("ggml_backend_dev_backend_reg", pointer, [pointer]),
+        ("ggml_backend_reg_get_proc_address", pointer, [pointer, ctypes.c_char_p]),
+        ("ggml_backend_buft_name", ctypes.c_char_p, [pointer]),
+    ):
+        getattr(lib, name).restype, getattr(lib, name).argtypes = result, arguments
+    device = lib.ggml_backend_dev_by_type(0)  # GGML_BACKEND_DEVICE_TYPE_CPU
+    found = lib.ggml_backend_reg_get_proc_address(
+        lib.ggml_backend_dev_backend_reg(device), b"ggml_backend_dev_get_extra_bufts"
+    )
+    types = ctypes.CFUNCTYPE(ctypes.POINTER(pointer), pointer)(found)(device)
+    addresses = itertools.takewhile(bool, (types[i] for i in itertools.count()))
+    return next(int(a) for a in addresses if lib.ggml_backend_buft_name(a) == b"CPU_REPACK")
 
 
 @contextmanager

@@ -17,14 +17,16 @@ from conftest import BUDGETS, open_engine
 from machine import MACHINES
 from moe_edge.convert.convert import convert
 from moe_edge.models.embedded import tiny_model_path
+from moe_edge.models.formats.ggml_types import BY_NAME
 from moe_edge.runner import prove
 from moe_edge.runner.capi import loaded_ggml_version
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.generate import Sampling, generate
+from moe_edge.runner.repacking import VARIABLE, is_repacked
 from moe_edge.schedulers.options import PolicyOptions
 from random_models import Shape, write_random_model
-from reference import logits_of_context, stock_logits
+from reference import logits_of_context, repacked_experts, stock_logits
 
 MARCH = MACHINES[os.environ["MOE_EDGE_ARM_MACHINE"]].march
 # Rows of an expert on both sides of MANY_ROWS in native/ffn.h: 45 tokens choose 2 of 8 experts, a single one does too.
@@ -79,6 +81,33 @@ def test_the_bits_are_stocks_at_every_budget(random_model: Callable[[str], Path]
 def test_every_expert_type_has_stocks_bits_at_the_floor(tmp_path: Path, kind: str) -> None:
     path = write_random_model(tmp_path / "m.gguf", "qwen3moe", expert_type=kind)
     check(path, "floor", stocks(path))
+
+
+REPACKED = ("Q4_0", "MXFP4", "IQ4_NL", "Q8_0", "Q4_K", "Q5_K", "Q6_K")  # by ggml, with dotprod
+
+
+@pytest.mark.parametrize("kind", REPACKED)
+def test_repacked_experts_have_the_bits_of_stock_that_repacks_them(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "always")
+    assert is_repacked(BY_NAME[kind].id, 256, 256) == ("dotprod" in MARCH)
+    path = write_random_model(tmp_path / "m.gguf", "qwen3moe", expert_type=kind)
+    expected = stocks(path)
+    for budget in BUDGETS:
+        check(path, budget, expected)
+
+
+def test_experts_are_repacked_by_themselves_or_never(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_random_model(tmp_path / "m.gguf", "qwen3moe", expert_type="Q4_0")
+    assert bool(repacked_experts(path)) == ("dotprod" in MARCH)
+    repacked = stocks(path)
+    check(path, "floor", repacked)
+    monkeypatch.setenv(VARIABLE, "never")
+    assert not repacked_experts(path)
+    plain = stocks(path)
+    check(path, "floor", plain)
+    assert np.array_equal(plain[0], repacked[0]) == ("dotprod" not in MARCH), "both ways have the same bits"
 
 
 def test_two_threads_have_stocks_bits(random_model: Callable[[str], Path]) -> None:
