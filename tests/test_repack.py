@@ -1,8 +1,9 @@
 """Experts by ggml's repacked kernels: the bits of stock llama.cpp with the same experts repacked.
 
 On x86-64 they are off, for tiled kernels serve many rows there; MOE_EDGE_REPACK=always runs the same code as on ARM.
-Stock multiplies repacked experts row by row in a prompt too, so where ours multiplies rows together the bits tell. AMX
-is never asked for: only the buffer type CPU_REPACK is.
+Stock multiplies repacked experts row by row in a prompt too: where ours multiplies rows together the bits tell. Other
+matrices are F32: products that quantize their input to eight bits hide a last bit that differs. AMX is never asked for:
+only the buffer type CPU_REPACK is.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def check(path: Path, budget: str, n_ubatch: int = 64, n_threads: int = 2, sourc
 @pytest.mark.parametrize("kind", KINDS)
 def test_repacked_experts_have_stocks_bits_at_every_budget(tmp_path: Path, kind: str) -> None:
     repackable(kind)
-    path = write_random_model(tmp_path / "m.gguf", "qwen3moe", Shape(n_ff=256), expert_type=kind)
+    path = write_random_model(tmp_path / "m.gguf", "qwen3moe", expert_type=kind, dense_type="F32")
     assert "down" in repacked_experts(path)
     for budget in BUDGETS:
         check(path, budget)
@@ -63,7 +64,7 @@ def test_repacked_experts_have_stocks_bits_at_every_budget(tmp_path: Path, kind:
 @pytest.mark.parametrize(("n_ubatch", "n_threads"), [(1, 1), (5, 2), (100, 3)])
 def test_which_rows_come_together_changes_no_bit(tmp_path: Path, n_ubatch: int, n_threads: int) -> None:
     repackable("Q4_0")
-    path = write_random_model(tmp_path / "m.gguf", "olmoe", expert_type="Q4_0")
+    path = write_random_model(tmp_path / "m.gguf", "olmoe", expert_type="Q4_0", dense_type="F32")
     check(path, "floor", n_ubatch, n_threads)
 
 
@@ -84,7 +85,8 @@ def test_a_group_larger_than_the_work_area_and_pieces_of_two_kinds(tmp_path: Pat
     repackable("Q4_0")
     shape = Shape(n_layer=1, n_embd=1024, n_ff=1536, n_expert=2, n_used=2)
     for name, down in (("all", "Q4_0"), ("up", "F16")):
-        path = write_random_model(tmp_path / f"{name}.gguf", "qwen3moe", shape, expert_type="Q4_0", down_type=down)
+        path = tmp_path / f"{name}.gguf"
+        write_random_model(path, "qwen3moe", shape, expert_type="Q4_0", down_type=down, dense_type="F32")
         assert ("down" in repacked_experts(path)) == (down == "Q4_0")
         (ours,) = engine_logits(path, "resident", (330,), 512, 2)
         assert np.array_equal(ours, stock_logits(path, some_tokens(330), 512, 2, n_ctx=640))

@@ -92,14 +92,14 @@ def test_repacked_experts_have_the_bits_of_stock_that_repacks_them(
 ) -> None:
     monkeypatch.setenv(VARIABLE, "always")
     assert is_repacked(BY_NAME[kind].id, 256, 256) == ("dotprod" in MARCH)
-    path = write_random_model(tmp_path / "m.gguf", "qwen3moe", expert_type=kind)
+    path = write_random_model(tmp_path / "m.gguf", "qwen3moe", expert_type=kind, dense_type="F32")
     expected = stocks(path)
     for budget in BUDGETS:
         check(path, budget, expected)
 
 
 def test_experts_are_repacked_by_themselves_or_never(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_random_model(tmp_path / "m.gguf", "qwen3moe", expert_type="Q4_0")
+    path = write_random_model(tmp_path / "m.gguf", "qwen3moe", expert_type="Q4_0", dense_type="F32")
     assert bool(repacked_experts(path)) == ("dotprod" in MARCH)
     repacked = stocks(path)
     check(path, "floor", repacked)
