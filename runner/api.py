@@ -117,8 +117,8 @@ def load(
 
     ram: all memory the model may take, in bytes or as "6GiB"; None: what is free. n_ctx: tokens; 0: 4096, or what the
     model was trained for if that is less. n_threads 0: one for each core. policy and knobs: as `moe-edge chat --help`
-    names them, like policy="dymoe", retention=0.75. repack: auto, on or off, see runner/repack.py. tell: called with
-    lines about warm starts.
+    names them, like policy="dymoe", retention=0.75. repack: auto, on or off, see runner/dense_repack.py. tell: called
+    with lines about warm starts.
     Raises UsageError for a name that is none, BudgetTooSmall, MissingFile, BadFile and its kind, CannotRun with
     llama.cpp's reason.
     """

@@ -200,7 +200,7 @@ def load_llama(
     for its log says what it would. n_outputs_max: rows of logits in the compute buffer; 0: one for each token of a
     micro-batch, which is 297 MiB more at 151,936 tokens. metadata: the file's, by our own reader. go_on: asked while
     weights are read; False ends the load. placement: of layers on other boards. repack: llama.cpp's use_extra_bufts;
-    runner/repack.py says what that takes, and keeps AMX out, which crashes on some machines.
+    runner/dense_repack.py says what that takes, and keeps AMX out, which crashes on some machines.
     """
     import llama_cpp
 

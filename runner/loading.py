@@ -10,7 +10,7 @@ from typing import Any
 from moe_edge.models.errors import CannotRun, UnknownArchitecture, UnknownName, UsageError
 from moe_edge.models.formats.gguf import read_gguf
 from moe_edge.models.store.store import ExpertModel, open_model
-from moe_edge.runner import repack, signals
+from moe_edge.runner import dense_repack, signals
 from moe_edge.runner.capi import trim_memory
 from moe_edge.runner.engine_options import CACHE_TYPES, EngineOptions, attention_defaults, buffer_bytes
 from moe_edge.runner.llama import LOAD_LOCK, Placement, captured_log, explained, load_llama
@@ -40,8 +40,8 @@ class Loading:
         self.flash_attn, self.n_ubatch = self._attention()
         self.name = str(named or (self.model.files[0] if self.model.in_place else self.model.skeleton))
         self._remember = named is None
-        self.repack = repack.repacks(options.repack)
-        self.repacked = repack.repacked(self.skeleton) if self.repack else repack.NONE
+        self.repack = dense_repack.repacks(options.repack)
+        self.repacked = dense_repack.repacked(self.skeleton) if self.repack else dense_repack.NONE
         self.window = 0  # of sliding attention, in tokens; known after a dry load
 
     @property
@@ -77,7 +77,7 @@ class Loading:
         """
         outputs = 0 if self.options.logits_all else 1
         direct = no_alloc or not self._mapped  # llama.cpp aborts on a mapped load that allocates nothing
-        repacking = repack.only_repack() if self.repack else contextlib.nullcontext()
+        repacking = dense_repack.only_repack() if self.repack else contextlib.nullcontext()
         with LOAD_LOCK, captured_log() as log, signals.deferred() as pressed, repacking:
             if native is not None:
                 native.arm()

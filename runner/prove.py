@@ -22,9 +22,9 @@ from moe_edge.models.store.skeleton import cache_folder
 from moe_edge.models.store.sound import forget
 from moe_edge.models.store.store import ExpertModel, open_model
 from moe_edge.runner import child
+from moe_edge.runner.dense_repack import repacks
 from moe_edge.runner.llama_package import llama_package
 from moe_edge.runner.reason import ending, reason, refusal
-from moe_edge.runner.repack import repacks
 
 # What a child can show. A model that decodes also loads.
 NOTHING, LOADS, DECODES = "nothing", "loads", "decodes"

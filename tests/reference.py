@@ -17,7 +17,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from moe_edge.runner.repack import only_repack, repacks
+from moe_edge.runner.dense_repack import only_repack, repacks
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]

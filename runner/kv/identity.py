@@ -24,7 +24,7 @@ def identity_of(
 
     The memory budget is not part of it: the bits are the same at every budget. The number of threads is, with flash
     attention alone, which over 512 cells sums by thread (docs/LOG.md, 2026-11-27). repacked: whether dense weights
-    were, see runner/repack.py; named only then, so that the states of earlier versions are still good.
+    were, see runner/dense_repack.py; named only then, so that the states of earlier versions are still good.
     """
     return {
         "store": store_id,

@@ -2,7 +2,7 @@
 
 ggml keeps a repacked matrix in rows of blocks, side by side, as its ARM kernels read them (CPU_REPACK). The products
 round otherwise than those of the plain order, so this belongs to what a state or a proof was made with. Experts are
-never repacked: llama.cpp sees stubs of them, and ours are computed in the order of their file.
+no matter of this: llama.cpp sees stubs of them, which it never repacks, whatever the engine does with its own.
 """
 
 from __future__ import annotations

@@ -24,11 +24,11 @@ from moe_edge.models.errors import CannotRun, UnknownName, UsageError
 from moe_edge.models.formats.gguf import read_gguf
 from moe_edge.runner import child, loading, prove
 from moe_edge.runner.cli import main
+from moe_edge.runner.dense_repack import only_repack, processor_repacks, reading_bytes, repacked, repacks
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.llama import load_llama
 from moe_edge.runner.loading import Loading
-from moe_edge.runner.repack import only_repack, processor_repacks, reading_bytes, repacked, repacks
 from moe_edge.runner.sizes import sizes_of
 from moe_edge.runner.workers.boards_engine import BoardsEngine
 from moe_edge.schedulers.budget import format_arg
