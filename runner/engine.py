@@ -29,6 +29,7 @@ from moe_edge.runner.memory import auto_budget_bytes, current_rss_bytes
 from moe_edge.runner.native import NativeModel, ThreadPool
 from moe_edge.runner.neighbours import CrowdWatch, usable_cores
 from moe_edge.runner.reason import reason
+from moe_edge.runner.repacking import repacked_types
 from moe_edge.runner.scheduling import start_from_memory, use_policy
 from moe_edge.runner.sizes import fixed_sizes, layout_of
 from moe_edge.runner.touched_file import TouchedFile
@@ -190,6 +191,7 @@ class Engine:
             self.model.store_id, self.options.policy.to_json(DEFAULTS), n_ctx=self.n_ctx, n_ubatch=self.n_ubatch,
             flash_attn=self.flash_attn, cache_types=(self.options.cache_type_k, self.options.cache_type_v),
             n_threads=self.options.threads(), keeps_window=self._loading.keeps_window,
+            repacked=self._loading.repacked.nbytes > 0, repacked_experts=repacked_types(self.model.pieces),
         )  # fmt: skip
 
     def keep_prefix(self, tokens: Sequence[int]) -> int:

@@ -6,8 +6,11 @@ For those who have a board to measure on. What repacking does is in native/repac
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 from moe_edge.models.errors import UnknownName
+from moe_edge.models.formats.ggml_types import type_name
+from moe_edge.models.store.experts import Piece
 from moe_edge.runner.capi import library
 
 VARIABLE = "MOE_EDGE_REPACK"
@@ -25,3 +28,9 @@ def repacking() -> int:
 def is_repacked(type_id: int, n_cols: int, n_rows: int) -> bool:
     """Whether an expert's matrix of this ggml type and shape is, on this processor. Raises UnknownName."""
     return bool(library().me_kernel(type_id, n_cols, n_rows, repacking()))
+
+
+def repacked_types(pieces: Iterable[Piece]) -> tuple[str, ...]:
+    """Names of the ggml types of which there are experts that are repacked; their bits depend on it."""
+    shapes = {(piece.type, piece.cols, piece.rows) for piece in pieces}
+    return tuple(sorted({type_name(shape[0]) for shape in shapes if is_repacked(*shape)}))

@@ -1,7 +1,8 @@
 """Logits of stock llama.cpp, the reference our engine is measured against.
 
-Uses the ctypes layer of llama-cpp-python, because `Llama` cannot switch off `use_extra_bufts`: with it
-llama.cpp repacks weights, and on the machine these tests were made on it dies in AMX code.
+Uses the ctypes layer of llama-cpp-python, because `Llama` has no argument for `use_extra_bufts`: with it
+llama.cpp repacks weights, and on the machine these tests were made on it dies in AMX code. So AMX is left out
+where dense weights are repacked, and of the experts those are repacked that moe-edge repacks.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import ctypes
 import itertools
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ import llama_cpp
 import numpy as np
 from moe_edge.models.formats.ggml_types import TYPES
 from moe_edge.models.formats.gguf import open_gguf
+from moe_edge.runner.dense_repack import only_repack, repacks
 from moe_edge.runner.repacking import is_repacked
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
 AS_OURS = "as ours"
+EXPERTS = rb"ffn_(up|gate|down|gate_up)_exps"
 
 
 def stock_logits(
@@ -36,18 +40,19 @@ def stock_logits(
     flash_attention: bool = False,
     n_batch: int | None = None,
     n_ctx: int | None = None,
-    repacked: str = AS_OURS,
+    repack: str = "auto",
+    repacked: str | None = AS_OURS,
 ) -> FloatArray:
     """Logits after each of the tokens, or after the last, from stock llama.cpp on the CPU.
 
-    n_batch: tokens given to one llama_decode, default n_ubatch. n_ctx: default, room for the tokens. repacked: see
-    stock_model.
+    n_batch: tokens given to one llama_decode, default n_ubatch. n_ctx: default, room for the tokens.
+    repack, repacked: see stock_model().
     Returns (n_tokens, n_vocab), or (1, n_vocab) without all_positions; owned by the caller.
     Raises RuntimeError if llama.cpp refuses the model or fails in a decode; some bad models end the process.
     """
     n_batch = max(n_batch or 0, n_ubatch)
     with (
-        stock_model(path, repacked) as model,
+        stock_model(path, repack, repacked) as model,
         stock_context(
             model,
             n_ctx=n_ctx or max(256, len(tokens)),
@@ -60,24 +65,47 @@ def stock_logits(
         return logits_of_context(ctx, model, tokens, n_batch, all_positions)
 
 
+def _plain_buffers() -> int:
+    """A buffer type of ordinary memory that is not the CPU's own, for which llama.cpp would take repacked ones."""
+    suffix = "0.dylib" if sys.platform == "darwin" else "so.0"
+    ggml = ctypes.CDLL(str(Path(llama_cpp.llama_cpp._lib._name).parent / f"libggml-base.{suffix}"))
+    ggml.ggml_backend_cpu_buffer_from_ptr.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    for name in ("ggml_backend_cpu_buffer_from_ptr", "ggml_backend_buffer_get_type"):
+        getattr(ggml, name).restype = ctypes.c_void_p
+    ggml.ggml_backend_buffer_get_type.argtypes = ggml.ggml_backend_buffer_free.argtypes = [ctypes.c_void_p]
+    memory = ctypes.create_string_buffer(128)
+    aligned = -(-ctypes.addressof(memory) // 64) * 64
+    buffer = ggml.ggml_backend_cpu_buffer_from_ptr(aligned, 64)
+    kind = ggml.ggml_backend_buffer_get_type(buffer)
+    ggml.ggml_backend_buffer_free(buffer)
+    return int(kind)
+
+
 @contextmanager
-def stock_model(path: str | os.PathLike[str], repacked: str = AS_OURS) -> Iterator[Any]:
+def stock_model(
+    path: str | os.PathLike[str], repack: str = "auto", repacked: str | None = AS_OURS
+) -> Iterator[Any]:
     """A llama_model read into memory (no mmap), on the CPU; freed at the end.
 
-    repacked: an expression; tensors whose names it finds are repacked, as stock does by default with every tensor of a
-    type that it can repack on this processor. Others are not. AS_OURS: the experts that moe-edge repacks.
+    repack: whether dense weights are repacked, auto, on or off as in moe-edge's own option. repacked: an expression;
+    experts whose names it finds are repacked, others are not. AS_OURS: the experts that moe-edge repacks. None: as
+    llama.cpp itself has them.
     """
     llama_cpp.llama_backend_init()
+    repacking = repacks(repack)
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = 0
-    params.use_extra_bufts = False
+    params.use_extra_bufts = repacking
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
     if repacked == AS_OURS:
         repacked = repacked_experts(path)
-    if repacked:
-        overrides = (_Override * 2)(_Override(repacked.encode(), _repacked_buffer_type()))  # a null pattern ends them
-        params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p)
-    model = llama_cpp.llama_model_load_from_file(os.fsencode(Path(path)), params)
+    found = [_Override(repacked.encode(), _repacked_buffer_type())] if repacked else []
+    if repacking and repacked is not None:
+        found.append(_Override(EXPERTS, _plain_buffers()))
+    overrides = (_Override * (len(found) + 1))(*found)  # a null pattern ends them
+    params.tensor_buft_overrides = ctypes.cast(overrides, ctypes.c_void_p) if found else None
+    with only_repack() if repacking else nullcontext():
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(Path(path)), params)
     if not model:
         raise RuntimeError(f"{path}: stock llama.cpp does not load it")
     try:

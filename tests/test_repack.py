@@ -130,6 +130,18 @@ def test_work_space_is_planned_and_only_where_experts_are_repacked(
     assert 2 * 4 * (64 << 10) < scratch[True] - scratch[False] < 2 << 20  # readers' and threads' work space
 
 
+def test_a_state_of_repacked_experts_is_another_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repackable("Q4_0")
+    path = write_random_model(tmp_path / "m.gguf", "olmoe", expert_type="Q4_0")
+    identities = {}
+    for way in ("never", "always"):
+        monkeypatch.setenv(VARIABLE, way)
+        with open_engine(path, "floor", n_ctx=64, n_threads=1) as engine:
+            identities[way] = engine.identity()
+    assert "repacked_experts" not in identities["never"]
+    assert identities["always"] == {**identities["never"], "repacked_experts": ["Q4_0"]}
+
+
 def test_what_gains_is_repacked_by_itself_on_arm_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     automatic = {name for name in BY_NAME if is_repacked(BY_NAME[name].id, 4096, 64)}

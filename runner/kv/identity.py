@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,16 @@ def prompt_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
 def identity_of(
     store_id: str, policy: Mapping[str, Any], *, n_ctx: int, n_ubatch: int, flash_attn: bool,
-    cache_types: tuple[str, str], n_threads: int, keeps_window: bool = False,
+    cache_types: tuple[str, str], n_threads: int, keeps_window: bool = False, repacked: bool = False,
+    repacked_experts: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """What changes the bits of a KV cache, or its form. The rope's settings are in the skeleton, so in the store's id.
 
     The memory budget is not part of it: the bits are the same at every budget. The number of threads is, with flash
     attention alone, which over 512 cells sums by thread (docs/LOG.md, 2026-11-27). keeps_window: see window_is_kept();
-    files of earlier versions lack the cells that a sliding window had left, and are not gone on with.
+    files of earlier versions lack the cells that a sliding window had left, and are not gone on with. repacked: whether
+    dense weights were, see runner/dense_repack.py. repacked_experts: ggml types of those that were. Both are named only
+    then, so that the states of earlier versions are still good.
     """
     window = {"sliding_window": "every cell"} if keeps_window else {}
     return {
@@ -38,6 +41,8 @@ def identity_of(
         "cache_type_v": cache_types[1],
         **window,
         "llama_cpp_python": llama_build().removeprefix(f"{COMPILED} "),
+        **({"repacked": True} if repacked else {}),
+        **({"repacked_experts": list(repacked_experts)} if repacked_experts else {}),
     }
 
 
