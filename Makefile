@@ -1,6 +1,6 @@
 # make demo    set up in .venv, convert the embedded tiny model, answer under a budget that forces evictions
 # make browser find or install the Chromium that tests of the server's page need
-# make units   find or install systemd-analyze, which checks the service's unit in a test
+# make units   find or install systemd-analyze, zsh and fish, which tests of the service's unit and of the Tab key need
 # make test    set up in .venv, run the tests against the installed package
 # make check   ruff, and mypy --strict over everything
 # make arm     moe-edge on emulated ARM machines: cross-builds llama.cpp the first time; root where tools are missing
@@ -65,12 +65,13 @@ browser: setup
 	      DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
 	    { echo "no Chromium: install one (apt-get install chromium), or name it in MOE_EDGE_CHROMIUM" >&2; test -z "$$CI"; }
 
-# systemd checks the unit that `moe-edge service` writes; it need not run here.
+# systemd checks the unit that `moe-edge service` writes; it need not run here. The shells complete our commands.
 units:
-	@test "$$(uname)" != Linux || command -v systemd-analyze >/dev/null || \
+	@test "$$(uname)" != Linux || \
+	    { command -v systemd-analyze && command -v zsh && command -v fish; } >/dev/null || \
 	    { test "$$(id -u)" = 0 && apt-get update -qq && \
-	      DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends systemd >/dev/null; } || \
-	    { echo "no systemd-analyze: install it (apt-get install systemd)" >&2; test -z "$$CI"; }
+	      DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends systemd zsh fish >/dev/null; } || \
+	    { echo "no systemd-analyze, zsh or fish: install them (apt-get install systemd zsh fish)" >&2; test -z "$$CI"; }
 
 # A process for each core, whole files at a time. OpenMP's threads sleep while they wait: spinning beside the other
 # process they would slow both down.

@@ -130,6 +130,7 @@ def test_work_space_is_planned_and_only_where_experts_are_repacked(
     assert 2 * 4 * (64 << 10) < scratch[True] - scratch[False] < 2 << 20  # readers' and threads' work space
 
 
+@pytest.mark.usefixtures("always")
 def test_a_state_of_repacked_experts_is_another_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repackable("Q4_0")
     path = write_random_model(tmp_path / "m.gguf", "olmoe", expert_type="Q4_0")
