@@ -151,7 +151,7 @@ def test_what_gains_is_repacked_by_itself_on_arm_alone(monkeypatch: pytest.Monke
     monkeypatch.setenv(VARIABLE, "never")
     assert not any(is_repacked(entry.id, 4096, 64) for entry in BY_NAME.values())
     on_arm = platform.machine() in ("aarch64", "arm64")
-    assert automatic == (possible & {"Q4_0", "MXFP4", "IQ4_NL"} if on_arm else set())
+    assert automatic == (possible & {"Q4_0", "MXFP4"} if on_arm else set())
     assert not is_repacked(BY_NAME["Q4_0"].id, 4096, 62), "its rows cannot be interleaved"
 
 
