@@ -111,8 +111,8 @@ class Engine:
         plan = plan_memory(budget, fixed, self.layout, self.model.n_expert_used)
         if held == 0:
             return plan
-        if self._loading.window:
-            self._tell("conversations are not held in memory: a copy of a sliding window could not be cut again")
+        if not self._loading.can_hold:
+            self._tell("conversations are not held in memory: this model's sliding window cannot be copied whole")
             return plan
         nbytes = auto_bytes(fixed.kv_bytes, plan.budget_bytes - plan.floor_bytes) if held is None else held
         return plan_memory(budget, replace(fixed, held_bytes=nbytes), self.layout, self.model.n_expert_used)
@@ -189,7 +189,7 @@ class Engine:
         return identity_of(
             self.model.store_id, self.options.policy.to_json(DEFAULTS), n_ctx=self.n_ctx, n_ubatch=self.n_ubatch,
             flash_attn=self.flash_attn, cache_types=(self.options.cache_type_k, self.options.cache_type_v),
-            n_threads=self.options.threads(),
+            n_threads=self.options.threads(), keeps_window=self._loading.keeps_window,
         )  # fmt: skip
 
     def keep_prefix(self, tokens: Sequence[int]) -> int:

@@ -316,11 +316,12 @@ def sequence_bytes(llama: Any) -> int:
     """How large the state of the conversation is in a file, in bytes."""
     import llama_cpp
 
-    return int(llama_cpp.llama_state_seq_get_size(llama._ctx.ctx, 0))
+    return int(llama_cpp.llama_state_seq_get_size(llama._ctx.ctx, _written_as(llama)))
 
 
 # Architectures with an index of their own beside the attention: llama-model.cpp, create_memory.
 OTHER_MEMORIES = ("minimax-m3", "glm-dsa", "deepseek32", "glm5-next", "qwen4exp", "deepseek4", "dots3note", "hy_v4")
+ALL = -1  # stands for every sequence, of which we have one
 COPY_FRONT = 8  # bytes: a magic number and the sequence, in front of a copy's state and not of a file's
 
 
@@ -334,7 +335,7 @@ def copy_sequence(llama: Any) -> memoryview:
     n = sequence_bytes(llama)
     memory = mmap.mmap(-1, max(1, n))
     into = (ctypes.c_uint8 * n).from_buffer(memory)
-    if llama_cpp.llama_state_seq_get_data(llama._ctx.ctx, into, n, 0) != n:
+    if llama_cpp.llama_state_seq_get_data(llama._ctx.ctx, into, n, _written_as(llama)) != n:
         raise EngineError("llama.cpp did not give the state of the conversation")
     return memoryview(into)
 
@@ -369,7 +370,8 @@ def partial_bytes(llama: Any) -> int | None:
 
     if llama.metadata.get("general.architecture") in OTHER_MEMORIES:
         return None
-    n = llama_cpp.llama_state_seq_get_size_ext(llama._ctx.ctx, 0, llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY)
+    flags = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+    n = llama_cpp.llama_state_seq_get_size_ext(llama._ctx.ctx, _written_as(llama), flags)
     return 0 if n >= sequence_bytes(llama) else max(0, int(n) - COPY_FRONT)
 
 
@@ -382,7 +384,7 @@ def save_sequence(llama: Any, path: str | os.PathLike[str]) -> int:
 
     n = llama.n_tokens
     tokens = (llama_cpp.llama_token * n)(*llama.input_ids[:n].tolist())
-    return int(llama_cpp.llama_state_seq_save_file(llama._ctx.ctx, os.fsencode(path), 0, tokens, n))
+    return int(llama_cpp.llama_state_seq_save_file(llama._ctx.ctx, os.fsencode(path), _written_as(llama), tokens, n))
 
 
 def load_sequence(llama: Any, path: str | os.PathLike[str]) -> bool:
@@ -425,6 +427,23 @@ def sliding_window(llama: Any) -> int:
     import llama_cpp
 
     return int(llama_cpp.llama_model_n_swa(llama._model.model))
+
+
+def window_is_kept(llama: Any) -> bool:
+    """Whether the states of a model with a sliding window have every cell, so that they can be cut as memory can.
+
+    Asked for sequence 0, llama.cpp leaves out the cells that the window has left. What remains lands in other cells,
+    whose sums round differently, and cannot be cut. Asked for all sequences it leaves out none, and the form is the one
+    that it reads as sequence 0 (llama-kv-cache.cpp, state_write and state_read_meta). Recurrent states have another
+    form then, and the memories with an index were not tried. A dry load is enough.
+    """
+    other = llama.metadata.get("general.architecture") in OTHER_MEMORIES
+    return sliding_window(llama) > 0 and not cannot_go_back(llama) and not other
+
+
+def _written_as(llama: Any) -> int:
+    """The number of the sequence that llama.cpp is asked to write."""
+    return ALL if window_is_kept(llama) else 0
 
 
 def can_cut(window: int, first: int, n_tokens: int) -> bool:

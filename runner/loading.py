@@ -38,7 +38,8 @@ class Loading:
         self.flash_attn, self.n_ubatch = self._attention()
         self.name = str(named or (self.model.files[0] if self.model.in_place else self.model.skeleton))
         self._remember = named is None
-        self.window = 0  # of sliding attention, in tokens; known after a dry load
+        # Known after a dry load: see window_is_kept(), and whether conversations can be held as copies.
+        self.keeps_window, self.can_hold = False, True
 
     @property
     def metadata(self) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from moe_edge.runner import signals
 from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.kv.rollback import checkpoints_bytes
 from moe_edge.runner.kv.shift import check_shift
-from moe_edge.runner.llama import log_megabytes, recurrent_bytes, sliding_window
+from moe_edge.runner.llama import log_megabytes, recurrent_bytes, sliding_window, window_is_kept
 from moe_edge.runner.loading import Loading
 from moe_edge.runner.native import NativeModel
 from moe_edge.schedulers.budget import PROGRAM_ALLOWANCE_BYTES, FixedSizes, MemoryPlan, plan_memory
@@ -72,7 +72,8 @@ def fixed_sizes(loading: Loading, native: NativeModel, program_bytes: int = 0) -
     model, o = loading.model, loading.options
     probe, log = loading.llama(native, no_alloc=True)
     n_vocab = int(probe.n_vocab())
-    loading.window = sliding_window(probe)
+    loading.keeps_window = window_is_kept(probe)
+    loading.can_hold = loading.keeps_window or not sliding_window(probe)
     if o.context_shift:
         check_shift(probe, loading.name, o.cache_type_k)
     # while the routers that this has shown are known: those that are announced need some

@@ -6,8 +6,8 @@ bits that it had, takes the bytes of its tokens and no more, and is the same for
 bound of their own in the memory plan. The conversation used longest ago goes to the disk, if that pays, when another
 one needs its room.
 
-A model with a sliding window is not held: a copy lacks the cells that the window has left, without which the
-conversation cannot be cut where a template drops the thinking.
+The copy of a sliding window has the cells that the window has left, too, so it can be cut where a template drops the
+thinking. Models whose copies lack them are not held, see runner/llama.py, window_is_kept().
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from moe_edge.runner.llama import (
     sequence_bytes,
     set_sequence,
     sliding_window,
+    window_is_kept,
 )
 
 SHARE = 8  # of the memory above the floor, the part that `auto` holds conversations in, if the KV cache is not less
@@ -59,7 +60,7 @@ class Held:
         self, llama: Any, checkpoints: Checkpoints, limit_bytes: int, prompts: PromptCache | None = None
     ) -> None:
         self._llama, self._checkpoints, self._prompts = llama, checkpoints, prompts
-        self.limit_bytes = 0 if sliding_window(llama) else limit_bytes
+        self.limit_bytes = limit_bytes if window_is_kept(llama) or not sliding_window(llama) else 0
         self.copies: list[Copy] = []  # the one used longest ago first
         self.n_restored = self.n_spilled = 0
 

@@ -18,13 +18,15 @@ def prompt_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
 def identity_of(
     store_id: str, policy: Mapping[str, Any], *, n_ctx: int, n_ubatch: int, flash_attn: bool,
-    cache_types: tuple[str, str], n_threads: int,
+    cache_types: tuple[str, str], n_threads: int, keeps_window: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """What changes the bits of a KV cache, or its form. The rope's settings are in the skeleton, so in the store's id.
 
     The memory budget is not part of it: the bits are the same at every budget. The number of threads is, with flash
-    attention alone, which over 512 cells sums by thread (docs/LOG.md, 2026-11-27).
+    attention alone, which over 512 cells sums by thread (docs/LOG.md, 2026-11-27). keeps_window: see window_is_kept();
+    files of earlier versions lack the cells that a sliding window had left, and are not gone on with.
     """
+    window = {"sliding_window": "every cell"} if keeps_window else {}
     return {
         "store": store_id,
         "policy": dict(policy),
@@ -34,6 +36,7 @@ def identity_of(
         "n_threads": n_threads if flash_attn else 0,
         "cache_type_k": cache_types[0],
         "cache_type_v": cache_types[1],
+        **window,
         "llama_cpp_python": llama_build().removeprefix(f"{COMPILED} "),
     }
 

@@ -23,7 +23,7 @@ from moe_edge.models.formats.work import is_part
 from moe_edge.runner.kv.prefix import keep_prefix, shared_prefix
 from moe_edge.runner.kv.rollback import Checkpoints
 from moe_edge.runner.kv.state_file import StateFile, hold, is_whole, load_state, read_header, write_state
-from moe_edge.runner.llama import can_cut, sequence_bytes, sliding_window
+from moe_edge.runner.llama import can_cut, sequence_bytes, sliding_window, window_is_kept
 
 try:
     import fcntl
@@ -171,7 +171,8 @@ class PromptCache:
         size = write(path)
         self._speed = size / max(1e-3, time.monotonic() - started)
         with self._locked():
-            if not self._checkpoints.are_needed and sliding_window(self._llama) == 0:
+            cut = sliding_window(self._llama) == 0 or window_is_kept(self._llama)
+            if cut and not self._checkpoints.are_needed:
                 for state in earlier:  # the new file serves whatever they would
                     state.path.unlink(missing_ok=True)
             trim(self._folder, self._limit, path)

@@ -36,6 +36,7 @@ from moe_edge.runner.llama import (
     sequence_head,
     sliding_window,
     state_from_bytes,
+    window_is_kept,
 )
 
 try:
@@ -167,11 +168,11 @@ def _lists(file: IO[bytes], n_tokens: int, end: int, partial: int | None) -> lis
 
 
 def _first_in_file(llama: Any) -> int:
-    """The first position of which the file has the cells of every layer: not those that a sliding window has left,
-    though memory has them still."""
+    """The first position of which the file has the cells of every layer: of some models not those that a sliding window
+    has left, though memory has them still."""
     if llama.n_tokens == 0:
         return 0
-    window = sliding_window(llama)
+    window = 0 if window_is_kept(llama) else sliding_window(llama)
     return max(first_position(llama), llama.n_tokens - window if window else 0)
 
 
