@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstring>
 
+#include "few_rows.h"
 #include "ggml-cpu.h"
 
 namespace moe_edge {
@@ -11,6 +12,9 @@ namespace moe_edge {
 constexpr size_t GRAPH_NODES = 64;
 constexpr int64_t ROW_CHUNK = 64;   // weight rows a thread takes at a time
 constexpr int64_t ROW_TILE = 16;    // weight rows kept in L1 while a group's rows pass over them, as in ggml
+
+static_assert(FEW_ROWS == MANY_ROWS - 1, "the kernels change their order where ggml changes its product");
+static_assert(MOST_FEW_ROWS <= BATCH_ROWS, "a group that a kernel takes fits into one graph of small groups");
 
 static ggml_type vec_dot_type(ggml_type weights) { return ggml_get_type_traits_cpu(weights)->vec_dot_type; }
 
@@ -61,8 +65,15 @@ static void quantize_rows(const QuantizeTask & t, int ith, int nth) {
 static int64_t chunk_rows(const DotTask & t) { return t.kernel == Kernel::PLAIN ? ROW_CHUNK : Tile::rows(t.type, t.n_cols); }
 
 static void dot_rows(const DotTask & t, int64_t from, int64_t to) {
-    const auto vec_dot = ggml_get_type_traits_cpu(t.type)->vec_dot;
     const size_t row = ggml_row_size(t.type, t.n_cols);
+    if (const FewRowsKernel few_rows = few_rows_kernel(t.type, t.n_cols, t.n_operands)) {
+        Operand operands[MOST_FEW_ROWS];
+        for (int64_t i = 0; i < t.n_operands; i++) operands[i] = {t.operands[i].x, t.operands[i].out + from};
+        few_rows({t.n_cols / ggml_blck_size(t.type), t.weights + static_cast<size_t>(from) * row, static_cast<int64_t>(row), to - from,
+                  operands, static_cast<int>(t.n_operands)});
+        return;
+    }
+    const auto vec_dot = ggml_get_type_traits_cpu(t.type)->vec_dot;
     for (int64_t r0 = from; r0 < to; r0 += ROW_TILE) {
         const int64_t r1 = std::min(r0 + ROW_TILE, to);
         for (int64_t i = 0; i < t.n_operands; i++) {
@@ -111,7 +122,7 @@ struct Ffn::Task {
     std::vector<QuantizeTask> quantize;
     std::vector<DotTask> dots;
     std::vector<int64_t> chunk_start;  // cumulative chunks of dots
-    std::vector<DotTask::Operand> operands;
+    std::vector<Operand> operands;
     std::vector<CopyTask> copies;
     const std::vector<Tile *> * tiles = nullptr;  // for dots
     std::atomic<int64_t> next{0};
@@ -160,6 +171,16 @@ struct FfnTasks {
     }
 };
 
+// Whether a group is computed by dot products: of up to MANY_ROWS - 1 rows always, of some more where kernels give the
+// bits of ggml's tiled products.
+static bool takes_dots(const Unit & u, int64_t n_rows) {
+    if (n_rows < MANY_ROWS) return true;
+    for (int p = 0; p < u.n_pieces; p++) {
+        if (!few_rows_kernel(u.pieces[p].type, u.pieces[p].cols, n_rows)) return false;
+    }
+    return true;
+}
+
 // ---- life -------------------------------------------------------------------------------------------------------
 
 static std::atomic<ggml_threadpool *> g_pool{nullptr};
@@ -197,6 +218,11 @@ char * Lane::work(size_t bytes) {
     if (at + bytes > work_area.size()) return nullptr;
     used = at + bytes;
     return work_area.data() + at;
+}
+
+Ffn::Ffn() {
+    set_threads(1);
+    try_few_rows();  // here, where no thread waits for it
 }
 
 void Ffn::set_threads(int n) {
@@ -245,7 +271,7 @@ int64_t Ffn::scratch_bytes(const Model & m, int64_t n_ubatch, int64_t n_used, in
     for (const Layer & l : m.layers) {
         const int64_t x = n_ubatch * l.n_embd * 4, quantized = x;  // a vec_dot type never exceeds F32; most take a quarter
         // a lane: work area, hidden rows, and the backend's copy of the down product's input in the type of its kernel
-        const int64_t lane = lane_bytes(l, n_ubatch) + (MANY_ROWS - 1) * l.n_ff * 4 + most_rows(l, n_ubatch) * l.n_ff * 2;
+        const int64_t lane = lane_bytes(l, n_ubatch) + MOST_FEW_ROWS * l.n_ff * 4 + most_rows(l, n_ubatch) * l.n_ff * 2;
         const int64_t lanes = (n_threads + 1) * lane;
         const int64_t hidden = small_rows(l, n_ubatch, n_used) * l.n_ff * 4;
         const int64_t rows = n_ubatch * n_used * static_cast<int64_t>(sizeof(Row) + 4);
@@ -381,16 +407,25 @@ bool Ffn::run_small(Step & s, const std::vector<Group *> & ready, const std::vec
 }
 
 bool Ffn::run_large(Step & s, Group & g, std::string & error) {
-    reserve(*all_, s, 0);
     const Timed timed(*s.model);
-    return large(*all_, s, g, error);
+    return whole(*all_, s, g, error);
+}
+
+// A group of any size whose pieces are all there. Its hidden rows go behind those of waiting groups, and are gone after.
+bool Ffn::whole(Lane & lane, Step & s, Group & g, std::string & error) {
+    if (!takes_dots(s.model->unit(g.unit), g.n_rows)) {
+        reserve(lane, s, 0);
+        return large(lane, s, g, error);
+    }
+    const int64_t waiting = lane.next_hidden;
+    reserve(lane, s, waiting + g.n_rows);
+    const bool done = small(lane, s, {&g}, {}, error);
+    lane.next_hidden = waiting;
+    return done;
 }
 
 bool Ffn::run_alone(Step & s, int thread, Group & g, std::string & error) {
-    Lane & lane = *own_[static_cast<size_t>(thread)];
-    reserve(lane, s, MANY_ROWS - 1);
-    lane.next_hidden = 0;
-    return g.n_rows < MANY_ROWS ? small(lane, s, {&g}, {}, error) : large(lane, s, g, error);
+    return whole(*own_[static_cast<size_t>(thread)], s, g, error);
 }
 
 bool Ffn::run_workers(Step & s, const std::function<void(int)> & worker, std::string & error) {

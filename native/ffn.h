@@ -2,9 +2,10 @@
 // threads on the same experts, row chunk by row chunk (decode: latency), or each thread an expert of its own (prefill:
 // no barrier between experts, and whoever is free takes the next one that has arrived).
 // A matrix that ggml repacks is multiplied tile by tile (repack.h), for any number of rows. Others as follows.
-// Few rows for an expert: `vec_dot` over its weight rows, shared among the threads of one CPU backend. Many rows: ggml's
-// MUL_MAT_ID on that one expert, which is the kernel stock llama.cpp takes for it (tiled where there is one). The choice
-// depends on the number of rows alone, never on what is in memory, so the result is the same for every budget.
+// Few rows for an expert: dot products with its weight rows, shared among the threads of one CPU backend, by `vec_dot` or a
+// kernel of ours with its bits (few_rows.h). Many rows: ggml's MUL_MAT_ID on that one expert, which is the kernel stock
+// llama.cpp takes for it (tiled where there is one), or again a kernel of ours with its bits. The choice depends on the
+// number of rows and the type alone, never on what is in memory, so the result is the same for every budget.
 #pragma once
 #include <atomic>
 #include <functional>
@@ -83,7 +84,7 @@ struct Lane {
 
 class Ffn {
 public:
-    Ffn() { set_threads(1); }
+    Ffn();
     void set_threads(int n);
     int threads() const { return n_threads_; }
     Lane & all_threads() { return *all_; }
@@ -124,6 +125,7 @@ private:
     static void place_hidden(Lane & lane, Step & s, const std::vector<Group *> & ready, std::vector<Group *> & down);
     bool add_down(Lane & lane, ggml_cgraph * graph, Step & s, const std::vector<Group *> & down, Task & quantize, Task & dots,
                   std::string & error);
+    bool whole(Lane & lane, Step & s, Group & g, std::string & error);
     bool large(Lane & lane, Step & s, Group & g, std::string & error);
     ggml_tensor * gathered(Lane & lane, const Step & s, const Group & g, int64_t from, int64_t n, ggml_type type, Task & quantize,
                            Task & gather, std::string & error);

@@ -126,7 +126,7 @@ static bool gemm_is_gemv(ggml_type type, int64_t n_weight_rows) {
     Tile tile;
     auto product = [&](Kernel kernel, int64_t n) {
         std::vector<float> out(static_cast<size_t>(n_weight_rows * n));
-        std::vector<DotTask::Operand> operands;
+        std::vector<Operand> operands;
         for (int64_t i = 0; i < n; i++) {
             operands.push_back({reinterpret_cast<const char *>(x.data() + i * n_cols), out.data() + i * n_weight_rows});
         }
@@ -196,7 +196,7 @@ bool Tile::multiply(const DotTask & t, int64_t from, int64_t to) {
 }
 
 // The rows of the input side by side, or one where it is; the output likewise.
-bool Tile::multiply_operands(const DotTask & t, int64_t from, int64_t to, const DotTask::Operand * operands, int64_t n) {
+bool Tile::multiply_operands(const DotTask & t, int64_t from, int64_t to, const Operand * operands, int64_t n) {
     const size_t x_bytes = static_cast<size_t>(t.n_cols) * sizeof(float), out_bytes = static_cast<size_t>(to - from) * sizeof(float);
     ggml_context * ctx = ggml_init({meta_.size(), meta_.data(), true});
     ggml_tensor weights = matrix_of(t.type, t.n_cols, to - from, form_of(t.type, t.n_weight_rows));

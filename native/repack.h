@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "few_rows.h"
 #include "ggml-backend.h"
 #include "ggml.h"
 
@@ -29,8 +30,7 @@ struct DotTask {  // out[0..n_weight_rows) = weights . x, for the rows of one gr
     ggml_type type;
     Kernel kernel;
     int64_t n_cols, n_weight_rows;
-    struct Operand { const char * x; float * out; };  // x: F32 unless the kernel is PLAIN, then what its vec_dot takes
-    const Operand * operands;
+    const Operand * operands;  // their x: F32 unless the kernel is PLAIN, then what its vec_dot takes
     int64_t n_operands;
 };
 
