@@ -31,6 +31,8 @@ from moe_edge.models.store.planes import (
 from moe_edge.models.store.store import CODECS, PACKED_COLS, open_model, verify_store
 from moe_edge.runner import zstd
 from moe_edge.runner.capi import ERROR_BYTES, library
+from moe_edge.runner.measure.plan import plan
+from moe_edge.runner.measure.show import describe, describe_text
 from moe_edge.runner.native import NativeModel
 from moe_edge.schedulers.estimate import MachineSpeeds, ModelWork, estimate
 from moe_edge.schedulers.layout import Layout
@@ -269,7 +271,22 @@ def test_the_python_packages_own_zstd_works_where_the_system_has_none(monkeypatc
         zstd.zstd_functions.cache_clear()
 
 
-# ---- what plan says
+# ---- what plan and show say
+
+
+@pytest.mark.parametrize(("packed_as", "codec"), [("planes", "codes"), ("zstd", "planes")])
+def test_show_and_plan_name_the_codec_and_what_it_saves(tmp_path: Path, packed_as: str, codec: str) -> None:
+    _, raw, packed = both(tmp_path, "BF16", packed_as)
+    model, facts = open_model(packed), describe(packed)
+    share = 100 * model.stored_expert_bytes / model.expert_bytes
+    assert facts["codecs"] == {codec: len(model.pieces)} and facts["stored_expert_bytes"] == model.stored_expert_bytes
+    assert f"{share:.1f} % of that: {codec} ({len(model.pieces)})" in describe_text(facts)
+    assert describe(raw)["codecs"] == {"raw": len(model.pieces)} and "packed" not in describe_text(describe(raw))
+    speeds = MachineSpeeds(4e8, 1e12, 1e12, 1e12, unpack=7e9)
+    notes = plan(packed, speeds=speeds).notes
+    saved = f"packed ({codec}): {share:.1f} % of the experts' bytes"
+    assert f"{saved}; this machine unpacks 7.0 GB of experts a second" in notes
+    assert not any(note.startswith("packed (") for note in plan(raw, speeds=speeds).notes)
 
 
 def test_packed_experts_come_faster_from_a_slow_disk_and_no_faster_than_they_unpack() -> None:

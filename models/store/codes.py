@@ -29,7 +29,7 @@ def packed_exponents(high: Any, is_f16: bool) -> bytes:
     groups = _groups(codes)
     if is_f16:
         groups = np.concatenate((groups, _groups(high & 7)), axis=1)
-    return _FRONT.pack(len(escapes), *common.tolist(), 0) + escapes.tobytes() + groups.tobytes()
+    return b"".join((_FRONT.pack(len(escapes), *common.tolist(), 0), escapes.tobytes(), groups.tobytes()))
 
 
 def unpacked_exponents(chunk: bytes, n: int, is_f16: bool) -> Any:
