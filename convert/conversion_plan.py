@@ -15,15 +15,17 @@ from moe_edge.models.errors import UnknownName, UsageError, printable
 from moe_edge.models.formats.ggml_types import BF16, F16, F32, FLOAT_TYPES, I8, tensor_bytes, type_name
 from moe_edge.models.formats.gguf import TensorEntry
 from moe_edge.models.formats.write import TensorSpec
-from moe_edge.models.store.experts import MatrixKey, MoELayer
-from moe_edge.models.store.planes import FIELDS, most_bytes
+from moe_edge.models.store.experts import RAW, MatrixKey, MoELayer
+from moe_edge.models.store.planes import CODEC_NAMES, CODES, FIELDS, PLANES, most_bytes, usual_codec
 from moe_edge.models.store.skeleton import stub_specs
 from moe_edge.models.store.source import Source
 from moe_edge.models.store.store import ALIGNMENT, HIGH_NAME, LOW_NAME, expert_name, level_of
 
-# What --pack can be: which types of experts are packed. auto: those that get a sixth shorter, or more.
-PACKINGS: Mapping[str, frozenset[int]] = {
-    "none": frozenset(), "auto": frozenset({F16, BF16}), "planes": frozenset(FIELDS),
+# What --pack can be: which types of experts are packed, and by which codec. auto: those that get a ninth shorter, or
+# more; planes: every type that gets shorter; zstd: the same, by zstd throughout, which is shortest and slow to unpack.
+PACKINGS: Mapping[str, Mapping[int, int]] = {
+    "none": {}, "auto": dict.fromkeys((F16, BF16), CODES), "planes": {each: usual_codec(each) for each in FIELDS},
+    "zstd": dict.fromkeys(FIELDS, PLANES),
 }  # fmt: skip
 DEFAULT_DENSE = "Q8_0"  # of a checkpoint whose experts are quantized
 READABLE = frozenset({*TARGETS, *NEED_IMATRIX, "Q1_0", "NVFP4"})
@@ -59,7 +61,7 @@ class ExpertTypes:
 class PlannedTensor:
     """A tensor of an output file: where it comes from, and the type and bytes it will have. Shape in ggml order.
 
-    packed: stored with the codec `planes`, so that `nbytes` is what it takes in memory, not in the file.
+    codec: RAW, or what it is packed with: `nbytes` is then what it takes in memory, not in the file.
     """
 
     name: str
@@ -67,7 +69,11 @@ class PlannedTensor:
     source: TensorEntry
     type: int
     nbytes: int
-    packed: bool = False
+    codec: int = RAW
+
+    @property
+    def packed(self) -> bool:
+        return self.codec != RAW
 
     @property
     def spec(self) -> TensorSpec:
@@ -227,7 +233,7 @@ def make_plan(
         _check_importance(each, each.name in dense_importance)
     homes = {HIGH_NAME: types.homes, LOW_NAME: types.low_homes}
     planned = _plan_experts(source, wanted, homes, frozenset(importance), fallbacks)
-    experts = tuple(replace(each, packed=each.type in PACKINGS[pack]) for each in planned)
+    experts = tuple(replace(each, codec=PACKINGS[pack].get(each.type, RAW)) for each in planned)
     biases = tuple(PlannedTensor(e.name, e.shape, e, e.type, e.nbytes) for e in source.biases.values())
     stubs = stub_specs(source.layers, source.biases)
     return ConvertPlan(
@@ -352,7 +358,7 @@ def change(tensor: PlannedTensor) -> str:
     """`BF16 -> Q4_K`, or `BF16` for a tensor that is copied."""
     found = type_name(tensor.source.type)
     changed = f"{found} -> {type_name(tensor.type)}" if tensor.is_converted else found
-    return f"{changed}, packed" if tensor.packed else changed
+    return f"{changed}, packed ({CODEC_NAMES[tensor.codec]})" if tensor.packed else changed
 
 
 def _as_json(tensor: PlannedTensor) -> dict[str, Any]:
@@ -362,7 +368,7 @@ def _as_json(tensor: PlannedTensor) -> dict[str, Any]:
         "source_type": type_name(tensor.source.type),
         "type": type_name(tensor.type),
         "bytes": tensor.nbytes,
-        **({"packed": True} if tensor.packed else {}),
+        **({"packed": True, "codec": CODEC_NAMES[tensor.codec]} if tensor.packed else {}),
     }
 
 

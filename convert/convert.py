@@ -283,7 +283,7 @@ def _outputs(
         [each.spec for each in plan.store_tensors],
         calibration,
         folder / final.name,
-        {each.name: (each.type, each.shape[0], each.shape[1]) for each in plan.experts if each.packed},
+        {each.name: (each.codec, each.type, each.shape[0], each.shape[1]) for each in plan.experts if each.packed},
         whole[0],
     )
     changed = {}

@@ -68,7 +68,7 @@ def packed(
                     continue
                 whole += piece
             if tensor.packed:
-                waiting.append((pool.submit(pack, bytes(whole), tensor.type), True))
+                waiting.append((pool.submit(pack, bytes(whole), tensor.type, tensor.codec), True))
             while len(waiting) > threads + 1:
                 yield _result(*waiting.popleft())
         while waiting:

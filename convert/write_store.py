@@ -9,7 +9,6 @@ from moe_edge.models.calibration import Calibration
 from moe_edge.models.formats.write import GGUFOutput, TensorSpec, kv_string, kv_strings, kv_u32, kv_u32s
 from moe_edge.models.store.calibration_keys import calibration_kvs
 from moe_edge.models.store.experts import RAW
-from moe_edge.models.store.planes import PLANES
 from moe_edge.models.store.skeleton import SOURCE, VERSION
 from moe_edge.models.store.source import FORMAT_VERSION, KIND, STORE_ID
 from moe_edge.models.store.store import (
@@ -36,12 +35,12 @@ def new_store(
     tensors: Sequence[TensorSpec],
     calibration: Calibration | None = None,
     part: Path | None = None,
-    packed: Mapping[str, tuple[int, int, int]] | None = None,
+    packed: Mapping[str, tuple[int, int, int, int]] | None = None,
     whole: Sequence[int] | None = None,
 ) -> GGUFOutput:
     """The output for a store, to be filled and then closed by `seal_store`. part, whole: as GGUFOutput has them.
 
-    packed: name -> (type, cols, rows) of the tensors that are stored with the codec `planes`.
+    packed: name -> (codec, type, cols, rows) of the tensors that are stored packed.
     Raises UsageError for a calibration the format cannot hold.
     """
     kvs = {
@@ -62,8 +61,8 @@ def new_store(
     return GGUFOutput(path, kvs, tensors, ALIGNMENT, part, whole)
 
 
-def _packed_kvs(packed: Mapping[str, tuple[int, int, int]], tensors: Sequence[TensorSpec]) -> dict[str, bytes]:
-    rows = [(PLANES, *packed[each.name]) if each.name in packed else (RAW, 0, 0, 0) for each in tensors]
+def _packed_kvs(packed: Mapping[str, tuple[int, int, int, int]], tensors: Sequence[TensorSpec]) -> dict[str, bytes]:
+    rows = [packed[each.name] if each.name in packed else (RAW, 0, 0, 0) for each in tensors]
     keys = (CODECS, PACKED_TYPES, PACKED_COLS, PACKED_ROWS)
     return {key: kv_u32s(key, column) for key, column in zip(keys, zip(*rows, strict=True), strict=True)}
 

@@ -74,11 +74,14 @@ void me_set_zstd(void * create, void * free, void * decompress, void * is_error)
     zstd.is_error = reinterpret_cast<decltype(zstd.is_error)>(is_error);
 }
 
-int32_t me_unpack(const char * stored, int64_t stored_bytes, int32_t type, char * out, int64_t nbytes, char * error) {
+int32_t me_use_code_unpacker(int32_t which) { return use_code_unpacker(which) ? ME_OK : ME_FAILED; }
+
+int32_t me_unpack(const char * stored, int64_t stored_bytes, int32_t codec, int32_t type, char * out, int64_t nbytes,
+                  char * error) {
     Stored whole;
     whole.head = stored;
     whole.head_bytes = whole.tail_from = whole.bytes = stored_bytes;
-    const std::string wrong = decode_planes(whole, type, out, nbytes);
+    const std::string wrong = decode_packed(whole, codec, type, out, nbytes);
     if (wrong.empty()) return ME_OK;
     say(error, wrong.c_str());
     return ME_FAILED;

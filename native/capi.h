@@ -170,8 +170,11 @@ ME_API void me_log(int32_t level, const char * text, void * user);
 ME_API int32_t me_kernel(int32_t type, int64_t n_cols, int64_t n_rows, int32_t repacking);
 // zstd's ZSTD_createDCtx, ZSTD_freeDCtx, ZSTD_decompressDCtx and ZSTD_isError; before a model with packed pieces is opened.
 ME_API void me_set_zstd(void * create, void * free, void * decompress, void * is_error);
-// Unpack one matrix of nbytes of a ggml type from `stored`; for checks.
-ME_API int32_t me_unpack(const char * stored, int64_t stored_bytes, int32_t type, char * out, int64_t nbytes, char * error);
+// Unpack one matrix of nbytes of a ggml type from `stored`; for checks. And what of exponents.h unpacks codec `codes`: 0
+// C++ alone, 1 AVX2, 2 AVX-512, 3 NEON. ME_FAILED: this processor does not have it, and nothing changes.
+ME_API int32_t me_unpack(const char * stored, int64_t stored_bytes, int32_t codec, int32_t type, char * out, int64_t nbytes,
+                         char * error);
+ME_API int32_t me_use_code_unpacker(int32_t which);
 ME_API me_model * me_model_open(const struct me_model_desc * desc, char * error);
 // Reserve the arena, and beside it the packed cache (0: none); once, before the first decode. Units are loaded only after.
 ME_API int32_t me_model_set_arena(me_model * model, int64_t arena_bytes, int64_t packed_bytes, char * error);

@@ -100,12 +100,12 @@ void Model::add_piece(Piece & piece, const me_piece_desc & d, const Layer & laye
     const std::string name = tensor_name(layer, piece.projection, expert);
     if (!knows_codec(piece.codec)) {
         throw std::runtime_error(name + " is stored with codec " + std::to_string(piece.codec) +
-                                 ", which this moe-edge does not have; it has 0 (raw) and 1 (planes): install a newer one");
+                                 ", which this moe-edge does not have; it has 0 (raw), 1 (planes) and 2 (codes): install a newer one");
     }
-    if (piece.packed() && !planes_of_type(piece.type)) {
-        throw std::runtime_error(name + " is packed in planes, which type " + std::to_string(d.type) + " does not have");
+    if (piece.packed() && !packs_type(piece.codec, piece.type)) {
+        throw std::runtime_error(name + " is packed in " + (piece.codec == CODEC_PLANES ? "planes" : "codes") + ", which type " + std::to_string(d.type) + " does not have");
     }
-    if (piece.packed() && !zstd.usable()) throw std::runtime_error(name + " is packed, and no zstd library was given");
+    if (piece.codec == CODEC_PLANES && !zstd.usable()) throw std::runtime_error(name + " is packed, and no zstd library was given");
     if (!piece.packed() && piece.stored_bytes != piece.nbytes) {
         throw std::runtime_error(name + " is stored raw in " + std::to_string(piece.stored_bytes) + " bytes but has " +
                                  std::to_string(piece.nbytes) + "; its table of pieces is damaged");
@@ -451,7 +451,7 @@ std::string Model::unpack(const ReadJob & job) {
     } else {
         stored.tail = job.dst + piece.tail_from;
     }
-    std::string error = decode_planes(stored, piece.type, arena->data(u.slot) + piece.slot_offset, piece.nbytes);
+    std::string error = decode_packed(stored, piece.codec, piece.type, arena->data(u.slot) + piece.slot_offset, piece.nbytes);
     counters.unpack_ns += std::chrono::duration_cast<std::chrono::nanoseconds>(clock::now() - t0).count();
     counters.unpacked_bytes += piece.nbytes;
     return error;

@@ -17,7 +17,7 @@ from moe_edge.models.formats.ggml_types import type_name
 from moe_edge.models.formats.gguf import TensorEntry
 from moe_edge.models.formats.source_files import SourceFiles
 from moe_edge.models.store.experts import RAW, Piece
-from moe_edge.models.store.planes import PLANES, can_pack
+from moe_edge.models.store.planes import CODEC_NAMES, PLANES, can_pack
 from moe_edge.models.store.store import ExpertModel
 from moe_edge.runner import memory
 from moe_edge.runner.capi import (
@@ -479,10 +479,11 @@ def _describe(model: ExpertModel) -> tuple[ModelDesc, list[Any]]:
 def _check_codec(model: ExpertModel, piece: Piece) -> None:
     """Refuse what the native library would, with the name of the file."""
     where = f"{model.files[piece.file]}: tensor '{piece.name}' is stored"
-    if piece.codec not in (RAW, PLANES):
+    if piece.codec != RAW and piece.codec not in CODEC_NAMES:
         raise BadFile(f"{where} with codec {piece.codec}, which this moe-edge does not have; install a newer one")
-    if piece.codec == PLANES and not can_pack(piece.type):
-        raise BadFile(f"{where} in planes, which the type {type_name(piece.type)} does not have; convert again")
+    if piece.codec != RAW and not can_pack(piece.type, piece.codec):
+        named = CODEC_NAMES[piece.codec]
+        raise BadFile(f"{where} in {named}, which the type {type_name(piece.type)} does not have; convert again")
     if piece.codec == RAW and piece.stored_bytes != piece.nbytes:
         raise BadFile(f"{where} raw in {piece.stored_bytes} bytes, but its matrix takes {piece.nbytes}; convert again")
 

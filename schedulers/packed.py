@@ -1,6 +1,6 @@
 """The packed cache: experts kept in memory as they are stored, whole or in one of their two parts (ZipMoE, PAPERS.md).
 
-A packed expert takes two thirds of its bytes (BF16), so more of them fit; each use must unpack it, which costs the
+A packed expert takes 70 % of its bytes (BF16), so more of them fit; each use must unpack it, which costs the
 processor but not the disk. So the memory of the experts is split: the most used ones are kept whole, in the arena, and
 the next ones packed. What is used is unpacked into the arena in any case, where it passes through a small window.
 

@@ -28,7 +28,8 @@ SANITIZERS = {
 SOURCES = {
     "reader": ["tests/native/disk_source_stress.cpp", "native/disk_source.cpp", "native/pages.cpp"],
     "model": [
-        "tests/native/model_stress.cpp", "native/model.cpp", "native/codec.cpp", "native/disk_source.cpp",
+        "tests/native/model_stress.cpp", "native/model.cpp", "native/codec.cpp", "native/exponents.cpp",
+        "native/disk_source.cpp",
         "native/arena.cpp", "native/pages.cpp", "native/parts.cpp", "native/unpackers.cpp",
     ],
 }

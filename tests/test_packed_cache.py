@@ -48,10 +48,10 @@ with Engine(sys.argv[1], options) as engine, engine.decoding():
 WIDE = Shape(n_layer=3, n_ff=128, n_expert=64, n_used=4)  # 192 experts: many more than the window of 16
 
 
-def packed_model(tmp_path: Path, expert_type: str, **more: Any) -> tuple[Path, Path]:
+def packed_model(tmp_path: Path, expert_type: str, packed_as: str = "planes", **more: Any) -> tuple[Path, Path]:
     """(stock, packed) of one random model."""
     stock = write_random_model(tmp_path / "stock.gguf", "qwen3moe", WIDE, expert_type=expert_type, **more)
-    convert(stock, tmp_path / "m.gguf", pack="planes")
+    convert(stock, tmp_path / "m.gguf", pack=packed_as)
     return stock, tmp_path / "m.gguf"
 
 
@@ -74,9 +74,13 @@ def decoded(engine: Engine, tokens: list[int], n_ubatch: int) -> tuple[np.ndarra
         return rows, engine.counters()
 
 
-@pytest.mark.parametrize("expert_type", ["BF16", "F16", "Q8_0"])
-def test_every_logit_is_stocks_with_packed_experts_in_memory(tmp_path: Path, expert_type: str) -> None:
-    stock, packed = packed_model(tmp_path, expert_type)
+@pytest.mark.parametrize(
+    ("expert_type", "packed_as"), [("BF16", "planes"), ("F16", "planes"), ("Q8_0", "planes"), ("BF16", "zstd")]
+)
+def test_every_logit_is_stocks_with_packed_experts_in_memory(
+    tmp_path: Path, expert_type: str, packed_as: str
+) -> None:
+    stock, packed = packed_model(tmp_path, expert_type, packed_as)
     hits = 0
     for n_ubatch, n in ((1, 30), (64, 100)):
         expected = stock_logits(stock, some_tokens(n), n_ubatch, 1, n_ctx=640)
@@ -122,9 +126,10 @@ def test_reading_ahead_with_parts_does_not_change_bits(tmp_path: Path, lookahead
     assert c.prefetched > 0 and c.packed_hits > 0 and c.evictions > 0
 
 
-def test_parts_of_experts_are_held_and_only_the_rest_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("packed_as", ["planes", "zstd"])
+def test_parts_of_experts_are_held_and_only_the_rest_is_read(tmp_path: Path, packed_as: str) -> None:
     """Whatever the scheduler holds of any expert, whole or a part, the bits are the same, and it is not read."""
-    stock, packed = packed_model(tmp_path, "BF16")
+    stock, packed = packed_model(tmp_path, "BF16", packed_as)
     tokens = some_tokens(60)
     expected = stock_logits(stock, tokens, 1, 1, n_ctx=640)
     engine = engine_with(packed, 0.9, "80%", n_ubatch=1)

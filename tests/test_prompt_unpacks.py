@@ -57,7 +57,7 @@ def test_each_touched_expert_is_unpacked_once_a_micro_batch_at_most(
 def test_the_thread_that_computes_unpacks_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
 ) -> None:
-    _, packed = packed_model(tmp_path, "BF16")
+    _, packed = packed_model(tmp_path, "BF16", "zstd")
     create, free, decompress, is_error = zstd_functions()
     really, threads = Decompress(decompress), list[int]()
 

@@ -80,10 +80,11 @@ rows, counts = logits(path, least + (1 << 20), **choosing)
 assert all(np.isfinite(row).all() for row in rows) and counts.substituted_uses > 0
 packed = write_random_model(folder / "sixteen.gguf", arch, expert_type="BF16", down_type="Q8_0")
 want = stock_logits(packed, [*tokens, 5, 6], n_ubatch=32, n_threads=2, n_ctx=128)[len(tokens) - 1 :]
-convert(packed, folder / "packed.gguf", pack="planes")
-for lookahead in ("off", "votes"):
-    rows, counts = logits(folder / "packed.gguf", floor(folder / "packed.gguf") + (1 << 16), lookahead=lookahead)
-    assert np.array_equal(rows[0], want[0]) and counts.unpacked_bytes > 0, (arch, lookahead)
+for pack_as in ("zstd", "planes"):
+    convert(packed, folder / "packed.gguf", pack=pack_as, overwrite=True)
+    for lookahead in ("off", "votes"):
+        rows, counts = logits(folder / "packed.gguf", floor(folder / "packed.gguf") + (1 << 16), lookahead=lookahead)
+        assert np.array_equal(rows[0], want[0]) and counts.unpacked_bytes > 0, (arch, pack_as, lookahead)
 wide = dict(n_layer=3, n_expert=32, n_used=4, n_ff=64)
 packed = write_random_model(folder / "wide.gguf", arch, Shape(**wide), expert_type="BF16", down_type="F16")
 convert(packed, folder / "parts.gguf", pack="planes")

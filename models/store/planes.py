@@ -1,24 +1,30 @@
-"""The codec `planes`: matrices of experts packed without loss, field by field of their blocks (ZipMoE, docs/PAPERS.md).
+"""The codecs `planes` and `codes`: matrices of experts packed without loss, field by field of their blocks (ZipMoE,
+docs/PAPERS.md).
 
 A 16-bit float is rotated left by one bit and cut into its bytes: the high one is the exponent (BF16) or the exponent
 with the first bits of the mantissa (F16), and packs; the low one is mantissa and sign, and does not. A quantized block
 is cut into its scales, byte by byte, and its quants. What zstd shortens is kept packed, chunk by chunk, the rest raw.
-docs/FORMAT.md has the bytes, native/codec.cpp unpacks them while a model runs.
+`codes` has 16-bit floats only, their exponents in codes of one width (codes.py): longer, but unpacked in a third of the
+time. docs/FORMAT.md has the bytes, native/codec.cpp unpacks them while a model runs.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
 from moe_edge.models.errors import BadFile
 from moe_edge.models.formats.ggml_types import BF16, BY_NAME, F16, TYPES
+from moe_edge.models.store.codes import packed_exponents, unpacked_exponents
+from moe_edge.models.store.experts import Piece
 
-PLANES = 1  # the codec's number, as in native/codec.h
+PLANES, CODES = 1, 2  # the codecs' numbers, as in native/codec.h
+CODEC_NAMES = {PLANES: "planes", CODES: "codes"}
 MAGIC = 0x4B50454D
-HEADER = struct.Struct("<4IQ2I")  # magic, type, blocks in a chunk, planes, blocks, chunks, 0
+HEADER = struct.Struct("<4IQ2I")  # magic, type, blocks in a chunk, planes, blocks, chunks, 1 for `codes` or else 0
 CHUNK_BYTES = 128 << 10  # of the matrix: a chunk with all its planes stays in a core's second cache
 WORTH = 1 / 32  # a chunk that saves less of its bytes than this is kept raw, which is faster to unpack
 
@@ -39,8 +45,8 @@ FIELDS = {F16: (1, 1), BF16: (1, 1), **{BY_NAME[name].id: fields for name, field
 
 # What a packed matrix takes of its bytes, about: the worse of tiny-moe's weights and Gaussian ones (docs/LOG.md).
 TYPICAL_SHARE = {
-    F16: 0.85, BF16: 0.67,
-    **{BY_NAME[name].id: share for name, share in (
+    (PLANES, F16): 0.85, (PLANES, BF16): 0.67, (CODES, F16): 0.89, (CODES, BF16): 0.70,
+    **{(PLANES, BY_NAME[name].id): share for name, share in (
         ("Q4_0", 0.93), ("Q4_1", 0.93), ("Q5_0", 0.98), ("Q5_1", 0.95), ("Q8_0", 0.95), ("Q2_K", 0.94), ("Q4_K", 0.985),
         ("IQ4_NL", 0.97), ("MXFP4", 0.95), ("TQ2_0", 0.41),
     )},
@@ -51,9 +57,23 @@ TYPICAL_SHARE = {
 _PARAMETERS = {"strategy": 1, "min_match": 7, "hash_log": 6, "window_log": 17}
 
 
-def can_pack(type_id: int) -> bool:
-    """Whether the codec knows the fields of a ggml type."""
-    return type_id in FIELDS
+def can_pack(type_id: int, codec: int = PLANES) -> bool:
+    """Whether a codec knows the fields of a ggml type."""
+    return type_id in FIELDS and (codec == PLANES or (codec == CODES and type_id in (F16, BF16)))
+
+
+def usual_codec(type_id: int) -> int:
+    """What packs a type that `can_pack`, where nothing else is asked for: `codes` where it can (docs/LOG.md)."""
+    return CODES if can_pack(type_id, CODES) else PLANES
+
+
+def main_codec(pieces: Iterable[Piece], type_id: int) -> int:
+    """What packs most bytes of a type; where none is packed, what `convert --pack planes` would pack it with."""
+    sizes = Counter[int]()
+    for piece in pieces:
+        if piece.type == type_id and piece.codec in CODEC_NAMES:
+            sizes[piece.codec] += piece.nbytes
+    return max(sizes, key=sizes.__getitem__, default=usual_codec(type_id))
 
 
 def chunk_blocks(type_id: int) -> int:
@@ -67,8 +87,8 @@ def most_bytes(type_id: int, nbytes: int) -> int:
     return HEADER.size + 4 * len(FIELDS[type_id]) * n_chunks + nbytes
 
 
-def pack(data: bytes, type_id: int) -> bytes:
-    """A matrix of this ggml type, packed. The type must be in FIELDS, `data` whole blocks."""
+def pack(data: bytes, type_id: int, codec: int) -> bytes:
+    """A matrix of this ggml type, packed. The codec must know the type, `data` be whole blocks."""
     import numpy as np
 
     fields, step = FIELDS[type_id], chunk_blocks(type_id)
@@ -77,35 +97,35 @@ def pack(data: bytes, type_id: int) -> bytes:
     at = 0
     for width in fields:
         plane = np.ascontiguousarray(blocks[:, at : at + width])
-        chunks.append([_shorter(plane[i : i + step].tobytes()) for i in range(0, len(plane), step)])
+        chunks.append([_chunk(plane[i : i + step], type_id, codec, at) for i in range(0, len(plane), step)])
         at += width
     sizes = [len(chunk) for plane in chunks for chunk in plane]
-    header = HEADER.pack(MAGIC, type_id, step, len(fields), len(blocks), len(chunks[0]), 0)
+    header = HEADER.pack(MAGIC, type_id, step, len(fields), len(blocks), len(chunks[0]), int(codec == CODES))
     return b"".join([header, struct.pack(f"<{len(sizes)}I", *sizes), *(chunk for plane in chunks for chunk in plane)])
 
 
-def unpack(data: bytes, type_id: int, nbytes: int, where: str) -> bytes:
+def unpack(data: bytes, type_id: int, codec: int, nbytes: int, where: str) -> bytes:
     """What `pack` was given: the matrix of `nbytes`. Raises BadFile, `where` naming file and tensor."""
     import numpy as np
 
     fields = FIELDS[type_id]
     n_blocks = nbytes // _block_bytes(type_id)
     blocks = np.empty((n_blocks, _block_bytes(type_id)), np.uint8)
-    at, room = 0, list(_chunks(data, type_id, n_blocks, where))
+    at, room = 0, list(_chunks(data, type_id, codec, n_blocks, where))
     for plane, width in enumerate(fields):
         for first, chunk in room[plane]:
             n = min(chunk_blocks(type_id), n_blocks - first)
-            raw = chunk if len(chunk) == n * width else _unpacked(chunk, n * width, where)
+            raw = chunk if len(chunk) == n * width else _unpacked(chunk, n * width, type_id, codec, plane, where)
             blocks[first : first + n, at : at + width] = np.frombuffer(raw, np.uint8).reshape(n, width)
         at += width
     return _from_blocks(blocks, type_id)
 
 
-def _chunks(data: bytes, type_id: int, n_blocks: int, where: str) -> Iterator[list[tuple[int, bytes]]]:
+def _chunks(data: bytes, type_id: int, codec: int, n_blocks: int, where: str) -> Iterator[list[tuple[int, bytes]]]:
     """For each plane its chunks: (first block, bytes as stored)."""
     step, fields = chunk_blocks(type_id), FIELDS[type_id]
     n_chunks = -(-n_blocks // step)
-    expected = HEADER.pack(MAGIC, type_id, step, len(fields), n_blocks, n_chunks, 0)
+    expected = HEADER.pack(MAGIC, type_id, step, len(fields), n_blocks, n_chunks, int(codec == CODES))
     if data[: HEADER.size] != expected:
         raise BadFile(f"{where} is packed with a header of another matrix; convert or download it again")
     table = data[HEADER.size : HEADER.size + 4 * len(fields) * n_chunks]
@@ -139,14 +159,26 @@ def _from_blocks(blocks: Any, type_id: int) -> bytes:
     return bytes(((rotated >> 1) | (rotated << 15)).astype("<u2").tobytes())
 
 
-def _shorter(raw: bytes) -> bytes:
-    packed = _compressor().compress(raw)
+def _chunk(plane: Any, type_id: int, codec: int, first_byte: int) -> bytes:
+    """As it is stored: packed, or raw where that saves too little. first_byte: of the plane's field in its block."""
+    raw: bytes = plane.tobytes()
+    if codec == CODES:
+        packed = packed_exponents(plane.reshape(-1), type_id == F16) if first_byte == 0 else raw
+    else:
+        packed = _compressor().compress(raw)
     return packed if len(packed) <= len(raw) * (1 - WORTH) else raw
 
 
-def _unpacked(chunk: bytes, nbytes: int, where: str) -> bytes:
+def _unpacked(chunk: bytes, nbytes: int, type_id: int, codec: int, plane: int, where: str) -> bytes:
     import zstandard
 
+    if codec == CODES:
+        try:
+            if plane:
+                raise ValueError("its signs and mantissas are not raw")
+            return bytes(unpacked_exponents(chunk, nbytes, type_id == F16).tobytes())
+        except ValueError as error:
+            raise BadFile(f"{where} does not unpack ({error}); convert or download it again") from error
     try:
         raw: bytes = zstandard.ZstdDecompressor().decompress(chunk, max_output_size=nbytes)
     except zstandard.ZstdError as error:

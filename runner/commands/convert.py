@@ -45,8 +45,9 @@ def type_options(f: F) -> F:
               help="Of quantizing at the most: --bits takes faster types where the best would need longer.")
 @click.option("--dense-type", help="Type of the dense matrices. Default: Q8_0 if a "
               "checkpoint's experts are quantized. Q6_K is smaller, and faster in long prompts on x86.")
-@click.option("--pack", type=click.Choice(["none", "auto", "planes"]), default="none", show_default=True,
-              help="Store experts packed, without loss. auto: BF16 and F16; planes: every type that gets shorter.")
+@click.option("--pack", type=click.Choice(["none", "auto", "planes", "zstd"]), default="none", show_default=True,
+              help="Store experts packed, without loss. auto: BF16 and F16; planes: every type that gets shorter; "
+                   "zstd: a little shorter still, and slow to unpack.")
 @click.option("--ram", type=Size(), default="auto", help="Memory for running the model on the text.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--force", is_flag=True, help="Replace files that exist.")

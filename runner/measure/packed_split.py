@@ -9,6 +9,7 @@ import numpy as np
 from moe_edge.models.formats.floats import Float64Array
 from moe_edge.models.formats.ggml_types import main_type
 from moe_edge.models.store.experts import Piece
+from moe_edge.models.store.planes import main_codec
 from moe_edge.models.store.store import ExpertModel
 from moe_edge.runner.measure.doctor import kept_speeds, n_cores
 from moe_edge.runner.measure.probe import unpack_bytes_per_second
@@ -57,8 +58,8 @@ def auto_split(
     speeds = kept_speeds(model.files[0], expert_type, piece_bytes, disk_bytes_per_second=disk_bytes_per_second)
     if speeds is None:
         return 0, "packed cache auto: none, since this machine's speeds are not known; moe-edge doctor measures them"
-    threads = n_threads or n_cores()
-    speeds = replace(speeds, unpack=unpack_bytes_per_second(expert_type, threads))
+    codec = main_codec(model.pieces, expert_type)
+    speeds = replace(speeds, unpack=unpack_bytes_per_second(expert_type, codec, n_threads or n_cores()))
     share = model.stored_expert_bytes / model.expert_bytes
     found = find_split(layout, sizes, arena_bytes, model.n_expert_used, share, speeds)
     if found.packed_bytes == 0:

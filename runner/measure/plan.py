@@ -21,7 +21,7 @@ from moe_edge.models.formats.ggml_types import F32, main_type
 from moe_edge.models.formats.gguf import GGUFFile, GGUFModel, open_headers, read_gguf, read_header
 from moe_edge.models.formats.write import GGUFOutput, TensorSpec
 from moe_edge.models.store.folder import find_model
-from moe_edge.models.store.planes import TYPICAL_SHARE, can_pack
+from moe_edge.models.store.planes import CODEC_NAMES, TYPICAL_SHARE, can_pack, main_codec, usual_codec
 from moe_edge.models.store.skeleton import IN_PLACE, file_identities, in_place_id, own_kvs, skeleton_kvs, stub_specs
 from moe_edge.models.store.source import KIND, gguf_source
 from moe_edge.models.store.store import STORE_KIND, store_path
@@ -130,7 +130,7 @@ def plan(
         found = _speeds(facts, n_threads, disk_bytes_per_second, fresh, tell)
         speeds, why_not = (None, found.why) if isinstance(found, Unmeasured) else (found, None)
         if speeds is not None and can_pack(facts.expert_type):
-            unpack = unpack_bytes_per_second(facts.expert_type, n_threads or n_cores())
+            unpack = unpack_bytes_per_second(facts.expert_type, facts.codec, n_threads or n_cores())
             speeds = with_overrides(speeds, unpack=unpack)
     elif disk_bytes_per_second is not None:
         speeds = with_overrides(speeds, disk=disk_bytes_per_second)
@@ -153,6 +153,7 @@ class _ModelFacts:
     unlimited: MemoryPlan
     packed: PackedSizes
     expert_type: int
+    codec: int  # of what is packed; else what would pack it
     dense_type: int
     piece_bytes: int
     n_ctx: int
@@ -188,7 +189,7 @@ def _decide(
     if split is not None and speeds is not None:
         found = estimate(m.work, split.arena_bytes, speeds, hit_rate=hits, n_prompt=n_prompt, n_ubatch=m.n_ubatch)
         enough = fixed.total_bytes + enough_arena_bytes(m.work, speeds, floor - fixed.total_bytes, hits)
-    notes = []
+    notes = _packed_facts(m, speeds)
     if split is not None and speeds is not None and can_have_packed(m.work.layout, m.packed, split.arena_bytes):
         share = m.work.stored_share
         packed = find_split(m.work.layout, m.packed, split.arena_bytes, m.work.top_k, share, speeds, chances)
@@ -205,6 +206,14 @@ def _decide(
         m.name, m.architecture, will_run, verdict, sentence, budget, reason, floor, resident, split, found, enough,
         packed, speeds, why_not, n_prompt, m.n_ctx, m.n_ubatch, m.files_bytes, m.present_bytes, tuple(notes),
     )  # fmt: skip
+
+
+def _packed_facts(m: _ModelFacts, speeds: MachineSpeeds | None) -> list[str]:
+    """What packing saves of this model, and how fast it is undone here; nothing where it is not packed."""
+    if m.work.stored_share >= 1:
+        return []
+    unpacked = "" if speeds is None else f"; this machine unpacks {speeds.unpack / 1e9:.1f} GB of experts a second"
+    return [f"packed ({CODEC_NAMES[m.codec]}): {100 * m.work.stored_share:.1f} % of the experts' bytes{unpacked}"]
 
 
 def _packed_note(packed: Split, arena_bytes: int) -> str:
@@ -228,7 +237,7 @@ def _gain_of_packing(
     """What packed experts would gain on this disk, in words; nothing below WORTH_PACKING, or where they are packed."""
     if m.work.stored_share < 1 or not can_pack(m.expert_type):
         return []
-    work = replace(m.work, stored_share=TYPICAL_SHARE[m.expert_type])
+    work = replace(m.work, stored_share=TYPICAL_SHARE[usual_codec(m.expert_type), m.expert_type])
     packed = estimate(work, arena_bytes, speeds, hit_rate=hits)
     gain = packed.tokens_per_second.expected / found.tokens_per_second.expected
     if gain < WORTH_PACKING:
@@ -294,6 +303,7 @@ def _read_model(path: Path, *, n_ctx: int, n_ubatch: int, n_threads: int) -> _Mo
         model, unlimited = sizes.model, sizes.plan
         calibration = getattr(model, "calibration", None)
         skeleton = read_gguf(model.skeleton)
+        expert_type = main_type((piece.type, piece.nbytes) for piece in model.pieces)
         per_token = unlimited.fixed.kv_bytes // max(1, sizes.n_ctx)
         work = ModelWork(
             layout=sizes.layout,
@@ -315,7 +325,8 @@ def _read_model(path: Path, *, n_ctx: int, n_ubatch: int, n_threads: int) -> _Mo
             calibration=calibration,
             unlimited=unlimited,
             packed=sizes.packed,
-            expert_type=main_type((piece.type, piece.nbytes) for piece in model.pieces),
+            expert_type=expert_type,
+            codec=main_codec(model.pieces, expert_type),
             dense_type=dense_type(skeleton),
             piece_bytes=sum(piece.nbytes for piece in model.pieces) // len(model.pieces),
             n_ctx=sizes.n_ctx,

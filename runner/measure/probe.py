@@ -348,8 +348,8 @@ def _words(weights: Any, type_id: int) -> bytes:
 
 
 @lru_cache(maxsize=8)
-def unpack_bytes_per_second(type_id: int, n_threads: int, nbytes: int = 2 << 20) -> float:
-    """How fast packed experts of this type are unpacked by n_threads together, in bytes of the matrix.
+def unpack_bytes_per_second(type_id: int, codec: int, n_threads: int, nbytes: int = 2 << 20) -> float:
+    """How fast experts of this type and codec are unpacked by n_threads together, in bytes of the matrix.
 
     Unpacks `nbytes` of Gaussian weights some ten times in each thread; takes about 0.1 s.
     """
@@ -368,12 +368,12 @@ def unpack_bytes_per_second(type_id: int, n_threads: int, nbytes: int = 2 << 20)
     else:  # bytes as uneven as quants are
         quants = drawn.normal(128, 45, nbytes // block_bytes * block_bytes)
         raw = np.clip(quants, 0, 255).astype(np.uint8).tobytes()
-    packed = pack(raw, type_id)
+    packed = pack(raw, type_id, codec)
 
     def job() -> None:
         out, error = ctypes.create_string_buffer(len(raw)), ctypes.create_string_buffer(1024)
         for _ in range(UNPACK_REPEATS):
-            lib.me_unpack(packed, len(packed), type_id, out, len(raw), error)
+            lib.me_unpack(packed, len(packed), codec, type_id, out, len(raw), error)
 
     job()
     started = time.perf_counter()

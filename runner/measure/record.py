@@ -194,8 +194,7 @@ class TraceRecorder:
         parts: dict[str, Any] = {}
         if packed.largest_bytes:
             saved = np.array([row[1:] for row in packed.saved_bytes], np.int64)
-            parts = {"part_bytes": np.array(packed.part_bytes, np.int64),
-                     "saved_bytes": np.minimum(saved, read_bytes[:, None])}  # fmt: skip
+            parts = {"part_bytes": np.array(packed.part_bytes, np.int64), "saved_bytes": saved}
         watched = not np.isnan(self._attention).all()
         return Trace(
             model=engine.model.skeleton.name,

@@ -15,6 +15,7 @@ from moe_edge.models.calibration import Calibration
 from moe_edge.models.errors import UsageError, printable
 from moe_edge.models.formats.floats import Float64Array
 from moe_edge.models.formats.ggml_types import type_name
+from moe_edge.models.store.planes import CODEC_NAMES
 from moe_edge.models.store.store import ExpertModel, level_of, open_model
 from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.prove import LOADS
@@ -59,6 +60,8 @@ def describe(path: str | Path, *, n_ctx: int = 0, n_ubatch: int = 0, n_threads: 
         "dense_bytes": m.dense_bytes,
         "repacked_bytes": plan.fixed.repacked_bytes,
         "expert_bytes": m.expert_bytes,
+        "stored_expert_bytes": m.stored_expert_bytes,
+        "codecs": dict(Counter(CODEC_NAMES.get(p.codec, "raw") for p in m.pieces)),
         "kv_bytes": plan.fixed.kv_bytes,
         "compute_bytes": plan.fixed.compute_bytes + plan.fixed.scratch_bytes,
         "largest_expert_bytes": max(sizes.layout.unit_bytes),
@@ -101,6 +104,7 @@ def describe_text(f: dict[str, Any]) -> str:
             f"top {f['n_expert_used']}, width {f['n_embd']}/{f['n_ff_expert']}",
             f"experts      {format_bytes(f['expert_bytes'])}, {where}"
             + (", calibrated: see --calibration" if f["is_calibrated"] else ""),
+            *_packed_line(f),
             *levels,
             f"dense        {format_bytes(f['dense_bytes'])}"
             + (f", {format_bytes(f['repacked_bytes'])} of it repacked" if f["repacked_bytes"] else ""),
@@ -111,6 +115,14 @@ def describe_text(f: dict[str, Any]) -> str:
             f"--ram all    {format_bytes(f['ram_resident_bytes'])}: nothing is read twice",
         ]
     )
+
+
+def _packed_line(f: dict[str, Any]) -> list[str]:
+    """What packed experts take on disk; nothing where none is packed."""
+    named = [f"{name} ({n})" for name, n in f["codecs"].items() if name != "raw"]
+    share = f["stored_expert_bytes"] / f["expert_bytes"]
+    stored = f"{format_bytes(f['stored_expert_bytes'])} on disk, {100 * share:.1f} % of that: {', '.join(named)}"
+    return [f"  packed     {stored}"] if named else []
 
 
 def describe_calibration(path: str | Path) -> dict[str, Any]:

@@ -314,7 +314,7 @@ class SimArena:
         """These parts of a unit are in memory: that much less of it is to be read."""
         assert self._packed is not None
         self._parts[unit] = mask
-        self._read_bytes[unit] = self._whole_read[unit] - self._packed.sizes.saved_bytes[unit][mask]
+        self._read_bytes[unit] = max(0, self._whole_read[unit] - self._packed.sizes.saved_bytes[unit][mask])
         self._read_seconds[unit] = self._read_bytes[unit] / self._disk_rate
 
     def _count_parts(self, unit: int) -> None:
