@@ -4,6 +4,7 @@
 # make test    set up in .venv, run the tests against the installed package
 # make check   ruff, and mypy --strict over everything
 # make arm     moe-edge on emulated ARM machines: cross-builds llama.cpp the first time; root where tools are missing
+# make man     write the manual pages again, after an option has changed
 # make macos   compile and link native/ for macOS on Apple silicon; runs nothing
 # make bench   moe-edge against stock llama.cpp on a random model of 2.85 GB; BENCH_CAPS, BENCH_DISKS; root for the caps
 # make wheel   compiled wheels of moe-edge and its runtime into dist/, for WHEEL_MACHINES; make wheel-test installs them
@@ -14,10 +15,10 @@ BIN := $(VENV)/bin
 # The vision library of llama.cpp is not used; skipping it shortens the one long build. The RPC backend carries layers
 # to other boards.
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DGGML_RPC=ON
-SOURCES := $(shell find convert models schedulers runner native pyproject.toml -type f -not -name '*.pyc' -not -name '*.so')
+SOURCES := $(shell find convert models schedulers runner native docs/share pyproject.toml -type f -not -name '*.pyc' -not -name '*.so')
 DEMO := build/demo
 
-.PHONY: setup reference browser units demo test check arm macos fuzz bench wheel wheel-test clean
+.PHONY: setup reference browser units demo test check arm man macos fuzz bench wheel wheel-test clean
 setup: $(VENV)/.installed
 
 $(VENV)/.dependencies: pyproject.toml
@@ -93,6 +94,9 @@ arm: setup
 macos: setup
 	$(BIN)/python -c "import ziglang" 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check ziglang
 	$(BIN)/python tests/macos/link.py build/macos
+
+man: setup
+	$(BIN)/python native/release/man_pages.py docs/share/man/man1
 
 BENCH_CAPS ?= 25%,40%,57%,75%,none
 BENCH_DISKS ?= none

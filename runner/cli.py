@@ -15,6 +15,7 @@ from moe_edge.runner.commands import (
     chat,
     completion,
     convert,
+    docs,
     doctor,
     evaluate,
     generate,
@@ -58,6 +59,6 @@ def main(ctx: click.Context) -> None:
 
 for module in (
     chat, generate, serve, worker, service, pull, ls, rm, convert, show, plan, doctor, bench, evaluate, trace, simulate,
-    completion,
+    docs, completion,
 ):  # fmt: skip
     main.add_command(module.command)

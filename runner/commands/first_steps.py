@@ -30,6 +30,7 @@ def first_steps() -> str:
             rows.append(("moe-edge pull USER/REPO --plan-only", "would a model of the hub run here?"))
         rows.append((_talk("", has_terminal), "the embedded tiny model, to see that everything works"))
     rows.append(("moe-edge doctor", "what this machine can do, and its traps"))
+    rows.append(("moe-edge docs", "the pages that explain it; no network is needed"))
     rows.append(("moe-edge --help", "all commands"))
     return "\n".join(f"{words}:\n    {command}" for command, words in rows)
 

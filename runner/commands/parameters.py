@@ -45,7 +45,7 @@ class SectionedCommand(click.Command):
         found: dict[str, list[tuple[str, str]]] = {section: [] for section in SECTIONS}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
-            if record is not None:
+            if record is not None and not isinstance(param, click.Argument):  # these the usage line has
                 found[getattr(param, "section", EVERYDAY)].append(record)
         for section, records in found.items():
             if records:
