@@ -217,6 +217,7 @@ def _moe_edge(job: Job) -> Opened:
     options = EngineOptions(
         ram_bytes=job.ram_bytes, n_ctx=job.n_ctx, n_ubatch=job.n_ubatch, n_threads=job.n_threads, flash_attn=False,
         disk_bytes_per_second=job.pace, policy=PolicyOptions(**job.policy),
+        repack="off",  # as stock here
     )  # fmt: skip
     with Engine(job.model, options) as engine, engine.decoding():
         facts = {"ram_bytes": engine.plan.budget_bytes, "arena_bytes": engine.plan.arena_bytes}

@@ -216,6 +216,15 @@ ME_API void me_model_pace(me_model * model, int64_t bytes_per_second);
 ME_API void me_model_set_stop(me_model * model, int32_t stop);
 ME_API int64_t me_model_scratch_bytes(me_model * model, int64_t n_ubatch, int32_t n_used, int32_t n_threads);
 
+// ---- repacked dense weights
+// Whether ggml's CPU_REPACK buffers take a matrix of this ggml type on this processor; n_expert above 1: a stack of them.
+ME_API int32_t me_repacks(int32_t type, int64_t cols, int64_t rows, int64_t n_expert);
+// While on, a load that wants ggml's extra buffer types finds CPU_REPACK among them and no other: AMX crashes on some
+// machines. Process-wide; not while a model is loaded in another thread.
+ME_API void me_only_repack(int32_t on);
+// Give memory that was freed back to the system, where its library keeps it.
+ME_API void me_trim_memory(void);
+
 #ifdef __cplusplus
 }
 #endif

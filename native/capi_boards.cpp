@@ -2,10 +2,6 @@
 
 #include <cstdio>
 
-#ifdef __GLIBC__
-#include <malloc.h>
-#endif
-
 #include "board.h"
 #include "ggml-rpc.h"
 #include "handle.h"
@@ -57,12 +53,6 @@ void me_board_counts(me_board_numbers * out) {
 }
 
 void me_board_relay(int32_t client, int32_t server) { relay_board(client, server); }
-
-void me_trim_memory(void) {
-#ifdef __GLIBC__
-    malloc_trim(0);
-#endif
-}
 
 me_guard * me_guard_new(void) { return new me_guard(); }
 void me_guard_free(me_guard * guard) { delete guard; }

@@ -29,8 +29,6 @@ ME_API void me_board_limit(int64_t bytes);
 ME_API void me_board_counts(struct me_board_numbers * out);
 // One connection of a client, to its end.
 ME_API void me_board_relay(int32_t client, int32_t server);
-// Give memory that was freed back to the system, where its library keeps it.
-ME_API void me_trim_memory(void);
 
 // ---- the client
 ME_API me_guard * me_guard_new(void);

@@ -8,6 +8,7 @@
 #include <unordered_map>
 
 #include "activation.h"
+#include "ggml-backend.h"
 
 namespace moe_edge {
 
@@ -262,6 +263,8 @@ void note_router(const ggml_tensor * node) {
         if (!l || node->src[0]->ne[1] != l->n_expert) return;
         g_routers[node->src[0]] = {g_armed, g_armed->layer_pos(number), UP, Stub::WEIGHT};
         if (node->src[0]->ne[0] != l->n_embd) return;  // of a model whose experts see something else
+        const ggml_backend_buffer_t buffer = node->src[0]->buffer;
+        if (buffer && !ggml_backend_buffer_is_host(buffer)) return;  // repacked: only ggml can read it
         r->weight = node->src[0];
         r->norm = norm_weight(node->src[1]);
         r->early = before && before->model == g_armed && before->layer_pos + 1 == g_armed->layer_pos(number);

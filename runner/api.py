@@ -108,6 +108,7 @@ def load(
     lookahead: str = "off",
     max_kld: float | None = None,
     warm_start: bool = False,
+    repack: str = "auto",
     verify: bool = False,
     tell: Callable[[str], None] = lambda _: None,
     **knobs: Any,
@@ -116,7 +117,8 @@ def load(
 
     ram: all memory the model may take, in bytes or as "6GiB"; None: what is free. n_ctx: tokens; 0: 4096, or what the
     model was trained for if that is less. n_threads 0: one for each core. policy and knobs: as `moe-edge chat --help`
-    names them, like policy="dymoe", retention=0.75. tell: called with lines about warm starts.
+    names them, like policy="dymoe", retention=0.75. repack: auto, on or off, see runner/dense_repack.py. tell: called
+    with lines about warm starts.
     Raises UsageError for a name that is none, BudgetTooSmall, MissingFile, BadFile and its kind, CannotRun with
     llama.cpp's reason.
     """
@@ -126,7 +128,7 @@ def load(
     options = EngineOptions(
         ram_bytes=parse_bytes(ram) if isinstance(ram, str) else ram, n_ctx=n_ctx, n_threads=n_threads,
         policy=PolicyOptions(policy, cache=cache, lookahead=lookahead, max_kld=max_kld, **knobs),
-        warm_start=warm_start,
+        warm_start=warm_start, repack=repack,
     )  # fmt: skip
     return Model(Engine(path or tiny_model_path(), options, verify=verify, tell=tell))
 

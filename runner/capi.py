@@ -308,6 +308,11 @@ def library() -> Any:
     return lib
 
 
+def trim_memory() -> None:
+    """Give memory that was freed back to the system, where its library keeps it."""
+    library().me_trim_memory()
+
+
 LIBRARY = "MOE_EDGE_NATIVE_LIBRARY"  # in the environment: another build of the library, as with sanitizers
 
 
@@ -362,6 +367,9 @@ def _declare(lib: Any) -> None:
         "me_model_set_renormalise": (None, [model, c_int32]),
         "me_model_set_noise": (c_double, [model, c_int32, c_float, c_uint64]),
         "me_model_scratch_bytes": (c_int64, [model, c_int64, c_int32, c_int32]),
+        "me_repacks": (c_int32, [c_int32, c_int64, c_int64, c_int64]),
+        "me_only_repack": (None, [c_int32]),
+        "me_trim_memory": (None, []),
     }
     for name, (restype, argtypes) in signatures.items():
         f = getattr(lib, name)

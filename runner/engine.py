@@ -189,7 +189,7 @@ class Engine:
         return identity_of(
             self.model.store_id, self.options.policy.to_json(DEFAULTS), n_ctx=self.n_ctx, n_ubatch=self.n_ubatch,
             flash_attn=self.flash_attn, cache_types=(self.options.cache_type_k, self.options.cache_type_v),
-            n_threads=self.options.threads(),
+            n_threads=self.options.threads(), repacked=self._loading.repacked.nbytes > 0,
         )  # fmt: skip
 
     def keep_prefix(self, tokens: Sequence[int]) -> int:

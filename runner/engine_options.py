@@ -72,6 +72,8 @@ class EngineOptions:
     packed_planner: says how much that is for auto: (model, layout, packed sizes, bytes for experts, threads, paced
     disk) -> (bytes, why). Measuring the machine is no business of the engine; runner/measure/packed_split.py has one.
     verbose: let llama.cpp write to standard error while it loads.
+    repack: of REPACK in runner/dense_repack.py, whether llama.cpp repacks the dense weights for this processor; it
+    rounds otherwise, so stock llama.cpp has the same bits with the same setting only.
     proof: what a child process must have shown before this one gives the model to llama.cpp, see runner/prove.py.
     """
 
@@ -97,6 +99,7 @@ class EngineOptions:
     packed_cache: str = "off"
     packed_planner: PackedPlanner | None = None
     verbose: bool = False
+    repack: str = "auto"
     proof: str = DECODES
 
     @property

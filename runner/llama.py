@@ -139,8 +139,8 @@ def _place(params: Any, placement: Placement) -> list[Any]:
 
 @contextlib.contextmanager
 def _defaults(
-    *, direct: bool, no_alloc: bool, n_outputs_max: int, metadata: Mapping[str, Any], go_on: Callable[[], bool],
-    placement: Placement | None,
+    *, direct: bool, no_alloc: bool, repack: bool, n_outputs_max: int, metadata: Mapping[str, Any],
+    go_on: Callable[[], bool], placement: Placement | None,
 ) -> Iterator[None]:  # fmt: skip
     """Inside: llama.cpp's default parameters, as `Llama` picks them up, are the ones moe-edge needs."""
     from llama_cpp import _internals
@@ -153,7 +153,7 @@ def _defaults(
 
     def model_params() -> Any:
         p = model_defaults()
-        p.use_extra_bufts = False
+        p.use_extra_bufts = repack
         p.no_alloc = no_alloc
         p.progress_callback = progress
         if placement is not None:
@@ -188,6 +188,7 @@ def load_llama(
     *,
     direct: bool,
     no_alloc: bool,
+    repack: bool,
     n_outputs_max: int,
     metadata: Mapping[str, Any],
     go_on: Callable[[], bool],
@@ -198,14 +199,13 @@ def load_llama(
     direct: read the weights by direct I/O, so that they leave nothing in the page cache. no_alloc: allocate nothing,
     for its log says what it would. n_outputs_max: rows of logits in the compute buffer; 0: one for each token of a
     micro-batch, which is 297 MiB more at 151,936 tokens. metadata: the file's, by our own reader. go_on: asked while
-    weights are read; False ends the load. placement: of layers on other boards. use_extra_bufts is off: repacked
-    weights would be a second copy outside the budget, and its AMX path crashes on some machines (docs/LLAMACPP.md,
-    section 9).
+    weights are read; False ends the load. placement: of layers on other boards. repack: llama.cpp's use_extra_bufts;
+    runner/dense_repack.py says what that takes, and keeps AMX out, which crashes on some machines.
     """
     import llama_cpp
 
     with _defaults(
-        direct=direct, no_alloc=no_alloc, n_outputs_max=n_outputs_max, metadata=metadata, go_on=go_on,
+        direct=direct, no_alloc=no_alloc, repack=repack, n_outputs_max=n_outputs_max, metadata=metadata, go_on=go_on,
         placement=placement,
     ):  # fmt: skip
         return llama_cpp.Llama(**arguments)

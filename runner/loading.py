@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 from moe_edge.models.errors import CannotRun, UnknownArchitecture, UnknownName, UsageError
 from moe_edge.models.formats.gguf import read_gguf
 from moe_edge.models.store.store import ExpertModel, open_model
-from moe_edge.runner import signals
+from moe_edge.runner import dense_repack, signals
+from moe_edge.runner.capi import trim_memory
 from moe_edge.runner.engine_options import CACHE_TYPES, EngineOptions, attention_defaults, buffer_bytes
 from moe_edge.runner.llama import LOAD_LOCK, Placement, captured_log, explained, load_llama
 from moe_edge.runner.native import NativeModel
@@ -38,6 +40,8 @@ class Loading:
         self.flash_attn, self.n_ubatch = self._attention()
         self.name = str(named or (self.model.files[0] if self.model.in_place else self.model.skeleton))
         self._remember = named is None
+        self.repack = dense_repack.repacks(options.repack)
+        self.repacked = dense_repack.repacked(self.skeleton) if self.repack else dense_repack.NONE
         self.window = 0  # of sliding attention, in tokens; known after a dry load
 
     @property
@@ -60,7 +64,7 @@ class Loading:
         """Have a child process show what options.proof asks for, unless it was shown before. Raises CannotRun."""
         prove_once(
             self.model, self.skeleton, self.name, self.options.proof, flash_attn=self.flash_attn,
-            remember=self._remember,
+            repack=self.repack, remember=self._remember,
         )  # fmt: skip
 
     def llama(
@@ -72,14 +76,15 @@ class Loading:
         no_alloc: nothing is allocated nor read; the log says what would be. Raises CannotRun with llama.cpp's words.
         """
         outputs = 0 if self.options.logits_all else 1
-        direct = no_alloc or not self.options.map_dense  # llama.cpp aborts on a mapped load that allocates nothing
-        with LOAD_LOCK, captured_log() as log, signals.deferred() as pressed:
+        direct = no_alloc or not self._mapped  # llama.cpp aborts on a mapped load that allocates nothing
+        repacking = dense_repack.only_repack() if self.repack else contextlib.nullcontext()
+        with LOAD_LOCK, captured_log() as log, signals.deferred() as pressed, repacking:
             if native is not None:
                 native.arm()
             try:
                 llama = load_llama(
-                    self._arguments(placement), direct=direct, no_alloc=no_alloc, n_outputs_max=outputs,
-                    metadata=self.metadata, go_on=lambda: not pressed, placement=placement,
+                    self._arguments(placement), direct=direct, no_alloc=no_alloc, repack=self.repack,
+                    n_outputs_max=outputs, metadata=self.metadata, go_on=lambda: not pressed, placement=placement,
                 )  # fmt: skip
             except (ValueError, RuntimeError) as e:
                 why = (reason(log) or str(e)).replace(str(self.model.skeleton), self.name)
@@ -87,7 +92,14 @@ class Loading:
             finally:
                 if native is not None:
                     native.disarm()
+            if self.repacked.nbytes and not no_alloc:
+                trim_memory()  # of the copies that the matrices were read into
             return llama, "".join(log)
+
+    @property
+    def _mapped(self) -> bool:
+        """Whether the skeleton is mapped. With repacked weights it is not: what was repacked would be there twice."""
+        return self.options.map_dense and not self.repack
 
     def _of_architecture(self, key: str) -> Any:
         return self.skeleton.kv.get(f"{self.model.architecture}.{key}")
@@ -117,7 +129,7 @@ class Loading:
             "n_threads": o.threads(),
             "n_threads_batch": o.threads(),
             "n_gpu_layers": 0,
-            "use_mmap": o.map_dense,
+            "use_mmap": self._mapped,
             "logits_all": o.logits_all,
             "flash_attn": self.flash_attn,
             "type_k": CACHE_TYPES[o.cache_type_k],

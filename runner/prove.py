@@ -22,6 +22,7 @@ from moe_edge.models.store.skeleton import cache_folder
 from moe_edge.models.store.sound import forget
 from moe_edge.models.store.store import ExpertModel, open_model
 from moe_edge.runner import child
+from moe_edge.runner.dense_repack import repacks
 from moe_edge.runner.llama_package import llama_package
 from moe_edge.runner.reason import ending, reason, refusal
 
@@ -38,12 +39,14 @@ def prove(skeleton: Path, named: str | os.PathLike[str] | None = None) -> None:
     named: what the user calls the model; the skeleton itself unless given.
     """
     model, file = open_model(skeleton), read_gguf(skeleton)
-    if _prove(model, file, str(named or skeleton), DECODES, flash_attn=False, all_finite=True):
-        _remember(_markers(model, file, flash_attn=False).get(DECODES))
+    repack = repacks("auto")
+    if _prove(model, file, str(named or skeleton), DECODES, flash_attn=False, repack=repack, all_finite=True):
+        _remember(_markers(model, file, flash_attn=False, repack=repack).get(DECODES))
 
 
 def prove_once(
-    model: ExpertModel, skeleton: GGUFFile, named: str, what: str, *, flash_attn: bool, remember: bool = True
+    model: ExpertModel, skeleton: GGUFFile, named: str, what: str, *, flash_attn: bool, repack: bool = False,
+    remember: bool = True,
 ) -> None:
     """Prove an open model, unless that was done before. Raises CannotRun, naming the model `named`.
 
@@ -53,12 +56,14 @@ def prove_once(
     """
     if what == NOTHING:
         return
-    markers = _markers(model, skeleton, flash_attn)
+    markers = _markers(model, skeleton, flash_attn, repack)
     if any(path.exists() for each, path in markers.items() if what in (LOADS, each)):
         return
     try:
-        proved = _prove(model, skeleton, named, what, flash_attn=flash_attn, all_finite=False)
-    except MoeEdgeError:
+        proved = _prove(model, skeleton, named, what, flash_attn=flash_attn, repack=repack, all_finite=False)
+    except MoeEdgeError as e:
+        if repack and isinstance(e, CannotRun) and _runs_plainly(model, skeleton, named, what, flash_attn):
+            raise CannotRun(f"{e}; that is with repacked weights, and it runs with --repack off") from e
         if model.in_place and model.skeleton.parent == _cached():
             forget(model.skeleton)
         raise
@@ -66,16 +71,24 @@ def prove_once(
         _remember(markers.get(what))
 
 
+def _runs_plainly(model: ExpertModel, skeleton: GGUFFile, named: str, what: str, flash_attn: bool) -> bool:
+    """Whether a model that fails with repacked weights can be proved without."""
+    try:
+        return _prove(model, skeleton, named, what, flash_attn=flash_attn, repack=False, all_finite=False)
+    except MoeEdgeError:
+        return False
+
+
 def _prove(
-    model: ExpertModel, skeleton: GGUFFile, named: str, what: str, *, flash_attn: bool, all_finite: bool
+    model: ExpertModel, skeleton: GGUFFile, named: str, what: str, *, flash_attn: bool, repack: bool, all_finite: bool
 ) -> bool:
     """Whether a child could show it; False when that could not be tried. Raises what the child found."""
     dense_bytes = model.dense_bytes if what == DECODES else 0
     try:
         ended = child.run(
             "moe_edge.runner.prove_child:in_child", START_SECONDS + dense_bytes / BYTES_PER_SECOND,
-            skeleton=str(model.skeleton), named=named, what=what, flash_attn=flash_attn, all_finite=all_finite,
-            header_bytes=len(skeleton.header),
+            skeleton=str(model.skeleton), named=named, what=what, flash_attn=flash_attn, repack=repack,
+            all_finite=all_finite, header_bytes=len(skeleton.header),
         )  # fmt: skip
     except OSError:  # no process to be had: the model itself may still be loaded
         return False
@@ -118,12 +131,12 @@ def _verdict(out: str) -> tuple[str, str] | None:
 # ---- what is remembered ------------------------------------------------------------------------------------
 
 
-def _markers(model: ExpertModel, skeleton: GGUFFile, flash_attn: bool) -> dict[str, Path]:
+def _markers(model: ExpertModel, skeleton: GGUFFile, flash_attn: bool, repack: bool) -> dict[str, Path]:
     """The files whose existence says that LOADS and DECODES were proved; none without a cache folder."""
     folder = _cached()
     if folder is None:
         return {}
-    name = _digest(model, skeleton, flash_attn)
+    name = _digest(model, skeleton, flash_attn, repack)
     return {what: folder.parent / "proven" / f"{name}.{what}" for what in (LOADS, DECODES)}
 
 
@@ -135,12 +148,13 @@ def _cached() -> Path | None:
         return None
 
 
-def _digest(model: ExpertModel, skeleton: GGUFFile, flash_attn: bool) -> str:
+def _digest(model: ExpertModel, skeleton: GGUFFile, flash_attn: bool, repack: bool) -> str:
     """32 hex digits over what llama.cpp and the engine read of a model but the numbers, and over their releases."""
     digest = hashlib.sha256()
     releases = [metadata.version("moe-edge"), llama_package()]
     kinds = sorted({(p.type, p.cols, p.rows) for p in model.pieces})
-    digest.update(repr((releases, flash_attn, model.layers, model.levels, sorted(model.biases), kinds)).encode())
+    settings = (releases, flash_attn, repack)
+    digest.update(repr((settings, model.layers, model.levels, sorted(model.biases), kinds)).encode())
     for key in skeleton.kv:
         if not key.startswith("moe_edge."):
             digest.update(skeleton.kv.record(key))

@@ -30,7 +30,7 @@ MEMORY_PER_HEADER_BYTE = 40  # vocabularies: strings and maps of them
 
 
 def in_child(
-    skeleton: str, named: str, what: str, flash_attn: bool, all_finite: bool, header_bytes: int
+    skeleton: str, named: str, what: str, flash_attn: bool, repack: bool, all_finite: bool, header_bytes: int
 ) -> None:
     """Load, and decode; the exit status is the verdict, and one line of JSON: the class and the message of an error."""
     child.limit("RLIMIT_DATA", limit := MEMORY_BYTES + MEMORY_PER_HEADER_BYTE * header_bytes)
@@ -38,7 +38,7 @@ def in_child(
         import_llama()
         _tell_log()
         sys.stderr = open(os.devnull, "w")  # llama-cpp-python prints the metadata there; llama.cpp itself uses number 2
-        try_model(Path(skeleton), named, what, flash_attn, all_finite, limit)
+        try_model(Path(skeleton), named, what, flash_attn, repack, all_finite, limit)
     except MoeEdgeError as e:
         found = type(e).__name__, str(e)
     except MemoryError:
@@ -77,7 +77,9 @@ def _tell_log() -> None:
     llama_cpp.llama_log_set = set_both
 
 
-def try_model(skeleton: Path, named: str, what: str, flash_attn: bool, all_finite: bool, limit: int) -> None:
+def try_model(
+    skeleton: Path, named: str, what: str, flash_attn: bool, repack: bool, all_finite: bool, limit: int
+) -> None:
     """Load a model as far as `what` says, in as little memory as it runs in.
 
     Raises CannotRun when no logit is finite: then some expert product was not the engine's, and a stub of NaN was used.
@@ -86,7 +88,7 @@ def try_model(skeleton: Path, named: str, what: str, flash_attn: bool, all_finit
     # verbose: otherwise llama-cpp-python closes standard error while it loads
     options = EngineOptions(
         ram_bytes=NO_LIMIT, n_ctx=N_CTX, n_ubatch=8, n_threads=1, logits_all=True, map_dense=True,
-        flash_attn=flash_attn, verbose=True, proof=NOTHING,
+        flash_attn=flash_attn, repack="on" if repack else "off", verbose=True, proof=NOTHING,
     )  # fmt: skip
     engine = Engine(skeleton, options, named=named)
     try:

@@ -85,12 +85,14 @@ def fixed_sizes(loading: Loading, native: NativeModel, program_bytes: int = 0) -
     # The CPU backend's work buffer, which llama.cpp does not log: inputs of a product in the type of its kernel.
     widest = max((t.shape[0] for t in loading.skeleton.tensors.values() if len(t.shape) > 1), default=0)
     work = loading.n_ubatch * max(4 * widest, 0 if loading.flash_attn else 2 * loading.n_ctx * loading.n_head)
+    of = loading.repacked
     return FixedSizes(
-        dense_bytes=model.dense_bytes + vocabulary,
+        dense_bytes=max(model.dense_bytes + of.twice_bytes, of.reading_bytes) + vocabulary,
         kv_bytes=log_megabytes(log, "KV") + checkpoints_bytes(recurrent_bytes(log)),
         compute_bytes=log_megabytes(log, "compute") + log_megabytes(log, "output") + n_vocab * 16 + work,
         scratch_bytes=scratch,
         program_excess_bytes=max(0, program_bytes - PROGRAM_ALLOWANCE_BYTES) if o.charge_program else 0,
+        repacked_bytes=of.nbytes,
     )
 
 

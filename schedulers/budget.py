@@ -43,7 +43,7 @@ class FixedSizes:
 
     dense: skeleton weights with stubs; biases; vocabulary. kv: KV cache. compute: llama.cpp's graph and output buffers.
     scratch: the engine's work buffers. program_excess: what the program holds above PROGRAM_ALLOWANCE_BYTES. held:
-    conversations beside the present one.
+    conversations beside the present one. repacked: of dense, what is kept in an order that this processor likes.
     """
 
     dense_bytes: int
@@ -52,6 +52,7 @@ class FixedSizes:
     scratch_bytes: int
     program_excess_bytes: int = 0
     held_bytes: int = 0
+    repacked_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -84,8 +85,9 @@ class MemoryPlan:
         """The split, one line, and a warning line where one is due."""
         f = self.fixed
         held = f"conversations {format_bytes(f.held_bytes)}, " if f.held_bytes else ""
+        repacked = f" ({format_bytes(f.repacked_bytes)} repacked)" if f.repacked_bytes else ""
         out = [
-            f"memory {format_bytes(self.budget_bytes)}: dense {format_bytes(f.dense_bytes)}, "
+            f"memory {format_bytes(self.budget_bytes)}: dense {format_bytes(f.dense_bytes)}{repacked}, "
             f"KV cache {format_bytes(f.kv_bytes)}, {held}compute {format_bytes(f.compute_bytes + f.scratch_bytes)}, "
             f"experts {format_bytes(self.arena_bytes)} of {format_bytes(self.resident_bytes - f.total_bytes)}"
             + (f", {format_bytes(self.packed_bytes)} of it for packed ones" if self.packed_bytes else "")

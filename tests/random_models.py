@@ -92,13 +92,16 @@ def write_random_model(
     split: bool = False,
     tile: bool = False,
     scales: Sequence[str] = (),
+    router_type: str = "F32",
+    tied: bool = False,
 ) -> Path:
     """Write a random model that stock llama.cpp loads, and return its path (of the first part, if split).
 
     arch: one of ARCHITECTURES.
     expert_type: ggml type of the experts, by name; default Q4_K, MXFP4 for gpt-oss. down_type: of the down
     projections, default expert_type. dense_type: of the other matrices. Where a row is not a multiple of the
-    type's block, Q8_0 takes its place, or F16. Norms, biases and routers are F32.
+    type's block, Q8_0 takes its place, or F16. Norms and biases are F32, routers of router_type.
+    tied: without an output matrix, so that the embedding is the output too.
     vocab: write a byte-level BPE vocabulary (token id = byte below 256, ID_OF_EOS ends a text) and a chat
     template; else the model has a vocabulary size only.
     split: write two files, NAME-00001-of-00002.gguf and NAME-00002-of-00002.gguf.
@@ -109,9 +112,12 @@ def write_random_model(
     shape = shape or Shape()
     expert_type = expert_type or ("MXFP4" if arch == "gpt-oss" else "Q4_K")
     recipe = Recipe(arch, shape, expert_type, down_type or expert_type, dense_type, tuple(scales))
+    recipe.router_type = router_type
     RECIPES[arch](recipe)
     recipe.embeddings(token_likelihood(shape.n_vocab) if vocab else None)
 
+    if tied:
+        recipe.tensors.pop()
     n_first = (len(recipe.tensors) + 1) // 2 if split else 0
     writer = gguf.GGUFWriter(Path(path), recipe.arch, split_max_tensors=n_first)
     _add_metadata(writer, recipe)
@@ -169,6 +175,7 @@ class Recipe:
         self.down_type = down_type
         self.dense_type = dense_type
         self.scales = scales
+        self.router_type = "F32"
         self.tensors: list[RandomTensor] = []
         self.keys: dict[str, Any] = {}
         self.embedding_std = 1.0
@@ -221,7 +228,7 @@ class Recipe:
     def experts(self, blk: str, gain: float = 2.0) -> None:
         """Router and experts; with gain 2 in the down projection they add about what they were given."""
         s = self.shape
-        self.matrix(f"{blk}.ffn_gate_inp.weight", s.n_expert, s.n_embd, gain=2.0, type_name="F32")
+        self.matrix(f"{blk}.ffn_gate_inp.weight", s.n_expert, s.n_embd, gain=2.0, type_name=self.router_type)
         self.stack(f"{blk}.ffn_gate_exps.weight", s.n_expert, s.n_ff, s.n_embd, self.expert_type)
         self.stack(f"{blk}.ffn_up_exps.weight", s.n_expert, s.n_ff, s.n_embd, self.expert_type)
         if self.fused:

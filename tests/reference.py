@@ -1,20 +1,23 @@
 """Logits of stock llama.cpp, the reference our engine is measured against.
 
-Uses the ctypes layer of llama-cpp-python, because `Llama` cannot switch off `use_extra_bufts`: with it
-llama.cpp repacks weights, and on the machine these tests were made on it dies in AMX code.
+Uses the ctypes layer of llama-cpp-python, because `Llama` has no argument for `use_extra_bufts`: with it
+llama.cpp repacks weights, and on the machine these tests were made on it dies in AMX code. So AMX is left out
+where dense weights are repacked, and experts are kept as they are, which is moe-edge's setting.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 import numpy as np
+from moe_edge.runner.dense_repack import only_repack, repacks
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
@@ -30,16 +33,19 @@ def stock_logits(
     flash_attention: bool = False,
     n_batch: int | None = None,
     n_ctx: int | None = None,
+    repack: str = "auto",
+    repack_experts: bool = False,
 ) -> FloatArray:
     """Logits after each of the tokens, or after the last, from stock llama.cpp on the CPU.
 
     n_batch: tokens given to one llama_decode, default n_ubatch. n_ctx: default, room for the tokens.
+    repack, repack_experts: see stock_model().
     Returns (n_tokens, n_vocab), or (1, n_vocab) without all_positions; owned by the caller.
     Raises RuntimeError if llama.cpp refuses the model or fails in a decode; some bad models end the process.
     """
     n_batch = max(n_batch or 0, n_ubatch)
     with (
-        stock_model(path) as model,
+        stock_model(path, repack, repack_experts) as model,
         stock_context(
             model,
             n_ctx=n_ctx or max(256, len(tokens)),
@@ -52,15 +58,47 @@ def stock_logits(
         return logits_of_context(ctx, model, tokens, n_batch, all_positions)
 
 
+class _Override(ctypes.Structure):  # llama_model_tensor_buft_override
+    _fields_ = [("pattern", ctypes.c_char_p), ("buft", ctypes.c_void_p)]
+
+
+_Overrides = _Override * 2
+
+
+def _plain_buffers() -> int:
+    """A buffer type of ordinary memory that is not the CPU's own, for which llama.cpp would take repacked ones."""
+    suffix = "0.dylib" if sys.platform == "darwin" else "so.0"
+    ggml = ctypes.CDLL(str(Path(llama_cpp.llama_cpp._lib._name).parent / f"libggml-base.{suffix}"))
+    ggml.ggml_backend_cpu_buffer_from_ptr.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    for name in ("ggml_backend_cpu_buffer_from_ptr", "ggml_backend_buffer_get_type"):
+        getattr(ggml, name).restype = ctypes.c_void_p
+    ggml.ggml_backend_buffer_get_type.argtypes = ggml.ggml_backend_buffer_free.argtypes = [ctypes.c_void_p]
+    memory = ctypes.create_string_buffer(128)
+    aligned = -(-ctypes.addressof(memory) // 64) * 64
+    buffer = ggml.ggml_backend_cpu_buffer_from_ptr(aligned, 64)
+    kind = ggml.ggml_backend_buffer_get_type(buffer)
+    ggml.ggml_backend_buffer_free(buffer)
+    return int(kind)
+
+
 @contextmanager
-def stock_model(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """A llama_model read into memory (no mmap), without repacking, on the CPU; freed at the end."""
+def stock_model(path: str | os.PathLike[str], repack: str = "auto", repack_experts: bool = False) -> Iterator[Any]:
+    """A llama_model read into memory (no mmap), on the CPU; freed at the end.
+
+    repack: whether dense weights are repacked, auto, on or off as in moe-edge's own option. repack_experts: experts
+    too, as llama.cpp does by itself.
+    """
     llama_cpp.llama_backend_init()
+    repacking = repacks(repack)
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = 0
-    params.use_extra_bufts = False
+    params.use_extra_bufts = repacking
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
-    model = llama_cpp.llama_model_load_from_file(os.fsencode(Path(path)), params)
+    kept = _Overrides(_Override(rb"ffn_(up|gate|down|gate_up)_exps", _plain_buffers()), _Override(None, None))
+    if repacking and not repack_experts:
+        params.tensor_buft_overrides = ctypes.cast(kept, ctypes.c_void_p)
+    with only_repack() if repacking else nullcontext():
+        model = llama_cpp.llama_model_load_from_file(os.fsencode(Path(path)), params)
     if not model:
         raise RuntimeError(f"{path}: stock llama.cpp does not load it")
     try:

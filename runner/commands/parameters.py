@@ -177,6 +177,9 @@ def model_options(f: F) -> F:
                    help="Micro-batch of the prefill, in tokens; 0: 512, less for tiny models."),
             option(TUNING, "--flash-attn/--no-flash-attn", "flash_attn", default=None,
                    help="Default: on when plain attention would need over 64 MiB."),
+            option(TUNING, "--repack", type=click.Choice(["auto", "on", "off"]), default="auto", show_default=True,
+                   help="Keep dense weights in the order this processor's kernels like, as llama.cpp does on ARM; it "
+                        "rounds otherwise. auto: on ARM."),
             option(PRECISION, "--policy", default="exact", show_default=True,
                    help=f"How experts are scheduled; all but exact are lossy. {_words(POLICIES)}"),
             *(_knob_option(knob) for knob in KNOBS.values() if not knob.hidden),
@@ -288,7 +291,7 @@ def engine_options(o: dict[str, Any]) -> Any:
         seed=o.get("seed"), flash_attn=o["flash_attn"], charge_program=True, warm_start=o["warm_start"],
         prompt_cache_bytes=_prompt_cache_bytes(o), cache_type_k=o["cache_type_k"], cache_type_v=o["cache_type_v"],
         context_shift=o.get("context_shift", False), held_bytes=o.get("held_conversations", 0),
-        packed_cache=o["packed_cache"], packed_planner=auto_split,
+        packed_cache=o["packed_cache"], packed_planner=auto_split, repack=o["repack"],
     )  # fmt: skip
 
 

@@ -39,6 +39,6 @@ def command(
 
     options = EngineOptions(
         ram_bytes=ram, n_threads=n_threads, disk_bytes_per_second=parse_disk_speed(pace) if pace else None,
-        proof=LOADS, charge_program=True,
+        proof=LOADS, charge_program=True, repack="off",
     )  # fmt: skip
     return serve(model, options, Address(host, port), anywhere=listen_anywhere, tell=terminal.say)

@@ -18,12 +18,13 @@ def prompt_folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
 def identity_of(
     store_id: str, policy: Mapping[str, Any], *, n_ctx: int, n_ubatch: int, flash_attn: bool,
-    cache_types: tuple[str, str], n_threads: int,
+    cache_types: tuple[str, str], n_threads: int, repacked: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """What changes the bits of a KV cache, or its form. The rope's settings are in the skeleton, so in the store's id.
 
     The memory budget is not part of it: the bits are the same at every budget. The number of threads is, with flash
-    attention alone, which over 512 cells sums by thread (docs/LOG.md, 2026-11-27).
+    attention alone, which over 512 cells sums by thread (docs/LOG.md, 2026-11-27). repacked: whether dense weights
+    were, see runner/dense_repack.py; named only then, so that the states of earlier versions are still good.
     """
     return {
         "store": store_id,
@@ -35,6 +36,7 @@ def identity_of(
         "cache_type_k": cache_types[0],
         "cache_type_v": cache_types[1],
         "llama_cpp_python": llama_build().removeprefix(f"{COMPILED} "),
+        **({"repacked": True} if repacked else {}),
     }
 
 

@@ -141,7 +141,7 @@ def plan_boards(
 
     Raises BoardError for one that cannot be asked, UsageError for too many boards or a split that is not the model's.
     """
-    options = EngineOptions(n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, proof=LOADS)
+    options = EngineOptions(n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, repack="off", proof=LOADS)
     sizes, loading = sizes_of(path, options), Loading(path, options)
     model, fixed_bytes = block_work(loading, sizes.layout, sizes.plan.fixed)
     client = _own_speeds(path, options, tell)

@@ -57,6 +57,7 @@ def describe(path: str | Path, *, n_ctx: int = 0, n_ubatch: int = 0, n_threads: 
         "n_ubatch": sizes.n_ubatch,
         "flash_attn": sizes.flash_attn,
         "dense_bytes": m.dense_bytes,
+        "repacked_bytes": plan.fixed.repacked_bytes,
         "expert_bytes": m.expert_bytes,
         "kv_bytes": plan.fixed.kv_bytes,
         "compute_bytes": plan.fixed.compute_bytes + plan.fixed.scratch_bytes,
@@ -101,7 +102,8 @@ def describe_text(f: dict[str, Any]) -> str:
             f"experts      {format_bytes(f['expert_bytes'])}, {where}"
             + (", calibrated: see --calibration" if f["is_calibrated"] else ""),
             *levels,
-            f"dense        {format_bytes(f['dense_bytes'])}",
+            f"dense        {format_bytes(f['dense_bytes'])}"
+            + (f", {format_bytes(f['repacked_bytes'])} of it repacked" if f["repacked_bytes"] else ""),
             f"KV cache     {format_bytes(f['kv_bytes'])} for {f['n_ctx']} tokens",
             f"compute      {format_bytes(f['compute_bytes'])}",
             f"--ram floor  {format_bytes(f['ram_floor_bytes'])}: it runs, most experts read again for every token",

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class BoardsEngine(Engine):
         rpc_library()
         self.options, self._tell, self._addresses, self._split = options, tell, tuple(workers), split
         self._check_options()
+        options = self.options = replace(options, repack="off")  # boards keep their layers' weights as they are sent
         self._warm, self._pool, self._crowd, self.prompts, self.held = None, None, None, None, None
         self._packed_note, self._selecting = "", False
         self.started = time.monotonic()
@@ -101,6 +103,8 @@ class BoardsEngine(Engine):
             raise UsageError("--held-conversations is of one machine; leave it out with --workers")
         if o.context_shift:
             raise UsageError("--context-shift is of one machine; leave it out with --workers")
+        if o.repack == "on":
+            raise UsageError("--repack on is of one machine; leave it out with --workers")
 
     def _measure_model(self) -> None:
         """Sizes of the layers, and what stays here."""

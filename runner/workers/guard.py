@@ -90,7 +90,6 @@ def rpc_library() -> Any:
         "me_board_limit": (None, [c_int64]),
         "me_board_counts": (None, [POINTER(_BoardNumbers)]),
         "me_board_relay": (None, [c_int32, c_int32]),
-        "me_trim_memory": (None, []),
         "me_guard_new": (c_void_p, []),
         "me_guard_free": (None, [c_void_p]),
         "me_guard_relay": (None, [c_void_p, c_int32, c_int32]),
@@ -149,10 +148,6 @@ def board_counts() -> BoardCounts:
 def relay_board(client: socket.socket, server: socket.socket) -> None:
     """Pass one connection of a client on to ggml's RPC server, until either side closes."""
     rpc_library().me_board_relay(client.fileno(), server.fileno())
-
-
-def trim_memory() -> None:
-    rpc_library().me_trim_memory()
 
 
 def prepared(connection: socket.socket) -> socket.socket:

@@ -10,13 +10,14 @@ from dataclasses import asdict, astuple, replace
 from typing import Any
 
 from moe_edge.models.errors import BudgetTooSmall, UsageError
+from moe_edge.runner.capi import trim_memory
 from moe_edge.runner.engine_options import EngineOptions
 from moe_edge.runner.loading import Loading
 from moe_edge.runner.memory import current_rss_bytes
 from moe_edge.runner.native import NativeModel
 from moe_edge.runner.scheduling import start_from_memory, use_policy
 from moe_edge.runner.sizes import layout_of
-from moe_edge.runner.workers.guard import board_counts, limit_buffers, since, trim_memory, use_experts
+from moe_edge.runner.workers.guard import board_counts, limit_buffers, since, use_experts
 from moe_edge.runner.workers.part import part_of
 from moe_edge.schedulers.budget import (
     MIB,
@@ -154,7 +155,7 @@ def session_options(own: EngineOptions, asked: dict[str, Any]) -> EngineOptions:
     try:
         return replace(
             own, n_ctx=int(asked["n_ctx"]), n_ubatch=int(asked["n_ubatch"]), flash_attn=bool(asked["flash_attn"]),
-            cache_type_k=str(asked["cache_type_k"]), cache_type_v=str(asked["cache_type_v"]),
+            cache_type_k=str(asked["cache_type_k"]), cache_type_v=str(asked["cache_type_v"]), repack="off",
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as e:
         raise UsageError(f"the client's options are not those of this version: {e!r}") from e
