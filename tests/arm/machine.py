@@ -231,9 +231,9 @@ def set_up() -> None:
     once("llama", [VERSION, *LLAMA_OPTIONS], build_llama)
     for march in {machine.march for machine in MACHINES.values()}:
         once(f"ggml-{march}", [VERSION, *LLAMA_OPTIONS], lambda march=march: build_ggml(march))  # type: ignore[misc]
-    once("llama_cpp", [VERSION, *_dependencies(), *TEST_WHEELS], install_llama_cpp)
+    once("llama_cpp", [str(BUILD), VERSION, *_dependencies(), *TEST_WHEELS], install_llama_cpp)
     files = sorted(p for room in (*ROOMS, "native") for p in (ROOT / room).rglob("*") if p.is_file() and _is_source(p))
-    once("moe_edge", [*files, ROOT / "pyproject.toml", *_dependencies(), *TEST_WHEELS], install_moe_edge)
+    once("moe_edge", [str(BUILD), *files, ROOT / "pyproject.toml", *_dependencies(), *TEST_WHEELS], install_moe_edge)
 
 
 def _is_source(path: Path) -> bool:
