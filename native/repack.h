@@ -49,7 +49,7 @@ public:
     bool multiply(const DotTask & t, int64_t from, int64_t to);
 
 private:
-    bool multiply_operands(const DotTask & t, int64_t from, int64_t to, const DotTask::Operand * operands, int64_t n);
+    bool multiply_operands(const DotTask & t, int64_t from, int64_t to, const Operand * operands, int64_t n);
 
     ggml_backend_t cpu_ = nullptr;
     ggml_threadpool * pool_ = nullptr;
