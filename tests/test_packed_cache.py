@@ -104,7 +104,7 @@ def test_what_is_packed_in_memory_is_not_read(tmp_path: Path) -> None:
     without, off = decoded(engine_with(packed, 0.5, "off", n_ubatch=1), tokens, 1)
     rows, on = decoded(engine_with(packed, 0.5, "85%", n_ubatch=1), tokens, 1)
     assert np.array_equal(rows, without)
-    assert on.bytes_read < 0.9 * off.bytes_read
+    assert on.bytes_read < 0.95 * off.bytes_read
     assert on.packed_hits > 100 and on.unread_bytes > 0
     stored = sum(-(-p.stored_bytes // 4096) * 4096 for p in open_model(packed).pieces[:3])
     assert on.unread_bytes + on.bytes_read == pytest.approx(on.loads * stored, rel=0.02)
