@@ -6,6 +6,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+
+#include "x86_features.h"
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 #include <arm_neon.h>
 #endif
@@ -234,12 +236,8 @@ int64_t join_neon(const CodedExponents & coded, const uint8_t * low, char * dst,
 bool code_unpacker_usable(CodeUnpacker which) {
     if (which == CodeUnpacker::PLAIN) return true;
 #if defined(__x86_64__)
-    if (which == CodeUnpacker::AVX2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt");
-    if (which == CodeUnpacker::AVX512) {
-        return code_unpacker_usable(CodeUnpacker::AVX2) && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2");
-    }
-    return false;
+    static const X86Features features = x86_features();
+    return which == CodeUnpacker::AVX2 ? features.avx2 : which == CodeUnpacker::AVX512 && features.vbmi2;
 #elif defined(__ARM_NEON) && defined(__aarch64__)
     return which == CodeUnpacker::NEON;
 #else

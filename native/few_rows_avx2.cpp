@@ -128,7 +128,7 @@ TARGET void q6_k_rows(const FewRowsTask & t, const Operand * rows) {
     }
 }
 
-bool usable() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool usable() { return x86_features().avx2; }
 
 using Rows = void (*)(const FewRowsTask &, const Operand *);
 constexpr Rows Q4_K[AT_ONCE] = {q4_k_rows<1>, q4_k_rows<2>, q4_k_rows<3>, q4_k_rows<4>};

@@ -123,11 +123,7 @@ TARGET void q6_k_rows(const FewRowsTask & t) {
     }
 }
 
-bool usable() {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx2") &&
-           __builtin_cpu_supports("fma");
-}
+bool usable() { return x86_features().vnni; }
 
 constexpr FewRowsKernel Q4_K[] = {q4_k_rows<1>, q4_k_rows<2>, q4_k_rows<3>, q4_k_rows<4>, q4_k_rows<5>, q4_k_rows<6>, q4_k_rows<7>};
 constexpr FewRowsKernel Q6_K[] = {q6_k_rows<1>, q6_k_rows<2>, q6_k_rows<3>, q6_k_rows<4>, q6_k_rows<5>, q6_k_rows<6>, q6_k_rows<7>};

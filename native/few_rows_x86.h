@@ -1,6 +1,7 @@
 // What the few-row kernels of x86-64 share (few_rows.h): where things lie in ggml's blocks of 256 values, and their halves.
 #pragma once
 #include "few_rows.h"
+#include "x86_features.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define MOE_EDGE_X86
