@@ -43,8 +43,9 @@ def test_each_touched_expert_is_unpacked_once_a_micro_batch_at_most(
         c = engine.counters()
     n_layers, steps = 3, len(touched)
     assert steps == n_layers * (320 // n_ubatch) and sum(touched) == c.uses
-    # What was read, ahead or not, was unpacked once, and what was in memory not at all.
-    assert c.unpacked_bytes == (c.loads + c.prefetched) * unit_bytes
+    # What was read, ahead or not, was unpacked once, and what was in memory not at all. Of what is read ahead and not
+    # asked for, a read may be given up before it is unpacked.
+    assert (c.loads + c.prefetch_useful) * unit_bytes <= c.unpacked_bytes <= (c.loads + c.prefetched) * unit_bytes
     assert c.hits == c.uses - c.loads and c.evictions > 0
     # In each micro-batch no more than it touched, but for what was read ahead and then not asked for.
     before = [*unpacked[::n_layers], c.unpacked_bytes // unit_bytes]
