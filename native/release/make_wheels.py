@@ -20,6 +20,9 @@ from edge_wheel import make_edge_wheel
 from runtime_wheel import make_runtime_wheel
 from targets import TARGETS, Target
 
+# auditwheel goes by a wheel's own architecture, but its command line takes platforms of the machine it runs on alone.
+AUDITWHEEL = "import platform, sys; machine = sys.argv.pop(1); platform.machine = lambda: machine; " \
+             "from auditwheel.main import main; sys.exit(main())"  # fmt: skip
 # Loaded already when they are needed: by the choice of a CPU build, or of the other wheel. Not to be put into this one.
 LOADED_BEFORE = ("libggml-base.so.0", "libggml-cpu.so.0", "libggml.so.0", "libggml-rpc.so.0")
 
@@ -27,8 +30,10 @@ LOADED_BEFORE = ("libggml-base.so.0", "libggml-cpu.so.0", "libggml.so.0", "libgg
 def check(wheel: Path, target: Target) -> None:
     """Let auditwheel say whether a wheel keeps what its tag promises. Ends the program when it does not."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "auditwheel", "repair", "--plat", target.platform_tag, "--only-plat",
-                   *(f"--exclude={name}" for name in LOADED_BEFORE), "--wheel-dir", folder, str(wheel)]  # fmt: skip
+        command = [
+            sys.executable, "-c", AUDITWHEEL, target.machine, "repair", "--plat", target.platform_tag, "--only-plat",
+            *(f"--exclude={name}" for name in LOADED_BEFORE), "--wheel-dir", folder, str(wheel),
+        ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise SystemExit(f"{wheel.name} does not keep its tag; auditwheel says: {done.stdout}{done.stderr}")
