@@ -162,9 +162,8 @@ class NativeModel:
         self._callbacks = SCHEDULE_FN(self._on_step), SCHEDULE_FN(self._on_announce), SCHEDULE_FN(self._on_select)
         desc, keep = _describe(model)
         desc.n_io_threads, desc.direct_io, desc.page_bytes = n_io_threads, int(direct_io), memory.page_bytes()
-        desc.repacking = repacking()
         desc.schedule, desc.announce, desc.select = self._callbacks
-        desc.schedule_user, desc.mail = None, self.mail.struct()
+        desc.repacking, desc.schedule_user, desc.mail = repacking(), None, self.mail.struct()
         if any(piece.codec == PLANES for piece in model.pieces):
             self._lib.me_set_zstd(*zstd_functions())
         error = ctypes.create_string_buffer(ERROR_BYTES)

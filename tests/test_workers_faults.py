@@ -117,7 +117,7 @@ def test_another_file_of_the_same_size_is_refused(tmp_path: Path) -> None:
 def test_a_board_with_too_little_memory_says_how_much_it_needs(tmp_path: Path) -> None:
     with workers(MODEL, ["8MiB"]) as made:
         with (
-            pytest.raises(EngineError, match=rf"board {made[0].address}: --ram 8MiB is too small .*give the worker"),
+            pytest.raises(MoeEdgeError, match=rf"board {made[0].address}: --ram 8MiB is too small .*give the worker"),
             on_boards(MODEL, [made[0].address]),
         ):
             pass
@@ -129,7 +129,7 @@ def test_a_board_that_refused_its_part_takes_a_smaller_one(board: WorkerProcess)
     with on_boards(MODEL, [board.address]) as engine:
         floor = int(engine.boards[0].taken["floor_bytes"])
         buffers = int(engine.boards[0].taken["buffer_bytes"])
-    for ram in (floor - buffers // 2, floor - 1):  # at a buffer that llama.cpp asks for, and when all are there
+    for ram in (floor - buffers // 4, floor - 1):  # at a buffer that llama.cpp asks for, and when all are there
         with workers(MODEL, [ram]) as made:
             for _ in range(2):
                 with (
