@@ -15,7 +15,7 @@ from moe_edge.schedulers.packed import PackedSizes
 
 MICRO_BATCH = 512  # large, since every micro-batch reads the experts it touches once
 LARGER_MICRO_BATCHES = (2048, 1024)
-BUFFER_SHARE = 1 / 128  # of the experts, what the buffers of a larger micro-batch may take
+BUFFER_SHARE = 1 / 64  # of the experts, what the buffers of a larger micro-batch may take
 
 
 def attention_defaults(n_ctx: int, n_head: int, expert_bytes: int, token_bytes: int) -> tuple[bool, int]:
@@ -28,7 +28,7 @@ def attention_defaults(n_ctx: int, n_head: int, expert_bytes: int, token_bytes: 
     keeps none. Below, a small model gets a smaller micro-batch, so that its buffers do not outweigh its experts.
     Flash against plain: mean KLD 9e-5 on the trained 8-layer tiny model (docs/LOG.md, 2026-11-22).
     A large model gets a larger one, while its buffers stay below BUFFER_SHARE of the experts: Qwen3-30B-A3B 1,024,
-    which takes 56 MiB from 6.8 GiB of experts and halves how often a long prompt reads them.
+    which takes 112 MiB from 6.8 GiB of experts and halves how often a long prompt reads them.
     """
     bytes_per_row = 2 * 4 * n_ctx * n_head
     if bytes_per_row * MICRO_BATCH > 64 * MIB:
@@ -39,9 +39,9 @@ def attention_defaults(n_ctx: int, n_head: int, expert_bytes: int, token_bytes: 
 
 
 def buffer_bytes(n_embd: int, n_used: int) -> int:
-    """What llama.cpp's compute buffer takes for each token of a micro-batch, about: the products of each expert, and a
-    layer's own tensors. Of the 30B shape this says 116 KiB, and the plan counts 112 (docs/LOG.md, 2026-11-28)."""
-    return 2 * n_embd * (3 * n_used + 5)
+    """What llama.cpp's compute buffer takes for each token of a micro-batch, about: the products of each expert, their
+    weighted copies, and a layer's own tensors. Of the 30B shape this says 232 KiB, and llama.cpp takes 224."""
+    return 4 * n_embd * (3 * n_used + 5)
 
 
 EXACT = PolicyOptions()

@@ -88,20 +88,16 @@ def captured_log() -> Iterator[list[str]]:
 
 
 def log_megabytes(log: str, what: str) -> int:
-    """Sum of the sizes that llama.cpp logs for `what` ('KV', 'compute', 'output'), in bytes, rounded up, a buffer once.
+    """Sum of the sizes that llama.cpp logs for `what` ('KV', 'compute', 'output'), in bytes, rounded up.
 
     Raises EngineError when it names none: a plan without it would promise a budget that is not kept.
     """
     if what == "KV":
         # logged for a cache whether or not it is allocated: "llama_kv_cache: size = 8.00 MiB ( 2048 cells, ..."
         pattern = r"llama_(?:kv_cache\w*|memory_recurrent\w*): size =\s+([0-9.]+) MiB"
-        found = re.findall(pattern, log)
     else:
-        # A load that allocates nothing names a buffer once for each backend that shares it, ours and the CPU's.
-        named: dict[str, str] = {}
-        for name, size in re.findall(rf"(\S+) +{what} buffer size =\s+([0-9.]+) MiB", log):
-            named[name] = max(size, named.get(name, "0"), key=float)
-        found = list(named.values())
+        pattern = rf"{what} buffer size =\s+([0-9.]+) MiB"
+    found = re.findall(pattern, log)
     if not found:
         raise EngineError(
             f"llama.cpp did not say how much memory its {what} buffers take, so a budget cannot be kept; "
