@@ -1,5 +1,4 @@
 // Repacked dense weights: what ggml's CPU_REPACK buffers take, and no other kind of them in a load of ours.
-#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -9,42 +8,32 @@
 
 #include "capi.h"
 #include "ggml-backend.h"
+#include "repack.h"
+
+using namespace moe_edge;
 
 static constexpr int64_t TOKENS = 512;  // of the product that is asked for: as llama.cpp's weight_buft_supported
-
-// Null-terminated, of a vector that ggml makes once and llama.cpp reads at every load that wants extra buffer types.
-static ggml_backend_buffer_type_t * extra_types() {
-    ggml_backend_dev_t dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    const auto get = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
-        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), "ggml_backend_dev_get_extra_bufts"));
-    return get ? get(dev) : nullptr;
-}
-
-static bool is_repack(ggml_backend_buffer_type_t type) { return strcmp(ggml_backend_buft_name(type), "CPU_REPACK") == 0; }
 
 static std::vector<ggml_backend_buffer_type_t> & all_types() {
     static std::vector<ggml_backend_buffer_type_t> all = [] {
         std::vector<ggml_backend_buffer_type_t> found;
-        for (auto * t = extra_types(); t && *t; t++) found.push_back(*t);
+        for (auto * t = extra_buffer_types(); t && *t; t++) found.push_back(*t);
         return found;
     }();
     return all;
 }
 
 void me_only_repack(int32_t on) {
-    ggml_backend_buffer_type_t * at = extra_types();
+    ggml_backend_buffer_type_t * at = extra_buffer_types();
     if (!at) return;
     for (ggml_backend_buffer_type_t type : all_types()) {
-        if (!on || is_repack(type)) *at++ = type;
+        if (!on || is_repacked_buffer_type(type)) *at++ = type;
     }
     *at = nullptr;
 }
 
 int32_t me_repacks(int32_t type, int64_t cols, int64_t rows, int64_t n_expert) {
-    ggml_backend_buffer_type_t repack = nullptr;
-    for (ggml_backend_buffer_type_t each : all_types()) {
-        if (is_repack(each)) repack = each;
-    }
+    const ggml_backend_buffer_type_t repack = repacked_buffer_type();
     const auto kind = static_cast<ggml_type>(type);
     if (!repack || type < 0 || type >= GGML_TYPE_COUNT || ggml_blck_size(kind) <= 0 || cols % ggml_blck_size(kind) != 0) return 0;
     const ggml_init_params params = {16 * ggml_tensor_overhead(), nullptr, true};

@@ -42,16 +42,21 @@ struct Form {
 static std::mutex g_forms_mutex;
 static Form g_forms[GGML_TYPE_COUNT][2];  // of matrices whose rows are a multiple of 4 only, of 8
 
-static const Form & form_of(ggml_type type, int64_t n_weight_rows) { return g_forms[type][n_weight_rows % INTERLEAVED == 0]; }
+static Form & form_of(ggml_type type, int64_t n_weight_rows) { return g_forms[type][n_weight_rows % INTERLEAVED == 0]; }
 
-static ggml_backend_buffer_type_t repacked_buffer_type() {
+ggml_backend_buffer_type_t * extra_buffer_types() {
     ggml_backend_dev_t dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
     if (!dev) return nullptr;
-    auto get = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
+    const auto get = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
         ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), "ggml_backend_dev_get_extra_bufts"));
-    if (!get) return nullptr;
-    for (ggml_backend_buffer_type_t * type = get(dev); type && *type; type++) {
-        if (strcmp(ggml_backend_buft_name(*type), "CPU_REPACK") == 0) return *type;
+    return get ? get(dev) : nullptr;
+}
+
+bool is_repacked_buffer_type(ggml_backend_buffer_type_t type) { return strcmp(ggml_backend_buft_name(type), "CPU_REPACK") == 0; }
+
+ggml_backend_buffer_type_t repacked_buffer_type() {
+    for (ggml_backend_buffer_type_t * type = extra_buffer_types(); type && *type; type++) {
+        if (is_repacked_buffer_type(*type)) return *type;
     }
     return nullptr;
 }
@@ -147,7 +152,7 @@ Kernel kernel_of(ggml_type type, int64_t n_cols, int64_t n_weight_rows, int32_t 
     const int64_t block = type >= 0 && type < GGML_TYPE_COUNT ? ggml_blck_size(type) : 0;
     if (block == 0 || n_cols % block != 0 || n_weight_rows % 4 != 0) return Kernel::PLAIN;
     std::lock_guard<std::mutex> lock(g_forms_mutex);
-    Form & form = g_forms[type][n_weight_rows % INTERLEAVED == 0];
+    Form & form = form_of(type, n_weight_rows);
     if (!form.known) {
         const int64_t n = n_weight_rows % INTERLEAVED == 0 ? 3 * INTERLEAVED : 3 * INTERLEAVED + 4;
         ask_ggml(form, type, n);

@@ -13,6 +13,13 @@
 
 namespace moe_edge {
 
+// ggml's buffer types besides ordinary memory, as llama.cpp finds them: null-terminated, of a vector that ggml makes once and
+// llama.cpp reads at every load that wants them; or null.
+ggml_backend_buffer_type_t * extra_buffer_types();
+bool is_repacked_buffer_type(ggml_backend_buffer_type_t type);
+// CPU_REPACK, or null where ggml has none.
+ggml_backend_buffer_type_t repacked_buffer_type();
+
 // How a matrix is multiplied. PLAIN: as it is. GEMV: repacked, each row of the input by itself, as stock does with experts.
 // GEMM: repacked, rows of the input together; only where that gives the bits of GEMV, which is tried on this machine.
 enum class Kernel { PLAIN, GEMV, GEMM };

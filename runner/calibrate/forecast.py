@@ -100,7 +100,8 @@ class Forecast:
 
     def text(self) -> str:
         """The whole forecast, stage by stage, of what is left and what has passed."""
-        left = {name: stage.left(self.pace()) for name, stage in self.stages.items()}
+        pace = self.pace()
+        left = {name: stage.left(pace) for name, stage in self.stages.items()}
         parts = [f"{WORDS[name]} {clock(seconds)}" for name, seconds in left.items() if seconds >= 0.5]
         return f"forecast: {clock(self.passed + self.left())} in all, {clock(self.left())} left: " + ", ".join(parts)
 
