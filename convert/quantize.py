@@ -1,6 +1,7 @@
 """Float rows to a ggml type and back, by ggml's own functions, from the copy of ggml that llama.cpp has loaded.
 
 Float types (F32, F16, BF16) are converted in numpy. ctypes releases the GIL: several threads may quantize at once.
+Some types have quantizers of our own, with the same bytes (native/quantize.h).
 ggml aborts the process on an importance, or on values, that its grid search cannot compare; both are checked here.
 """
 
@@ -38,6 +39,10 @@ TARGETS = (
 NEED_IMATRIX = "IQ3_XXS IQ2_XXS IQ2_XS IQ2_S IQ1_S IQ1_M".split()  # llama-quant.cpp, tensor_requires_imatrix
 
 GRID_TYPES = frozenset(BY_NAME[name].id for name in (*NEED_IMATRIX, "IQ3_S"))  # ggml aborts when a sum overflows
+
+FAST_LIBRARY = "libmoe_edge_quantize.so"  # x86-64 only
+FAST_TYPES = ("IQ2_XXS", "IQ3_XXS", "Q2_K", "Q3_K", "Q4_K")  # with an importance
+WIDEST = 16
 
 # The type to use when a row is not a multiple of the block (llama-quant.cpp, tensor_type_fallback).
 FALLBACKS: Mapping[str, str] = {
@@ -105,6 +110,16 @@ def quantize(rows: FloatArray, type_id: int, importance: FloatArray | None = Non
     weights = None if importance is None else _weights(check_importance(importance, n_cols, "importance"))
     if type_id in GRID_TYPES:
         _check_values(rows, type_id, "rows to quantize")
+    if weights is not None and is_fast(type_id):
+        out = ctypes.create_string_buffer(n_rows * row_bytes(type_id, n_cols))
+        quantize_fast(rows, type_id, weights, out)
+        return out.raw
+    return quantize_by_ggml(rows, type_id, weights)
+
+
+def quantize_by_ggml(rows: FloatArray, type_id: int, weights: FloatArray | None) -> bytes:
+    """ggml_quantize_chunk: rows as quantize() takes them, and weights of columns as _weights makes them."""
+    n_rows, n_cols = rows.shape
     library = _prepared(type_id)
     out = ctypes.create_string_buffer(n_rows * row_bytes(type_id, n_cols))
     pointer = None if weights is None else weights.ctypes.data
@@ -247,3 +262,55 @@ def prepare(type_ids: set[int]) -> None:
     """Load the library and build the tables that quantizing to, or reading, these types needs."""
     for type_id in type_ids - FLOAT_TYPES:
         _prepared(type_id)
+        is_fast(type_id)
+
+
+PROBE_ROWS, PROBE_COLS = 16, 512
+
+
+@functools.cache
+def is_fast(type_id: int) -> bool:
+    """Whether this processor has a quantizer of native/quantize.h for the type, and it gives ggml's bytes.
+
+    A ggml that was built otherwise may round otherwise; then its own quantizer is used.
+    """
+    fast = _fast()
+    if fast is None or TYPES[type_id].name not in FAST_TYPES:
+        return False
+    numbers = np.random.default_rng(0)
+    rows = numbers.standard_normal((PROBE_ROWS, PROBE_COLS)).astype(np.float32)
+    weights = numbers.random(PROBE_COLS).astype(np.float32) + np.float32(0.1)
+    ours = ctypes.create_string_buffer(PROBE_ROWS * row_bytes(type_id, PROBE_COLS))
+    if not quantize_fast(rows, type_id, weights, ours):
+        return False
+    return ours.raw == quantize_by_ggml(rows, type_id, weights)
+
+
+def quantize_fast(rows: FloatArray, type_id: int, weights: FloatArray, out: Any, lanes: int = WIDEST) -> int:
+    """What quantize() does, by native/quantize.h, into a ctypes buffer. lanes: floats of a register, 8 or 16 at most.
+
+    Returns the bytes written; 0: this processor has none for the type.
+    """
+    fast = _fast()
+    if fast is None:
+        return 0
+    n_rows, n_cols = rows.shape
+    found = fast.meq_quantize(type_id, rows.ctypes.data, weights.ctypes.data, out, n_rows, n_cols, lanes)
+    return int(found)
+
+
+@functools.cache
+def _fast() -> Any:
+    """The library of native/quantize.h; None where it is not built. Loaded behind ggml, whose tables it reads."""
+    _ggml()
+    import moe_edge.convert
+
+    for folder in moe_edge.convert.__path__:
+        path = Path(folder) / FAST_LIBRARY
+        if path.exists():
+            library = ctypes.CDLL(str(path))
+            int64, pointer = ctypes.c_int64, ctypes.c_void_p
+            library.meq_quantize.argtypes = [ctypes.c_int32, pointer, pointer, pointer, int64, int64, ctypes.c_int32]
+            library.meq_quantize.restype = int64
+            return library
+    return None
