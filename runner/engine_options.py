@@ -60,7 +60,8 @@ class EngineOptions:
     because both change how sums are rounded.
     disk_bytes_per_second: pace the expert reads as a disk of this speed would; None: as fast as it is.
     charge_program: count what the process held before loading, above PROGRAM_ALLOWANCE_BYTES, against the budget. The
-    command line does; a program that embeds the engine knows better what else it holds. map_dense: map the skeleton
+    command line does; a program that embeds the engine knows better what else it holds. beside_bytes: what it will come
+    to hold beside the engine, counted like what it held before. map_dense: map the skeleton
     instead of reading it into anonymous memory; for the converter's proof, which decodes one token only.
     warm_start: read the experts that earlier runs used most before the first token, and keep the usage of this one.
     prompt_cache_bytes: how much of the disk conversations may take, to be gone on with in later runs; 0: none are kept.
@@ -89,6 +90,7 @@ class EngineOptions:
     flash_attn: bool | None = None
     disk_bytes_per_second: int | None = None
     charge_program: bool = False
+    beside_bytes: int = 0
     map_dense: bool = False
     warm_start: bool = False
     prompt_cache_bytes: int = 0

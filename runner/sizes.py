@@ -92,7 +92,9 @@ def fixed_sizes(loading: Loading, native: NativeModel, program_bytes: int = 0) -
         kv_bytes=log_megabytes(log, "KV") + checkpoints_bytes(recurrent_bytes(log)),
         compute_bytes=log_megabytes(log, "compute") + log_megabytes(log, "output") + n_vocab * 16 + work,
         scratch_bytes=scratch,
-        program_excess_bytes=max(0, program_bytes - PROGRAM_ALLOWANCE_BYTES) if o.charge_program else 0,
+        program_excess_bytes=(
+            max(0, program_bytes + o.beside_bytes - PROGRAM_ALLOWANCE_BYTES) if o.charge_program else 0
+        ),
         repacked_bytes=of.nbytes,
     )
 

@@ -48,7 +48,7 @@ from moe_edge.runner.measure.logits import read_text
 from moe_edge.runner.prove import prove
 
 DEFAULT_TYPES = ("IQ2_XXS", "Q2_K", "IQ3_XXS", "Q3_K", "Q4_K", "Q6_K")
-CORE_HOURS = 2.75
+CORE_HOURS = 6.0
 REFERENCE_TYPE = "Q8_0"  # of the temporary model that a checkpoint is run as
 RATES, SETTINGS_KEPT = "rates.json", "settings.json"
 PILOT_EXPERTS = 16  # of three layers, whose errors say which types are hopeless
@@ -218,7 +218,10 @@ class Calibrator:
         return self._journal
 
     def _engine_options(self) -> EngineOptions:
-        return EngineOptions(ram_bytes=self.options.ram_bytes, n_threads=self.options.n_threads)
+        o = self.options
+        return EngineOptions(
+            ram_bytes=o.ram_bytes, n_threads=o.n_threads, charge_program=True, beside_bytes=self._weights.most_bytes()
+        )
 
     def _expected_bytes(self) -> int:
         """Of the store, before its types are chosen."""
@@ -251,7 +254,10 @@ class Calibrator:
         self.tell(line + (self._forecast.suffix() if self._is_kept else ""))
 
     def _layers(self) -> Iterator[tuple[MoELayer, LayerView]]:
-        return zip(self.source.layers, self.seen.layers, strict=True)
+        """One at a time: what a layer saw is in a file, whose pages are given back before the next."""
+        for layer, view in zip(self.source.layers, self.seen.layers, strict=True):
+            yield layer, view
+            view.forget()
 
     def _measure_experts(self) -> None:
         """Importance of all experts, and errors of types when some are to be chosen among."""

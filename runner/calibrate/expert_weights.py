@@ -31,8 +31,10 @@ from moe_edge.models.formats.source_files import SourceFiles
 from moe_edge.models.store.experts import MatrixKey, MoELayer
 from moe_edge.models.store.source import Source
 from moe_edge.runner.calibrate.observe import LayerView
+from threadpoolctl import threadpool_limits
 
 MOST_ROWS = 512  # of an expert's tokens, for its errors; more move them by a few per cent (docs/LOG.md)
+COPIES = 2  # of an expert in floats, with what is computed from it (docs/LOG.md, 2026-11-28)
 T = TypeVar("T")
 
 
@@ -55,12 +57,19 @@ class ExpertWeights:
         self._pool.shutdown(cancel_futures=True)
         self._files.__exit__(*error)
 
+    def most_bytes(self) -> int:
+        """What the rehearsal takes while the model is loaded: the experts that all threads try types on."""
+        shapes = ([layer.shape(p) for p in layer.projections] for layer in self._source.layers)
+        weights = max((sum(rows * cols for rows, cols in each) for each in shapes), default=0)
+        return COPIES * 4 * self.n_threads * weights
+
     def map(
         self, work: Callable[..., T], layer: MoELayer, *args: Any, experts: Sequence[int] | None = None
     ) -> Iterator[T]:
         """work(self, layer, expert, *args) for experts of a layer, by default all, in order."""
         asked = range(layer.n_expert) if experts is None else experts
-        return self._pool.map(lambda expert: work(self, layer, expert, *args), asked)
+        with threadpool_limits(1, user_api="blas"):  # each thread has an expert of its own; more threads only spin
+            yield from self._pool.map(lambda expert: work(self, layer, expert, *args), asked)
 
     def of(self, layer: MoELayer, expert: int) -> dict[str, FloatArray]:
         """projection -> (n_rows, n_cols)."""

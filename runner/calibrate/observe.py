@@ -7,16 +7,18 @@ runner/calibrate/calibrate.py.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 from moe_edge.models.formats.floats import Float64Array
+from moe_edge.models.formats.write import drop_cache
 from moe_edge.runner.calibrate.journal import Arrays, Journal
 from moe_edge.runner.calibrate.substitution import SAMPLED, Ranking, WatchRanking
 from moe_edge.runner.engine import Engine
@@ -52,6 +54,14 @@ class LayerView:
         """(inputs float32 [m, n_embd], gate weights [m]) of the tokens routed to one expert."""
         tokens, slots = np.nonzero(self.experts == expert)
         return self.inputs[tokens].astype(np.float32), self.weights[tokens, slots]
+
+    def forget(self) -> None:
+        """Give the memory that pages of its file take back, until they are read again."""
+        kept = self.inputs.base
+        if isinstance(kept, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            kept.madvise(mmap.MADV_DONTNEED)
+            with open(cast(np.memmap[Any, Any], self.inputs).filename, "rb") as file:
+                drop_cache(file.fileno())
 
 
 @dataclass(frozen=True)
@@ -237,6 +247,7 @@ class _Watch:
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())
+            drop_cache(file.fileno())
         self._journal.save(f"chunk-{self.n_done:05}", self._record())
         self.n_done += 1
         self._begin()
