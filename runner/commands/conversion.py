@@ -38,7 +38,7 @@ class ConvertRequest:
     calibrate_tokens: int = 16384
     imatrix: Path | None = None
     allocate: str = "calibrated"
-    core_hours: float = 2.75
+    core_hours: float = 6.0
     dense_type: str | None = None
     ram_bytes: int | None = None
     n_threads: int = 0

@@ -41,7 +41,7 @@ def type_options(f: F) -> F:
 @click.option("--imatrix", type=click.Path(path_type=Path), help="An importance matrix (GGUF) for the quantizer.")
 @click.option("--allocate", type=click.Choice(["calibrated", "imatrix"]), default="calibrated", show_default=True,
               help="What --bits goes by: a text (--calibrate), or an importance matrix alone.")
-@click.option("--core-hours", type=Number(0.01, 1e6), default=2.75, show_default=True,
+@click.option("--core-hours", type=Number(0.01, 1e6), default=6.0, show_default=True,
               help="Of quantizing at the most: --bits takes faster types where the best would need longer.")
 @click.option("--dense-type", help="Type of the dense matrices. Default: Q8_0 if a "
               "checkpoint's experts are quantized. Q6_K is smaller, and faster in long prompts on x86.")
