@@ -201,6 +201,41 @@ def test_other_orders_and_forms_of_json_calls(body: str) -> None:
         assert calls(parse("hermes", f"<tool_call>{body}</tool_call>", size)) == [("f", {"x": 1})]
 
 
+BARE = '{"name": "f", "arguments": {"x": 1}}'
+
+
+@pytest.mark.parametrize("before", ["", "\n ", "<think>\nhm\n</think>\n\n"])
+def test_a_model_that_forgets_the_tags_calls_all_the_same(before: str) -> None:
+    for size in (1, 3, 1000):
+        for text, wanted, said in (
+            (BARE, [("f", {"x": 1})], ""),
+            (BARE + "\n" + BARE.replace('"f"', '"g"') + "\n", [("f", {"x": 1}), ("g", {"x": 1})], ""),
+            (BARE + "\nThat is it.", [("f", {"x": 1})], "That is it."),
+            (BARE + "\n<tool_call>\n" + BARE + "\n</tool_call>", [("f", {"x": 1})] * 2, ""),
+        ):
+            parts = parse("hermes", before + text, size)
+            assert calls(parts) == wanted and words(parts).strip() == said, (size, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"name": "Ada", "arguments": {"x": 1}}', '{"name": "f"}', '{"name": "f", "age": 3}', "{}", "{", "{f(1)}",
+     '{"arguments": {}, "name": "f"}', '{"title": "f", "name": "f", "arguments": {}}', '{"name": "f", "argu',
+     '{"name": "f", "arguments": [1]}', f"The call is {BARE}", f"```json\n{BARE}\n```"],
+)  # fmt: skip
+def test_json_that_calls_no_tool_that_was_offered_is_the_answer(text: str) -> None:
+    for size in (1, 5, 1000):
+        parts = parse("hermes", text, size)
+        assert not calls(parts) and words(parts) == text, size
+        assert words(parse("hermes", BARE, size, tools=[])) == BARE
+
+
+def test_an_answer_in_json_is_not_held_back_until_its_end() -> None:
+    parser = FORMATS["hermes"].parser("", TOOLS)
+    shown = "".join(words(parser.feed(piece)) for piece in ('{"ti', 'tle": ', '"Emma", "name"'))
+    assert shown == '{"title": "Emma", "name"'
+
+
 def test_values_take_the_type_that_the_schema_gives_them() -> None:
     schema = {"properties": {
         "s": {"type": "string"}, "n": {"type": "number"}, "b": {"type": "boolean"}, "l": {"type": "array"},

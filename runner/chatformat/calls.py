@@ -57,6 +57,10 @@ class CallParser(ThinkParser):
 
     def _parts(self) -> Waiting:
         yield from self.thinking()
+        yield from self.answer()
+
+    def answer(self) -> Waiting:
+        """What follows the thinking: text and calls."""
         marks = (*self.marks, *self.silent) if self.tools else self.silent
         if not marks:  # nobody can call anything: tags are words
             yield from self._rest()

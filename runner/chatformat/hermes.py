@@ -17,6 +17,6 @@ FORM = replace(
 )  # each call between tags of its own
 
 FORMAT = ChatFormat(
-    "hermes", 500, lambda template: BEGIN in template, json_parser(JsonMarks(((BEGIN, END),))),
+    "hermes", 500, lambda template: BEGIN in template, json_parser(JsonMarks(((BEGIN, END),), bare=True)),
     tags=(OPEN, CLOSE, BEGIN, END), prepare=without_thinking, thinking=between_tags(), calls=lambda template: (FORM,),
 )  # fmt: skip

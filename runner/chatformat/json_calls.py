@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moe_edge.runner.chatformat.calls import CallParser, NotACall, Tools
+from moe_edge.runner.chatformat.calls import CallParser, NotACall, Tools, Waiting
 from moe_edge.runner.chatformat.parts import Part
 from moe_edge.runner.chatformat.think import THINK, ThinkTags, opened_by
 
@@ -16,19 +16,35 @@ NAMES, ARGUMENTS = ("name", "tool_name"), ("arguments", "parameters")
 
 @dataclass(frozen=True)
 class JsonMarks:
-    """pairs: (what begins calls, what ends them; empty: they end by themselves). name_is_key: `{"NAME": {...}}`."""
+    """pairs: (what begins calls, what ends them; empty: they end by themselves). name_is_key: `{"NAME": {...}}`.
+
+    bare: an answer that begins with `{"name": TOOL` is a call too, where TOOL was offered: small models forget marks.
+    """
 
     pairs: tuple[tuple[str, str], ...]
     name_is_key: bool = False
+    bare: bool = False
 
 
 class JsonCallParser(CallParser):
     """Arguments are told as they come when the name stands before them, as all models write it."""
 
     def __init__(self, opened: bool, tools: Tools, style: JsonMarks, tags: ThinkTags = THINK) -> None:
-        self._style = style
+        self._style, self._is_bare = style, False
         self.marks = tuple(begin for begin, _ in style.pairs)
         super().__init__(opened, tools, tags)
+
+    def answer(self) -> Waiting:
+        if self._style.bare and self.tools:
+            space = yield from self.blank()
+            if self.scan.text.startswith("{"):
+                self.scan.text = self.scan.text[1:]
+                self._is_bare = True
+                yield from self._attempt("{", space)
+                self._is_bare = False
+            else:
+                self.scan.text = space + self.scan.text
+        yield from super().answer()
 
     def read_calls(self, mark: str) -> Iterator[Part | None]:
         if mark[-1] in "[{":  # part of the JSON
@@ -45,7 +61,7 @@ class JsonCallParser(CallParser):
                 break
         if is_list:
             yield from self.optional("]")
-        end = dict(self._style.pairs)[mark]
+        end = dict(self._style.pairs).get(mark)
         if end:
             yield from self.optional(end)
 
@@ -57,6 +73,8 @@ class JsonCallParser(CallParser):
         while (yield from self.character()) != "}":
             yield from self.optional(",")
             key = _text(json.loads((yield from self._string())))
+            if self._is_bare and name is None and key not in NAMES:
+                raise NotACall
             yield from self.expect(":")
             if self._style.name_is_key and name is None:
                 name, key = self.name(key), ARGUMENTS[0]
@@ -68,10 +86,12 @@ class JsonCallParser(CallParser):
             value = yield from self.json_text()
             if key in NAMES:
                 name = self.name(_text(_loads(value)))
+                if self._is_bare and name not in self.tools:
+                    raise NotACall
             elif key in ARGUMENTS:
                 later = value
         self.take(1)
-        if not name:
+        if not name or (self._is_bare and not told and later is None):
             raise NotACall
         if told:
             yield self.end()
