@@ -112,7 +112,9 @@ def quantize(rows: FloatArray, type_id: int, importance: FloatArray | None = Non
         _check_values(rows, type_id, "rows to quantize")
     if weights is not None and is_fast(type_id):
         out = ctypes.create_string_buffer(n_rows * row_bytes(type_id, n_cols))
-        quantize_fast(rows, type_id, weights, out)
+        written = quantize_fast(rows, type_id, weights, out)
+        if written != len(out):
+            raise WrongLibrary(f"{FAST_LIBRARY} wrote {written} bytes of {TYPES[type_id].name}, expected {len(out)}")
         return out.raw
     return quantize_by_ggml(rows, type_id, weights)
 
@@ -279,7 +281,9 @@ def is_fast(type_id: int) -> bool:
         return False
     numbers = np.random.default_rng(0)
     rows = numbers.standard_normal((PROBE_ROWS, PROBE_COLS)).astype(np.float32)
-    weights = numbers.random(PROBE_COLS).astype(np.float32) + np.float32(0.1)
+    rows[::2] = np.round(2 * rows[::2]) / 4  # ties, which other roundings decide otherwise
+    weights = np.ones(PROBE_COLS, np.float32)
+    weights[PROBE_COLS // 2 :] = numbers.random(PROBE_COLS // 2).astype(np.float32) + np.float32(0.1)
     ours = ctypes.create_string_buffer(PROBE_ROWS * row_bytes(type_id, PROBE_COLS))
     if not quantize_fast(rows, type_id, weights, ours):
         return False
@@ -301,14 +305,17 @@ def quantize_fast(rows: FloatArray, type_id: int, weights: FloatArray, out: Any,
 
 @functools.cache
 def _fast() -> Any:
-    """The library of native/quantize.h; None where it is not built. Loaded behind ggml, whose tables it reads."""
+    """The library of native/quantize.h; None where there is none that loads. After ggml, whose tables it reads."""
     _ggml()
     import moe_edge.convert
 
     for folder in moe_edge.convert.__path__:
         path = Path(folder) / FAST_LIBRARY
         if path.exists():
-            library = ctypes.CDLL(str(path))
+            try:
+                library = ctypes.CDLL(str(path))
+            except OSError:
+                return None
             int64, pointer = ctypes.c_int64, ctypes.c_void_p
             library.meq_quantize.argtypes = [ctypes.c_int32, pointer, pointer, pointer, int64, int64, ctypes.c_int32]
             library.meq_quantize.restype = int64

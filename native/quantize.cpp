@@ -25,7 +25,7 @@ std::vector<uint8_t> grid_points(ggml_type type, int dims) {
         memcpy(block.data(), &one, sizeof(one));
         memset(block.data() + 2, p, 4);
         traits->to_float(block.data(), values, SUPER);
-        // a step is 2 of 8 (IQ2_XXS, of which an eighth is shown: 1, 3.125, 5.375), 8 of 4 to 62 (IQ3_XXS, a quarter: 1, 3 .. 15.5)
+        // What comes back are 1, 3.125 and 5.375 (IQ2_XXS) or 1, 3, 5 and so on to 13, and 15.5 (IQ3_XXS).
         for (int i = 0; i < dims; i++) found.push_back(static_cast<uint8_t>(2 * static_cast<int>((values[i] - 1) / 2 + 0.25f) + 1));
     }
     return found;

@@ -13,16 +13,16 @@ constexpr int SUPER = 256;  // weights of a block of every type here
 // Points of `dims` odd numbers each, and for any other such vector those that are nearest to it.
 struct Grid {
     struct Place {
-        int32_t first;  // of the near points, where each place has whole registers
-        int16_t point;  // that is there, or -1
-        int16_t n_near;  // 0: a point is there
+        int32_t first;   // where its near points begin in `near_points`
+        int16_t point;   // the point that is here, or -1
+        int16_t n_near;  // how many points are near; 0 where a point is here
     };
     int dims = 0, bits = 0, lanes = 0;  // bits: of a number in the address of a vector
     std::vector<uint8_t> points;        // [n_points][dims]
     std::vector<uint64_t> words;        // the same in bytes of a word, the first lowest
     std::vector<Place> places;          // by address
-    std::vector<uint8_t> near;          // [register][dims][lanes], nearest first; filled up with the first
-    std::vector<uint8_t> near_points;   // their numbers
+    std::vector<uint8_t> near_points;   // of each place, nearest first; its last register is filled up with the first of them
+    std::vector<uint8_t> near;          // [register][dims][lanes]: the numbers of those points
 };
 
 struct QuantizeTask {

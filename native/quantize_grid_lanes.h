@@ -63,9 +63,10 @@ INLINE int nearest_point(const Grid & grid, int address, const float * x, const 
     return grid.near_points[place.first + first_of_least(best, at, n)];
 }
 
-// The points nearest to x / scale for many scales, a lane each, where all have one address: numbers of D bytes. With a and b
-// of each point, sum of w * q * q and of 2 * w * q * x, its distance is scale * (scale * a - b) and something that all have.
-// That rounds otherwise than ggml's sum: `unsure` are lanes where the two nearest differ by no more than the doubt.
+// The points nearest to x / scale for many scales, a lane each, where all have one address. low, high: the numbers of each
+// lane's point, a byte each, the first four and the others. A point has the sums a of w * q * q and b of 2 * w * q * x. Its
+// distance is scale * (scale * a - b), and a part that is the same for all points. That rounds otherwise than ggml's sum does.
+// unsure: lanes where the two nearest points differ by no more than the doubt.
 template <int D>
 struct Nearest {
     VI low, high;
@@ -127,9 +128,12 @@ INLINE void try_part(const Grid & grid, const float * x, const float * w, int k,
         sum_w += w[i];
         sum_wxx += w[i] * x[i] * x[i];
     }
-    // Either sum is within 64 units in the last place of w * (scale * q)^2 + w * x * x: at most eight terms of four roundings.
+    // With u = 2^-24 and M = sum of w * (scale * q)^2 + w * x * x for the largest q: ggml's sum is within 25 u M of the exact
+    // one (7 of the differences, 4 of the products, 14 of the additions), ours within 22 u M (9 of a and b, 2 behind them, of
+    // parts that are at most 2 M). Two points and both sums make 94 u M. The doubt is 256 u M, and no less than FLT_MIN for
+    // numbers so small that they round otherwise.
     const VF largest_q = spread(D == 8 ? 5 : 15) * scale;
-    const VF doubt = spread(128 * FLT_EPSILON) * fused(largest_q * largest_q, spread(sum_w), spread(sum_wxx));
+    const VF doubt = fused(spread(128 * FLT_EPSILON), fused(largest_q * largest_q, spread(sum_w), spread(sum_wxx)), spread(FLT_MIN));
     VI all_low = spread_int(0), all_high = spread_int(0);
     while (lanes) {
         const int each = addresses[__builtin_ctz(lanes)];
@@ -275,7 +279,7 @@ INLINE float put_scales(const float * scales, float max, uint32_t * words, int s
 }
 
 constexpr int N_IQ2 = 13, N_IQ3 = 31;         // candidates for a scale
-constexpr int IQ2_MOST = 3, IQ3_MOST = 8;    // numbers a weight may be
+constexpr int IQ2_LEVELS = 3, IQ3_LEVELS = 8;  // numbers a weight may be
 constexpr int IQ2_BYTES = 66, IQ3_BYTES = 98;
 
 // The scale; -1: all its weights are nothing.
@@ -283,11 +287,11 @@ INLINE float iq2_group(const QuantizeTask & t, const float * offsets, Group & g,
     if (largest(g.x) < 1e-15f) return -1;
     uint8_t levels[GROUP];
     float q[GROUP];
-    float scale = qp_quants(GROUP, IQ2_MOST + 1, g.x, levels, g.weight);
-    const float max = scale * IQ2_MOST;
+    float scale = qp_quants(GROUP, IQ2_LEVELS + 1, g.x, levels, g.weight);
+    const float max = scale * IQ2_LEVELS;
     if (max <= 0) return -1;
-    best_scale<8>(*t.grid, g, IQ2_MOST - 1, offsets, N_IQ2, max, scale, q);
-    if (scale > 0) refine<8>(*t.grid, g, IQ2_MOST - 1, 0, scale, q);
+    best_scale<8>(*t.grid, g, IQ2_LEVELS - 1, offsets, N_IQ2, max, scale, q);
+    if (scale > 0) refine<8>(*t.grid, g, IQ2_LEVELS - 1, 0, scale, q);
     finish_group<8>(*t.grid, g, scale, q, points);
     return scale;
 }
@@ -317,7 +321,7 @@ TARGET static void iq2_block(const QuantizeTask & t, const float * x, const floa
 
 TARGET static void iq2_xxs(const QuantizeTask & t) {
     float offsets[(N_IQ2 + LANES) / LANES * LANES];
-    for (int i = 0; i < static_cast<int>(sizeof(offsets) / sizeof(float)); i++) offsets[i] = 2 * IQ2_MOST - 1 + (i - 6) * 0.1f;
+    for (int i = 0; i < static_cast<int>(sizeof(offsets) / sizeof(float)); i++) offsets[i] = 2 * IQ2_LEVELS - 1 + (i - 6) * 0.1f;
     for (int64_t b = 0; b < t.n_rows * t.n_blocks; b++) {
         iq2_block(t, t.x + SUPER * b, t.importance + SUPER * (b % t.n_blocks), offsets, t.out + IQ2_BYTES * b);
     }
@@ -326,10 +330,10 @@ TARGET static void iq2_xxs(const QuantizeTask & t) {
 INLINE float iq3_group(const QuantizeTask & t, const float * offsets, Group & g, uint8_t * points) {
     const float max = largest(g.x);
     if (max < 1e-8f) return -1;
-    float q[GROUP], scale = max / (2 * IQ3_MOST - 1);
+    float q[GROUP], scale = max / (2 * IQ3_LEVELS - 1);
     for (int i = 0; i < GROUP; i++) q[i] = 1;
-    const uint32_t kept = best_scale<4>(*t.grid, g, IQ3_MOST - 1, offsets, N_IQ3, max, scale, q);
-    if ((kept & 255) != 255 && scale > 0) refine<4>(*t.grid, g, IQ3_MOST - 1, kept, scale, q);
+    const uint32_t kept = best_scale<4>(*t.grid, g, IQ3_LEVELS - 1, offsets, N_IQ3, max, scale, q);
+    if ((kept & 255) != 255 && scale > 0) refine<4>(*t.grid, g, IQ3_LEVELS - 1, kept, scale, q);
     finish_group<4>(*t.grid, g, scale, q, points);
     return scale;
 }
@@ -359,7 +363,7 @@ TARGET static void iq3_block(const QuantizeTask & t, const float * x, const floa
 
 TARGET static void iq3_xxs(const QuantizeTask & t) {
     float offsets[(N_IQ3 + LANES) / LANES * LANES];
-    for (int i = 0; i < static_cast<int>(sizeof(offsets) / sizeof(float)); i++) offsets[i] = 2 * IQ3_MOST - 1 + (i - 15) * 0.2f;
+    for (int i = 0; i < static_cast<int>(sizeof(offsets) / sizeof(float)); i++) offsets[i] = 2 * IQ3_LEVELS - 1 + (i - 15) * 0.2f;
     for (int64_t b = 0; b < t.n_rows * t.n_blocks; b++) {
         iq3_block(t, t.x + SUPER * b, t.importance + SUPER * (b % t.n_blocks), offsets, t.out + IQ3_BYTES * b);
     }

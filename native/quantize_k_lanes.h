@@ -152,6 +152,16 @@ INLINE void pack_six(const uint8_t * scales, const uint8_t * mins, uint8_t * out
     }
 }
 
+// The same back. A level that was negative has spoilt bits of another, and what is read is what counts.
+INLINE void unpack_six(const uint8_t * from, uint8_t * scales, uint8_t * mins) {
+    for (int j = 0; j < 4; j++) {
+        scales[j] = from[j] & 63;
+        mins[j] = from[j + 4] & 63;
+        scales[j + 4] = static_cast<uint8_t>((from[j + 8] & 15) | from[j] >> 6 << 4);
+        mins[j + 4] = static_cast<uint8_t>(from[j + 8] >> 4 | from[j + 4] >> 6 << 4);
+    }
+}
+
 // Two blocks, so that sixteen lanes have work; n: how many there are.
 TARGET static void q4_k_blocks(const float * x, const float * const importance[2], int n, char * out) {
     float weight[2 * SUPER], scales[16], mins[16], sums[16];
@@ -165,8 +175,9 @@ TARGET static void q4_k_blocks(const float * x, const float * const importance[2
         put_half(out, qp_quants(8, 63, scales + 8 * b, scale_levels, sums + 8 * b));
         put_half(out + 2, qp_quants(8, 63, mins + 8 * b, min_levels, sums + 8 * b));
         pack_six(scale_levels, min_levels, reinterpret_cast<uint8_t *>(out + 4));
+        unpack_six(reinterpret_cast<const uint8_t *>(out + 4), scale_levels, min_levels);
         const float d = stored_half(out), min = stored_half(out + 2);
-        for (int j = 0; j < 8; j++) round_to(x + 32 * j, 32, d * (scale_levels[j] & 63), min * (min_levels[j] & 63), 15, levels + 32 * j);
+        for (int j = 0; j < 8; j++) round_to(x + 32 * j, 32, d * scale_levels[j], min * min_levels[j], 15, levels + 32 * j);
         for (int j = 0; j < SUPER; j += 64) {
             for (int i = 0; i < 32; i++) out[16 + j / 2 + i] = static_cast<char>(levels[j + i] | levels[j + i + 32] << 4);
         }

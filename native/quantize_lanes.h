@@ -32,12 +32,12 @@ INLINE void put_half(char * to, float v) {
     memcpy(to, &half, sizeof(half));
 }
 
-// importance * sqrt(spread of the block + x * x), and the sum of squares that `spread of the block` comes from.
 INLINE float sum_of_squares(const float * x) {
     float sum = 0;
     for (int i = 0; i < SUPER; i++) sum += x[i] * x[i];
     return sum;
 }
+// What an error of each number costs: importance * sqrt(sigma2 + x * x). sigma2 comes from the squares of the whole block.
 INLINE void weigh(const float * x, const float * importance, float sigma2, int n, float * weight) {
     for (int i = 0; i < n; i += LANES) {
         const VF v = load(x + i);

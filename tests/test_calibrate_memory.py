@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from moe_edge.convert.checkpoints import open_source
+from moe_edge.models.errors import BudgetTooSmall
+from moe_edge.runner.calibrate import measured_settings
+from moe_edge.runner.calibrate.expert_weights import ExpertWeights
 from moe_edge.runner.calibrate.observe import LayerView
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.engine_options import EngineOptions
@@ -70,6 +76,9 @@ def test_what_the_program_will_hold_is_counted_like_what_it_holds(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is in memory")
 def test_what_a_layer_saw_leaves_memory_and_can_be_read_again(tmp_path: Path) -> None:
+    kind = subprocess.run(["stat", "-f", "-c", "%T", tmp_path], capture_output=True, text=True, check=True).stdout
+    if kind.strip() in ("tmpfs", "ramfs"):
+        pytest.skip(f"{tmp_path} is in memory: {kind.strip()} has no pages to give back")
     path = tmp_path / "inputs.f16"
     values = np.arange(512 * 4096, dtype=np.uint16).view(np.float16).reshape(512, 4096)
     values.tofile(path)
@@ -83,3 +92,26 @@ def test_what_a_layer_saw_leaves_memory_and_can_be_read_again(tmp_path: Path) ->
     assert view.inputs.tobytes() == values.tobytes()
     LayerView(values, view.experts, view.weights).forget()  # of an array in memory: nothing to give back
     assert values[3, 5] == view.inputs[3, 5]
+
+
+def test_fewer_threads_work_on_experts_where_memory_is_short(random_model: Callable[[str], Path]) -> None:
+    source = open_source(random_model("qwen3moe"))
+    layer = source.layers[0]
+    each = 4 * 8 * sum(rows * cols for rows, cols in (layer.shape(p) for p in layer.projections))
+    for ram, n_threads in ((1 << 40, 7), (4 * each * 3 + 5, 3), (4 * each, 1), (0, 1)):
+        with ExpertWeights(source, 7, ram) as weights:
+            assert (weights.n_threads, weights.working_bytes) == (n_threads, n_threads * each)
+
+
+def test_a_table_that_does_not_fit_beside_the_program_is_measured_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, random_model: Callable[[str], Path]
+) -> None:
+    model, told = random_model("qwen3moe"), list[str]()
+    least = sizes_of(model, EngineOptions(n_ctx=512)).plan.floor_bytes
+    monkeypatch.setattr("moe_edge.runner.engine.current_rss_bytes", lambda: 1 << 40)
+    options = EngineOptions(ram_bytes=least + (1 << 20), n_ctx=512, charge_program=True, n_threads=1)
+    with measured_settings._engine(model, options, told.append) as engine:
+        assert engine.plan.fixed.program_excess_bytes == 0
+    assert len(told) == 1 and "above --ram" in told[0] and "too small" in told[0]
+    with pytest.raises(BudgetTooSmall):
+        measured_settings._engine(model, replace(options, ram_bytes=1, charge_program=False), told.append)

@@ -54,7 +54,7 @@ def test_every_quantizer_gives_the_bytes_of_ggml(tmp_path: Path, sanitizer: str,
     for lanes in wanted:
         for name in FAST_TYPES:
             assert any(line.lower().startswith(f"{name.lower()}, {lanes} lanes: ") for line in said), (name, said)
-    assert int(said[-1].split()[0]) > 1_000_000 * len(wanted)
+    assert int(said[-1].split()[0]) >= 1_000_000 * len(wanted)
 
 
 def by_ggml(monkeypatch: pytest.MonkeyPatch, kind: int) -> bytes:

@@ -211,6 +211,8 @@ def test_a_model_that_forgets_the_tags_calls_all_the_same(before: str) -> None:
             (BARE, [("f", {"x": 1})], ""),
             (BARE + "\n" + BARE.replace('"f"', '"g"') + "\n", [("f", {"x": 1}), ("g", {"x": 1})], ""),
             (BARE + "\nThat is it.", [("f", {"x": 1})], "That is it."),
+            (BARE + '\n{"degrees": 22}', [("f", {"x": 1})], '{"degrees": 22}'),
+            (BARE + '\n{"\\d', [("f", {"x": 1})], '{"\\d'),
             (BARE + "\n<tool_call>\n" + BARE + "\n</tool_call>", [("f", {"x": 1})] * 2, ""),
         ):
             parts = parse("hermes", before + text, size)
@@ -221,7 +223,8 @@ def test_a_model_that_forgets_the_tags_calls_all_the_same(before: str) -> None:
     "text",
     ['{"name": "Ada", "arguments": {"x": 1}}', '{"name": "f"}', '{"name": "f", "age": 3}', "{}", "{", "{f(1)}",
      '{"arguments": {}, "name": "f"}', '{"title": "f", "name": "f", "arguments": {}}', '{"name": "f", "argu',
-     '{"name": "f", "arguments": [1]}', f"The call is {BARE}", f"```json\n{BARE}\n```"],
+     '{"name": "f", "parameters": {"type": "object"}}', '{"name": "f", "description": "d", "arguments": {}}',
+     '{"\\d": 1}', '{"a\nb": 1}', '{"name": "f", "arguments": [1]}', f"The call is {BARE}", f"```json\n{BARE}\n```"],
 )  # fmt: skip
 def test_json_that_calls_no_tool_that_was_offered_is_the_answer(text: str) -> None:
     for size in (1, 5, 1000):

@@ -1,7 +1,7 @@
 """What wheels are made for: the machines, their oldest glibc, and the builds of ggml's CPU code that each gets.
 
-Only ggml's CPU library differs from one processor to the next. All other libraries are built once for the architecture,
-and so is our own, which calls ggml for everything that a processor's vectors would do.
+Only ggml's CPU library differs from one processor to the next. All other libraries are built once for the architecture.
+Ours ask the processor what it has, where they have vectors of their own.
 """
 
 from __future__ import annotations

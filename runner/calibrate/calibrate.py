@@ -161,11 +161,10 @@ class Calibrator:
     def __enter__(self) -> Calibrator:
         with contextlib.ExitStack() as stack:
             if self._journal is None:
-                where = stack.enter_context(
-                    tempfile.TemporaryDirectory(prefix="moe-edge-calibrate-", ignore_cleanup_errors=True)
-                )
-                self._journal = Journal(Path(where))
-            self._weights = stack.enter_context(ExpertWeights(self.source, self.options.n_threads))
+                made = tempfile.TemporaryDirectory(prefix="moe-edge-calibrate-", ignore_cleanup_errors=True)
+                self._journal = Journal(Path(stack.enter_context(made)))
+            o = self.options
+            self._weights = stack.enter_context(ExpertWeights(self.source, o.n_threads, o.ram_bytes))
             if not self._is_kept:
                 self.measure()
             self._stack = stack.pop_all()
@@ -198,7 +197,7 @@ class Calibrator:
                 o = self.options
                 run_on_text(
                     reference, self._text, journal, _Told(self), n_tokens=o.n_tokens,
-                    n_sensitivity_tokens=o.sensitivity_tokens, options=self._engine_options(),
+                    n_sensitivity_tokens=o.sensitivity_tokens, options=self._engine_options(True),
                 )  # fmt: skip
             seen = recall(journal, widths, sha256)
             assert seen is not None, "what was run is in the journal"
@@ -217,11 +216,9 @@ class Calibrator:
         assert self._journal is not None, "inside `with`"
         return self._journal
 
-    def _engine_options(self) -> EngineOptions:
-        o = self.options
-        return EngineOptions(
-            ram_bytes=o.ram_bytes, n_threads=o.n_threads, charge_program=True, beside_bytes=self._weights.most_bytes()
-        )
+    def _engine_options(self, trying_types: bool = False) -> EngineOptions:
+        o, beside = self.options, self._weights.working_bytes if trying_types else 0
+        return EngineOptions(ram_bytes=o.ram_bytes, n_threads=o.n_threads, charge_program=True, beside_bytes=beside)
 
     def _expected_bytes(self) -> int:
         """Of the store, before its types are chosen."""
@@ -305,7 +302,7 @@ class Calibrator:
 
     def _drop_hopeless(self) -> None:
         """Of large experts, try no type on all that no expert of a few layers would be given."""
-        layers = list(self._layers())
+        layers = list(zip(self.source.layers, self.seen.layers, strict=True))
         if all(rows_to_sample(*reversed(layer.shape(p))) is None for layer, _ in layers for p in layer.projections):
             return
         chosen, cost, uses = [], [], []
@@ -318,6 +315,7 @@ class Calibrator:
             asked = dict.fromkeys(layer.projections, kinds)
             found = self._weights.map(ExpertWeights.errors, layer, view, asked, (), self.importance, experts=experts)
             cost.append([each.single for each in found])
+            view.forget()
             chosen.append(replace(layer, n_expert=len(experts)))
             uses.append(np.ones(len(experts), np.int64))
             weight = float(self.seen.sensitivity[position])
@@ -402,6 +400,7 @@ class Calibrator:
 
         def kept(layer: int, find: Callable[[], Float64Array]) -> Float64Array:
             found = self._kept.found(f"substitution-{layer:04}", lambda: {"factor": find()})["factor"]
+            self.seen.layers[layer].forget()
             self._forecast.step("substitution")
             return found
 
@@ -422,14 +421,11 @@ class Calibrator:
         if not self.options.settings_tokens:
             return
 
-        def told(line: str) -> None:
-            self.step("settings", line)
-
         rows = settings_from(self._kept.read_text(SETTINGS_KEPT)) if self._is_kept else None
         if rows is None:
             rows = measure_settings(
                 skeleton, self.options.text, n_tokens=self._settings_tokens(), options=self._engine_options(),
-                tell=told,
+                tell=lambda line: self.step("settings", line),
             )  # fmt: skip
             if self._is_kept:
                 self._kept.write_text(SETTINGS_KEPT, settings_text(rows))

@@ -31,21 +31,29 @@ from moe_edge.models.formats.source_files import SourceFiles
 from moe_edge.models.store.experts import MatrixKey, MoELayer
 from moe_edge.models.store.source import Source
 from moe_edge.runner.calibrate.observe import LayerView
+from moe_edge.runner.memory import auto_budget_bytes
 from threadpoolctl import threadpool_limits
 
 MOST_ROWS = 512  # of an expert's tokens, for its errors; more move them by a few per cent (docs/LOG.md)
-COPIES = 2  # of an expert in floats, with what is computed from it (docs/LOG.md, 2026-11-28)
+# Of an expert in floats: with each type tried on all rows, or on some; and what is computed from them.
+WHOLE_COPIES, SAMPLED_COPIES = 8, 2
 T = TypeVar("T")
 
 
 class ExpertWeights:
-    """A source's experts; use it in `with`."""
+    """A source's experts; use it in `with`.
 
-    def __init__(self, source: Source, threads: int) -> None:
+    ram_bytes: of which a quarter is for what the threads work on, so that fewer work on large experts; None: `auto`.
+    """
+
+    def __init__(self, source: Source, threads: int, ram_bytes: int | None = None) -> None:
         self._source = source
         self._activation: Activation = find_activation(source.architecture.name, source.name)
         self._files = SourceFiles()
-        self.n_threads = threads or os.cpu_count() or 1
+        each = max((_working_bytes(layer) for layer in source.layers), default=1)
+        most = (auto_budget_bytes() if ram_bytes is None else ram_bytes) // 4
+        self.n_threads = max(1, min(threads or os.cpu_count() or 1, most // each))
+        self.working_bytes = self.n_threads * each
         self._pool = ThreadPoolExecutor(self.n_threads)
         for path in source.files:
             self._files.open(path)
@@ -57,16 +65,13 @@ class ExpertWeights:
         self._pool.shutdown(cancel_futures=True)
         self._files.__exit__(*error)
 
-    def most_bytes(self) -> int:
-        """What the rehearsal takes while the model is loaded: the experts that all threads try types on."""
-        shapes = ([layer.shape(p) for p in layer.projections] for layer in self._source.layers)
-        weights = max((sum(rows * cols for rows, cols in each) for each in shapes), default=0)
-        return COPIES * 4 * self.n_threads * weights
-
     def map(
         self, work: Callable[..., T], layer: MoELayer, *args: Any, experts: Sequence[int] | None = None
     ) -> Iterator[T]:
-        """work(self, layer, expert, *args) for experts of a layer, by default all, in order."""
+        """work(self, layer, expert, *args) for experts of a layer, by default all, in order.
+
+        One at a time: until it is at its end, numpy multiplies with one thread in the whole process.
+        """
         asked = range(layer.n_expert) if experts is None else experts
         with threadpool_limits(1, user_api="blas"):  # each thread has an expert of its own; more threads only spin
             yield from self._pool.map(lambda expert: work(self, layer, expert, *args), asked)
@@ -139,6 +144,13 @@ class ExpertWeights:
                 return single
             joint = expert_errors(x, g, reference, candidates, self._activation, assignments).joint
         return ExpertErrors(single.single, joint, single.removed)
+
+
+def _working_bytes(layer: MoELayer) -> int:
+    """What one thread takes to try types on one of a layer's experts."""
+    shapes = [layer.shape(p) for p in layer.projections]
+    is_whole = all(rows_to_sample(rows, cols) is None for cols, rows in shapes)
+    return 4 * sum(rows * cols for rows, cols in shapes) * (WHOLE_COPIES if is_whole else SAMPLED_COPIES)
 
 
 def _there_and_back(rows: FloatArray, kind: int, importance: FloatArray | None) -> FloatArray:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from moe_edge.models.calibration import Calibration, Setting
+from moe_edge.models.errors import BudgetTooSmall
 from moe_edge.runner.calibrate.observe import spread_chunks
 from moe_edge.runner.engine import Engine
 from moe_edge.runner.engine_options import EngineOptions
@@ -35,7 +37,7 @@ def measure_settings(
     """
     o = eval_options(model, options or EngineOptions(), CHUNK, one_by_one=True)
     settings = []
-    with Engine(model, o) as engine, ReferenceLogits() as kept:
+    with _engine(model, o, tell) as engine, ReferenceLogits() as kept:
         tokens = tokenize_text(engine, read_text(text))
         shifted = tokens[CHUNK // 2 :] if len(tokens) >= 3 * CHUNK // 2 else tokens
         chunks = spread_chunks(cut_chunks(shifted, CHUNK, bos=bos_token(engine)), n_tokens)
@@ -58,6 +60,17 @@ def measure_settings(
                 f"setting: {asked.name} {knob:.3g}, {low_level}: KLD {mean:.4g}, {100 * share:.0f} % of the bytes"
             )
     return tuple(sorted(settings, key=lambda s: s.bytes_share))
+
+
+def _engine(model: Path, options: EngineOptions, tell: Callable[[str], None]) -> Engine:
+    """Hours of work are not given up for the last table: what does not fit beside the program runs at its least."""
+    try:
+        return Engine(model, options)
+    except BudgetTooSmall as error:
+        if not options.charge_program:
+            raise
+        tell(f"settings: {error}; they are measured above --ram, by what the program holds beside the model")
+        return Engine(model, replace(options, charge_program=False))
 
 
 class _BytesUsed:

@@ -18,7 +18,7 @@ NAMES, ARGUMENTS = ("name", "tool_name"), ("arguments", "parameters")
 class JsonMarks:
     """pairs: (what begins calls, what ends them; empty: they end by themselves). name_is_key: `{"NAME": {...}}`.
 
-    bare: an answer that begins with `{"name": TOOL` is a call too, where TOOL was offered: small models forget marks.
+    bare: an answer that begins with `{"name": TOOL, "arguments":` is a call too, where TOOL was offered.
     """
 
     pairs: tuple[tuple[str, str], ...]
@@ -36,15 +36,22 @@ class JsonCallParser(CallParser):
 
     def answer(self) -> Waiting:
         if self._style.bare and self.tools:
-            space = yield from self.blank()
-            if self.scan.text.startswith("{"):
-                self.scan.text = self.scan.text[1:]
-                self._is_bare = True
-                yield from self._attempt("{", space)
-                self._is_bare = False
-            else:
-                self.scan.text = space + self.scan.text
+            yield from self._bare_calls()
         yield from super().answer()
+
+    def _bare_calls(self) -> Waiting:
+        """Those at the head of the answer, one after the other; what is none comes back whole."""
+        self._is_bare = True
+        while True:
+            before, space = self._n_calls, (yield from self.blank())
+            if not self.scan.text.startswith("{"):
+                self.scan.text = space + self.scan.text
+                break
+            self.scan.text = self.scan.text[1:]
+            yield from self._attempt("{", space)
+            if self._n_calls == before:
+                break
+        self._is_bare = False
 
     def read_calls(self, mark: str) -> Iterator[Part | None]:
         if mark[-1] in "[{":  # part of the JSON
@@ -57,7 +64,7 @@ class JsonCallParser(CallParser):
             following = yield from self.character()
             if is_list and following == ",":
                 self.take(1)
-            elif is_list or following != "{":
+            elif is_list or following != "{" or self._is_bare:
                 break
         if is_list:
             yield from self.optional("]")
@@ -72,8 +79,8 @@ class JsonCallParser(CallParser):
         told = False
         while (yield from self.character()) != "}":
             yield from self.optional(",")
-            key = _text(json.loads((yield from self._string())))
-            if self._is_bare and name is None and key not in NAMES:
+            key = _text(_loads((yield from self._string())))
+            if self._is_bare and not told and key != (NAMES if name is None else ARGUMENTS)[0]:
                 raise NotACall
             yield from self.expect(":")
             if self._style.name_is_key and name is None:

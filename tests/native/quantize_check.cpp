@@ -14,7 +14,7 @@ extern "C" int64_t meq_quantize(int32_t type, const float * x, const float * imp
 using namespace moe_edge;
 
 constexpr int64_t MARGIN = 7;  // bytes on both sides of what is written, which must stay as they are
-constexpr int N_KINDS = 12, N_IMPORTANCES = 4;
+constexpr int N_KINDS = 12, N_IMPORTANCES = 6;
 
 static float value(int kind, int64_t at, Random & random) {
     std::normal_distribution<float> normal;
@@ -41,7 +41,9 @@ static float importance(int kind, int64_t at, Random & random) {
         case 0: return 1.0f;
         case 1: return 0.01f + std::fabs(normal(random));
         case 2: return std::exp(3 * normal(random)) + 1e-6f;
-        default: return at % 17 ? 1e-6f : 100.0f;
+        case 3: return at % 17 ? 1e-6f : 100.0f;
+        case 4: return at % 32 ? 1e-6f : 100.0f;  // the first of a group, which then decides alone
+        default: return at % 16 ? 1e-7f : 1e4f;
     }
 }
 
@@ -79,7 +81,7 @@ int main() {
         for (const ggml_type type : types) {
             Random random(static_cast<unsigned>(1000 * lanes + type));
             int64_t n = 0;
-            for (int turn = 0; turn < N_KINDS * N_IMPORTANCES * 3; turn++) {
+            for (int turn = 0; turn < N_KINDS * N_IMPORTANCES * 4; turn++) {
                 n += compare(type, lanes, turn % N_KINDS, turn / N_KINDS % N_IMPORTANCES, random);
             }
             if (n) printf("%s, %d lanes: %lld\n", ggml_type_name(type), lanes, static_cast<long long>(n));
