@@ -166,6 +166,21 @@ def test_stages_to_come_are_as_slow_as_those_before_were() -> None:
     assert forecast.left() == 200 * 3, "a pause is no pace"
 
 
+def test_what_came_before_the_forecast_sets_no_pace() -> None:
+    """Loading and the first reads took 40 s for two chunks of 12: a calibration of 74 minutes was forecast at 127."""
+    now = [0.0]
+    forecast = Forecast(lambda: now[0])
+    forecast.plan("watching", 32)
+    forecast.plan("writing", 100)
+    now[0] += 40.0
+    forecast.step("watching", 2)
+    forecast.know({"watching": 12.0, "writing": 10.0})
+    assert forecast.left() == 30 * 12 + 1000
+    now[0] += 12.0
+    forecast.step("watching")
+    assert forecast.left() == pytest.approx(29 * 12 + 1000)
+
+
 # ---- an importance matrix alone ----------------------------------------------------------------------------
 
 

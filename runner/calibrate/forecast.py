@@ -26,7 +26,7 @@ MOST_PACE = 3.0  # times as fast or as slow as the rehearsal
 class Stage:
     """units: to be done in all, in the stage's own unit. each: forecast seconds of one; None: not known yet.
 
-    done: of the units; before: done by an earlier run; spent: seconds that those of this run took.
+    done: of the units; before: done by an earlier run or before the forecast was known; spent: seconds of the others.
     """
 
     units: float = 0.0
@@ -64,9 +64,11 @@ class Forecast:
         found.units, found.done, found.before = units, done, done
 
     def know(self, seconds: Mapping[str, float]) -> None:
-        """Seconds of one unit of each stage."""
+        """Seconds of one unit of each stage. What was done before, loading and the first reads, sets no pace."""
         for name, each in seconds.items():
             self.stages[name].each = each
+        for stage in self.stages.values():
+            stage.before, stage.spent = stage.done, 0.0
         self.is_known = True
 
     def begin(self) -> None:

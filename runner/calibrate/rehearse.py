@@ -152,9 +152,13 @@ class Rehearsal:
 
 
 def _timed(work: Callable[[], T]) -> tuple[T, float]:
-    started = time.monotonic()
-    found = work()
-    return found, time.monotonic() - started
+    """What it gives, and the seconds of the faster of two times: the first takes memory that was never touched."""
+    seconds = []
+    for _ in range(2):
+        started = time.monotonic()
+        found = work()
+        seconds.append(time.monotonic() - started)
+    return found, min(seconds)
 
 
 def _disk_byte_seconds(folder: Path) -> float:
