@@ -42,7 +42,7 @@ def test_every_quantizer_gives_the_bytes_of_ggml(tmp_path: Path, sanitizer: str,
     program = tmp_path / "quantize_check"
     rpath = f"-Wl,-rpath,{libraries}"
     sources = [ROOT / each for each in SOURCES]
-    done = run(str(COMPILER), *flags, *include, *sources, ggml, rpath, "-o", program)
+    done = run(str(COMPILER), *flags, *include, *sources, ggml, rpath, "-o", program)  # type: ignore[arg-type]
     if done.returncode != 0:
         skip_without_runtime(tmp_path, sanitizer)
     assert done.returncode == 0, done.stderr
