@@ -40,20 +40,12 @@ INLINE Mask equal(VI a, VI b) { return _mm256_castsi256_ps(_mm256_cmpeq_epi32((_
 INLINE unsigned bits_of(Mask m) { return static_cast<unsigned>(_mm256_movemask_ps(m)); }
 INLINE VF pick(Mask m, VF yes, VF no) { return (VF) _mm256_blendv_ps((__m256) no, (__m256) yes, m); }
 INLINE VI pick_int(Mask m, VI yes, VI no) { return (VI) _mm256_blendv_ps((__m256) no, (__m256) yes, m); }
-// The place, chunk by chunk, of the least number, which lane l found in chunk at[l]: the first where some are equal.
-INLINE int first_of_least(VF best, VI at, int n_chunks) {
-    __m256 least = _mm256_min_ps((__m256) best, _mm256_permute2f128_ps((__m256) best, (__m256) best, 1));
+// The lanes that hold the least number.
+INLINE unsigned least_lanes(VF v) {
+    __m256 least = _mm256_min_ps((__m256) v, _mm256_permute2f128_ps((__m256) v, (__m256) v, 1));
     least = _mm256_min_ps(least, _mm256_shuffle_ps(least, least, 0x4e));
     least = _mm256_min_ps(least, _mm256_shuffle_ps(least, least, 0xb1));
-    unsigned equal = static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps((__m256) best, least, _CMP_EQ_OQ)));
-    if (n_chunks == 1) return __builtin_ctz(equal);
-    int chunks[LANES], first = INT32_MAX;
-    store_ints(chunks, at);
-    for (; equal; equal &= equal - 1) {
-        const int lane = __builtin_ctz(equal), place = chunks[lane] * LANES + lane;
-        if (place < first) first = place;
-    }
-    return first;
+    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps((__m256) v, least, _CMP_EQ_OQ)));
 }
 
 }  // namespace

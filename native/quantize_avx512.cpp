@@ -43,18 +43,9 @@ INLINE Mask equal(VI a, VI b) { return _mm512_cmpeq_epi32_mask((__m512i) a, (__m
 INLINE unsigned bits_of(Mask m) { return m; }
 INLINE VF pick(Mask m, VF yes, VF no) { return (VF) _mm512_mask_blend_ps(m, (__m512) no, (__m512) yes); }
 INLINE VI pick_int(Mask m, VI yes, VI no) { return (VI) _mm512_mask_blend_epi32(m, (__m512i) no, (__m512i) yes); }
-// The place, chunk by chunk, of the least number, which lane l found in chunk at[l]: the first where some are equal.
-INLINE int first_of_least(VF best, VI at, int n_chunks) {
-    const __m512 least = _mm512_set1_ps(_mm512_reduce_min_ps((__m512) best));
-    unsigned equal = _mm512_cmp_ps_mask((__m512) best, least, _CMP_EQ_OQ);
-    if (n_chunks == 1) return __builtin_ctz(equal);
-    int chunks[LANES], first = INT32_MAX;
-    store_ints(chunks, at);
-    for (; equal; equal &= equal - 1) {
-        const int lane = __builtin_ctz(equal), place = chunks[lane] * LANES + lane;
-        if (place < first) first = place;
-    }
-    return first;
+// The lanes that hold the least number.
+INLINE unsigned least_lanes(VF v) {
+    return _mm512_cmp_ps_mask((__m512) v, _mm512_set1_ps(_mm512_reduce_min_ps((__m512) v)), _CMP_EQ_OQ);
 }
 
 }  // namespace

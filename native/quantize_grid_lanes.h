@@ -42,6 +42,19 @@ INLINE void take_signs(const float * from, Group & g) {
     }
 }
 
+// The place, chunk by chunk, of the least number, which lane l found in chunk at[l]: the first where some are equal.
+INLINE int first_of_least(VF best, VI at, int n_chunks) {
+    unsigned equal = least_lanes(best);
+    if (n_chunks == 1) return __builtin_ctz(equal);
+    int chunks[LANES], first = INT32_MAX;
+    store_ints(chunks, at);
+    for (; equal; equal &= equal - 1) {
+        const int lane = __builtin_ctz(equal), place = chunks[lane] * LANES + lane;
+        if (place < first) first = place;
+    }
+    return first;
+}
+
 // The point nearest to x / scale of those near an address that has none: ggml's sums, a lane for each point.
 template <int D>
 INLINE int nearest_point(const Grid & grid, int address, const float * x, const float * w, float scale) {

@@ -89,6 +89,7 @@ def finish() -> None:
     for number in REQUESTS_TO_END:
         if signal.getsignal(number) is on_request_to_end:
             signal.signal(number, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, 0)  # of _send_again
 
 
 @contextlib.contextmanager

@@ -40,8 +40,12 @@ def run(command: object) -> None:
 
 
 def _ignore_interrupts() -> None:
-    """At once: the module `signal` itself may be what was interrupted as it was imported."""
+    """At once: the module `signal` itself may be what was interrupted as it was imported.
+
+    One that was put off (signals._send_again) is given up: its alarm would end a process that has let go of handlers.
+    """
     _signal.signal(_signal.SIGINT, _signal.SIG_IGN)
+    _signal.setitimer(_signal.ITIMER_REAL, 0)
 
 
 def _outcome(command: object) -> tuple[int, str]:

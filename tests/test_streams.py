@@ -96,7 +96,8 @@ def test_with_all_streams_closed_no_file_gets_their_numbers(tmp_path: Path) -> N
 def test_closed_standard_input_is_an_empty_one() -> None:
     done = call(COMMANDS["chat"], "<&-")
     assert done.returncode == 2 and "nothing on standard input" in complaint(done)
-    assert call(["generate", "-p", "-"], "<&-").returncode == 2
+    done = call(["generate", "-p", "-"], "<&-")
+    assert done.returncode == 2, done.stdout[:300]
 
 
 @pytest.mark.parametrize("name", ["generate", "json", "chat", "show", "show json", "help"])
@@ -344,6 +345,17 @@ def test_signals_at_any_moment_leave_a_status_and_nothing_else(tmp_path: Path) -
         assert not left and made in ([], ["m.experts.gguf", "m.gguf"]), (what, left, made)
         for path in out.iterdir():
             path.unlink()
+
+
+@pytest.mark.parametrize("ends", ["start._ignore_interrupts()", "signals.finish()"])
+def test_a_signal_that_was_put_off_does_not_end_a_process_that_is_leaving(ends: str) -> None:
+    """Python lets go of its handlers at the end: the alarm that brings the signal again would kill it, status -14."""
+    code = (
+        "import signal, sys, time\nfrom moe_edge.runner import signals, start\nsignals.install()\n"
+        f"signals._send_again(signal.SIGINT)\n{ends}\nsignal.signal(signal.SIGALRM, signal.SIG_DFL)\n"
+        "time.sleep(0.1)\nsys.exit(130)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 130
 
 
 def before_our_first_line(status: int, said: str) -> bool:
