@@ -42,7 +42,7 @@ GRID_TYPES = frozenset(BY_NAME[name].id for name in (*NEED_IMATRIX, "IQ3_S"))  #
 
 FAST_LIBRARY = "libmoe_edge_quantize.so"  # x86-64 only
 FAST_TYPES = ("IQ2_XXS", "IQ3_XXS", "Q2_K", "Q3_K", "Q4_K")  # with an importance
-WIDEST = 16
+WIDEST = 16  # floats of a register, at the most
 
 # The type to use when a row is not a multiple of the block (llama-quant.cpp, tensor_type_fallback).
 FALLBACKS: Mapping[str, str] = {
@@ -290,8 +290,8 @@ def is_fast(type_id: int) -> bool:
     return ours.raw == quantize_by_ggml(rows, type_id, weights)
 
 
-def quantize_fast(rows: FloatArray, type_id: int, weights: FloatArray, out: Any, lanes: int = WIDEST) -> int:
-    """What quantize() does, by native/quantize.h, into a ctypes buffer. lanes: floats of a register, 8 or 16 at most.
+def quantize_fast(rows: FloatArray, type_id: int, weights: FloatArray, out: Any) -> int:
+    """What quantize() does, by native/quantize.h, into a ctypes buffer.
 
     Returns the bytes written; 0: this processor has none for the type.
     """
@@ -299,7 +299,7 @@ def quantize_fast(rows: FloatArray, type_id: int, weights: FloatArray, out: Any,
     if fast is None:
         return 0
     n_rows, n_cols = rows.shape
-    found = fast.meq_quantize(type_id, rows.ctypes.data, weights.ctypes.data, out, n_rows, n_cols, lanes)
+    found = fast.meq_quantize(type_id, rows.ctypes.data, weights.ctypes.data, out, n_rows, n_cols, WIDEST)
     return int(found)
 
 

@@ -21,6 +21,7 @@ WEIGHTS_PER_SECOND: Mapping[str, float] = {
     "IQ2_XXS": 2.4e6, "IQ2_XS": 1.2e6, "IQ2_S": 1.2e6, "IQ1_S": 1.2e6, "IQ1_M": 1.2e6, "IQ3_XXS": 1.5e6, "IQ3_S": 2.6e6,
     "IQ4_XS": 3.9e6, "IQ4_NL": 3.9e6, "Q2_K": 6e6, "Q3_K": 20e6, "Q4_K": 7e6, "Q5_K": 7e6, "Q6_K": 26e6,
 }  # fmt: skip
+CORE_HOURS = 6.0  # of quantizing at the most, unless asked otherwise: docs/LOG.md, 2026-11-28
 FAST = 30e6  # what is not in the table
 HALVINGS = 24
 

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -76,6 +76,25 @@ def skip_without_runtime(folder: Path, sanitizer: str) -> None:
         if done.returncode != 0:
             said = " ".join((done.stderr.strip() or f"exit {done.returncode}").split())
             pytest.skip(f"{COMPILER} has no working {' '.join(SANITIZERS[sanitizer])} here: {said[:300]}")
+
+
+def said_by_check(folder: Path, sources: Sequence[str], ggml: Sequence[str], sanitizer: str, level: str) -> list[str]:
+    """Lines of a program that compares ours with ggml's, of these sources and libraries; it must find no difference."""
+    libraries = ggml_headers().parent / "llama_cpp" / "lib"
+    shared = [next(libraries.glob(f"lib{name}.so.0"), None) for name in ggml]
+    if not all(shared):
+        pytest.skip(f"no shared libraries of ggml in {libraries}")
+    flags = [*FLAGS, *SANITIZERS[sanitizer], level, "-ffp-contract=off"]
+    include = ["-I", ROOT / "native", "-isystem", ggml_headers()]
+    program, rpath = folder / "check", f"-Wl,-rpath,{libraries}"
+    files = [ROOT / each for each in sources]
+    done = run(str(COMPILER), *flags, *include, *files, *shared, rpath, "-o", program)  # type: ignore[arg-type]
+    if done.returncode != 0:
+        skip_without_runtime(folder, sanitizer)
+    assert done.returncode == 0, done.stderr
+    done = run(program)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
 
 
 @pytest.mark.parametrize(("name", "sanitizer"), PROGRAMS)

@@ -12,7 +12,7 @@ import pytest
 from moe_edge.convert import quantize as module
 from moe_edge.convert.quantize import FAST_TYPES, is_fast, quantize, quantize_fast
 from moe_edge.models.formats.ggml_types import find_type, row_bytes
-from test_disk_source import COMPILER, FLAGS, ROOT, SANITIZERS, ggml_headers, run, skip_without_runtime
+from test_disk_source import COMPILER, said_by_check
 
 SOURCES = ("tests/native/quantize_check.cpp", *(f"native/quantize{name}.cpp" for name in ("", "_avx2", "_avx512")))
 PROCESSOR = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -33,22 +33,7 @@ def forgotten() -> Iterator[None]:
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler: none of c++, g++ and clang++ is on the PATH")
 @pytest.mark.parametrize(("sanitizer", "level"), [("plain", "-O2"), ("address", "-O1")])
 def test_every_quantizer_gives_the_bytes_of_ggml(tmp_path: Path, sanitizer: str, level: str) -> None:
-    libraries = ggml_headers().parent / "llama_cpp" / "lib"
-    ggml = next(libraries.glob("libggml-base.so.0"), None)
-    if ggml is None:
-        pytest.skip(f"no shared libraries of ggml in {libraries}")
-    flags = [*FLAGS, *SANITIZERS[sanitizer], level, "-ffp-contract=off"]
-    include = ["-I", ROOT / "native", "-isystem", ggml_headers()]
-    program = tmp_path / "quantize_check"
-    rpath = f"-Wl,-rpath,{libraries}"
-    sources = [ROOT / each for each in SOURCES]
-    done = run(str(COMPILER), *flags, *include, *sources, ggml, rpath, "-o", program)  # type: ignore[arg-type]
-    if done.returncode != 0:
-        skip_without_runtime(tmp_path, sanitizer)
-    assert done.returncode == 0, done.stderr
-    done = run(program)
-    assert done.returncode == 0, done.stdout + done.stderr
-    said = done.stdout.splitlines()
+    said = said_by_check(tmp_path, SOURCES, ("ggml-base",), sanitizer, level)
     has_avx512 = HAS_AVX2 and all(f" avx512{each}" in PROCESSOR for each in ("f", "bw", "dq", "vl"))
     wanted = [8] * HAS_AVX2 + [16] * has_avx512
     for lanes in wanted:

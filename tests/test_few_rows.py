@@ -14,7 +14,7 @@ import pytest
 from conftest import BUDGETS, open_engine
 from random_models import Shape, write_random_model
 from reference import logits_of_context, stock_logits
-from test_disk_source import COMPILER, FLAGS, ROOT, SANITIZERS, ggml_headers, run, skip_without_runtime
+from test_disk_source import COMPILER, said_by_check
 from test_exact import some_tokens
 
 SOURCES = (
@@ -28,22 +28,7 @@ SHAPE = Shape(n_layer=2, n_embd=256, n_ff=512, n_expert=24, n_used=3)
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler: none of c++, g++ and clang++ is on the PATH")
 @pytest.mark.parametrize(("sanitizer", "level"), [("plain", "-O2"), ("address", "-O1")])
 def test_every_kernel_gives_the_bits_of_ggml(tmp_path: Path, sanitizer: str, level: str) -> None:
-    libraries = ggml_headers().parent / "llama_cpp" / "lib"
-    ggml = [next(libraries.glob(f"lib{name}.so.0"), None) for name in ("ggml-base", "ggml-cpu")]
-    if not all(ggml):
-        pytest.skip(f"no shared libraries of ggml in {libraries}")
-    flags = [*FLAGS, *SANITIZERS[sanitizer], level, "-ffp-contract=off"]
-    include = ["-I", ROOT / "native", "-isystem", ggml_headers()]
-    program = tmp_path / "few_rows_check"
-    sources = [ROOT / each for each in SOURCES]
-    rpath = f"-Wl,-rpath,{libraries}"
-    done = run(str(COMPILER), *flags, *include, *sources, *ggml, rpath, "-o", program)  # type: ignore[arg-type]
-    if done.returncode != 0:
-        skip_without_runtime(tmp_path, sanitizer)
-    assert done.returncode == 0, done.stderr
-    done = run(program)
-    assert done.returncode == 0, done.stdout + done.stderr
-    said = done.stdout.splitlines()
+    said = said_by_check(tmp_path, SOURCES, ("ggml-base", "ggml-cpu"), sanitizer, level)
     flags_of_processor = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     if platform.machine() == "x86_64" and " avx2" in flags_of_processor and " fma" in flags_of_processor:
         assert "AVX2: q4_K q6_K" in said and int(said[-1].split()[0]) > 1000

@@ -23,7 +23,7 @@ from moe_edge.convert.conversion_plan import ConvertPlan, ExpertTypes, make_plan
 from moe_edge.convert.convert import ConvertReport, check_output, convert
 from moe_edge.convert.imatrix import fill_unused, read_imatrix
 from moe_edge.convert.quantize import prepare, target_type
-from moe_edge.convert.quantizing_time import used_types
+from moe_edge.convert.quantizing_time import CORE_HOURS, used_types
 from moe_edge.convert.stacked import write_stacked
 from moe_edge.convert.type_damage import ExpertErrors, find_activation, rows_to_sample
 from moe_edge.models.calibration import Substitution
@@ -48,7 +48,6 @@ from moe_edge.runner.measure.logits import read_text
 from moe_edge.runner.prove import prove
 
 DEFAULT_TYPES = ("IQ2_XXS", "Q2_K", "IQ3_XXS", "Q3_K", "Q4_K", "Q6_K")
-CORE_HOURS = 6.0
 REFERENCE_TYPE = "Q8_0"  # of the temporary model that a checkpoint is run as
 RATES, SETTINGS_KEPT = "rates.json", "settings.json"
 PILOT_EXPERTS = 16  # of three layers, whose errors say which types are hopeless

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from moe_edge.models.formats.floats import Float64Array
 from moe_edge.models.formats.write import drop_cache
+from moe_edge.runner.calibrate.forecast import timed_twice
 from moe_edge.runner.calibrate.journal import Arrays, Journal
 from moe_edge.runner.calibrate.substitution import SAMPLED, Ranking, WatchRanking
 from moe_edge.runner.engine import Engine
@@ -303,12 +304,8 @@ def _token_seconds(engine: Engine, chunk: IntArray) -> tuple[float, float]:
         started, rows = now, block.rows
     assert rows is not None
     many = np.repeat(rows, TIMED_TOKENS, axis=0)
-    taken = []
-    for _ in range(2):  # the first takes memory that was never touched
-        started = time.monotonic()
-        kld_of_rows(many, many)
-        taken.append(time.monotonic() - started)
-    return float(np.median(seconds[TIMED_TOKENS // 4 :])), min(taken) * CHUNK / 2 / len(many)
+    _, compare = timed_twice(lambda: kld_of_rows(many, many))
+    return float(np.median(seconds[TIMED_TOKENS // 4 :])), compare * CHUNK / 2 / len(many)
 
 
 def measure_sensitivity(

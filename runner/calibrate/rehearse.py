@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from moe_edge.convert.quantize import fitting_type, prepare, quantize
@@ -21,9 +20,9 @@ from moe_edge.models.store.experts import MatrixKey
 from moe_edge.models.store.source import Source
 from moe_edge.runner.calibrate.choose_types import choices_of
 from moe_edge.runner.calibrate.expert_weights import MOST_ROWS, ExpertWeights
+from moe_edge.runner.calibrate.forecast import timed_twice
 from moe_edge.runner.calibrate.observe import CHUNK, LayerView, Timed
 
-T = TypeVar("T")
 PROBE_BYTES = 64 << 20  # written and read back, to learn what the disk does
 QUANTIZED_WEIGHTS = 1 << 17  # of each type and thread
 SETTINGS = {1: 8, 2: 12}  # rows of the table behind --max-kld, by levels: at the most
@@ -55,19 +54,19 @@ class Rehearsal:
         def find_importance() -> list[ColumnImportance]:
             return list(self.weights.map(ExpertWeights.importance, layer, view, experts=experts))
 
-        found, importance_seconds = _timed(find_importance)
+        found, importance_seconds = timed_twice(find_importance)
         for expert, each in zip(experts, found, strict=True):
             importance |= {(layer.layer, expert, p): each.of(p) for p in layer.projections}
         speeds = self._speeds(importance[layer.layer, 0, "down"])
         kinds = {p: self._kinds() for p in layer.projections} if self.bits else {}
         prepare({*self._kinds(), *(find_type(name).id for name in self.fixed if name is not None)})
-        errors, error_seconds = _timed(lambda: self._errors(view, experts, kinds, (), importance))
+        errors, error_seconds = timed_twice(lambda: self._errors(view, experts, kinds, (), importance))
         shares = self._shares(errors, experts)
         assignments = [dict.fromkeys(layer.projections, max(share, key=lambda k: share[k])) for share in shares]
-        _, level_seconds = _timed(lambda: self._errors(view, experts, {}, assignments, importance))
+        _, level_seconds = timed_twice(lambda: self._errors(view, experts, {}, assignments, importance))
         n = len(experts)
         x = view.inputs[: CHUNK // 8].astype(np.float32)
-        _, output_seconds = _timed(lambda: [self.weights.output(layer, expert, x) for expert in experts])
+        _, output_seconds = timed_twice(lambda: [self.weights.output(layer, expert, x) for expert in experts])
         rows = SETTINGS[len(shares)]
         return {
             "watching": timed.chunk_seconds,
@@ -114,7 +113,7 @@ class Rehearsal:
                 prepare({fitting})
                 n = self.weights.n_threads
                 with ThreadPoolExecutor(n) as pool:
-                    _, seconds = _timed(
+                    _, seconds = timed_twice(
                         lambda: list(pool.map(lambda _: quantize(rows, fitting, importance), range(n)))
                     )
                 known[fitting] = seconds / n / rows.size
@@ -149,16 +148,6 @@ class Rehearsal:
         quantizing = sum(share * speeds(kind) for some in shares for kind, share in some.items())
         nbytes = sum(share * TYPES[k].block_bytes / TYPES[k].block for some in shares for k, share in some.items())
         return quantizing / nbytes + disk
-
-
-def _timed(work: Callable[[], T]) -> tuple[T, float]:
-    """What it gives, and the seconds of the faster of two times: the first takes memory that was never touched."""
-    seconds = []
-    for _ in range(2):
-        started = time.monotonic()
-        found = work()
-        seconds.append(time.monotonic() - started)
-    return found, min(seconds)
 
 
 def _disk_byte_seconds(folder: Path) -> float:

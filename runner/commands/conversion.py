@@ -13,6 +13,7 @@ from moe_edge.convert.checkpoints import open_source
 from moe_edge.convert.conversion_plan import ExpertTypes
 from moe_edge.convert.convert import ConvertReport, convert
 from moe_edge.convert.imatrix import read_imatrix
+from moe_edge.convert.quantizing_time import CORE_HOURS
 from moe_edge.models.errors import UsageError
 from moe_edge.runner.prove import prove
 
@@ -38,7 +39,7 @@ class ConvertRequest:
     calibrate_tokens: int = 16384
     imatrix: Path | None = None
     allocate: str = "calibrated"
-    core_hours: float = 6.0
+    core_hours: float = CORE_HOURS
     dense_type: str | None = None
     ram_bytes: int | None = None
     n_threads: int = 0
