@@ -14,7 +14,13 @@ from moe_edge.runner.kv.shift import check_shift
 from moe_edge.runner.llama import log_megabytes, recurrent_bytes, sliding_window, window_is_kept
 from moe_edge.runner.loading import Loading
 from moe_edge.runner.native import NativeModel
-from moe_edge.schedulers.budget import PROGRAM_ALLOWANCE_BYTES, FixedSizes, MemoryPlan, plan_memory
+from moe_edge.schedulers.budget import (
+    PROGRAM_ALLOWANCE_BYTES,
+    PROGRAM_VARIES_BYTES,
+    FixedSizes,
+    MemoryPlan,
+    plan_memory,
+)
 from moe_edge.schedulers.layout import Layout
 from moe_edge.schedulers.packed import PackedSizes
 
@@ -96,6 +102,7 @@ def fixed_sizes(loading: Loading, native: NativeModel, program_bytes: int = 0) -
             max(0, program_bytes + o.beside_bytes - PROGRAM_ALLOWANCE_BYTES) if o.charge_program else 0
         ),
         repacked_bytes=of.nbytes,
+        program_varies_bytes=PROGRAM_VARIES_BYTES if o.charge_program else 0,
     )
 
 

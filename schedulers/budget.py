@@ -13,9 +13,14 @@ from moe_edge.schedulers.layout import Layout
 
 MIB = 1 << 20
 
-# Python, llama.cpp's code and the libraries: 40-50 MiB resident before a model is loaded (docs/LOG.md). They are not
+# Python, llama.cpp's code and the libraries: 59-67 MiB resident before a model is loaded (docs/LOG.md). They are not
 # the model's; a process never holds more than --ram plus this.
 PROGRAM_ALLOWANCE_BYTES = 64 * MIB
+
+# The same program is a little larger or smaller at each start: the kernel decides how much of a library it maps. What
+# it holds above the allowance is charged, so a budget that just worked might not work the next time. Every number that
+# we tell people to give has this much more.
+PROGRAM_VARIES_BYTES = 4 * MIB
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
@@ -42,8 +47,9 @@ class FixedSizes:
     """What the model takes whatever the budget, in bytes.
 
     dense: skeleton weights with stubs; biases; vocabulary. kv: KV cache. compute: llama.cpp's graph and output buffers.
-    scratch: the engine's work buffers. program_excess: what the program holds above PROGRAM_ALLOWANCE_BYTES. held:
-    conversations beside the present one. repacked: of dense, what is kept in an order that this processor likes.
+    scratch: the engine's work buffers. program_excess: what the program holds above PROGRAM_ALLOWANCE_BYTES.
+    program_varies: how much more it may be at another start; not counted, only told. held: conversations beside the
+    present one. repacked: of dense, what is kept in an order that this processor likes.
     """
 
     dense_bytes: int
@@ -53,6 +59,7 @@ class FixedSizes:
     program_excess_bytes: int = 0
     held_bytes: int = 0
     repacked_bytes: int = 0
+    program_varies_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -62,7 +69,10 @@ class FixedSizes:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The split of one budget. `arena_bytes` is what the experts get; packed_bytes of them are for packed ones."""
+    """The split of one budget. `arena_bytes` is what the experts get; packed_bytes of them are for packed ones.
+
+    floor_bytes: the least budget that works at every start; at some a little less does (PROGRAM_VARIES_BYTES).
+    """
 
     budget_bytes: int
     fixed: FixedSizes
@@ -117,13 +127,14 @@ def arena_working_set_bytes(layout: Layout, top_k: int) -> int:
 
 
 def plan_memory(budget_bytes: int, fixed: FixedSizes, layout: Layout, top_k: int) -> MemoryPlan:
-    """Split a budget. Raises BudgetTooSmall, with the number that would work, below the floor."""
-    floor = fixed.total_bytes + arena_floor_bytes(layout)
+    """Split a budget. Raises BudgetTooSmall, with the number that would work, below what is needed now."""
+    needed = fixed.total_bytes + arena_floor_bytes(layout)
+    floor = needed + fixed.program_varies_bytes
     resident = max(floor, fixed.total_bytes + layout.total_bytes)
     working_set = fixed.total_bytes + arena_working_set_bytes(layout, top_k)
-    if budget_bytes < floor:
+    if budget_bytes < needed:
         raise BudgetTooSmall(
-            f"--ram {budget_bytes // MIB}MiB is too small: this model needs {format_arg(floor)} "
+            f"--ram {budget_bytes // MIB}MiB is too small: this model needs {format_bytes(needed)} "
             f"(dense {format_bytes(fixed.dense_bytes)}, KV cache {format_bytes(fixed.kv_bytes)}, "
             f"{f'conversations {format_bytes(fixed.held_bytes)}, ' if fixed.held_bytes else ''}"
             f"compute {format_bytes(fixed.compute_bytes + fixed.scratch_bytes + fixed.program_excess_bytes)}, "

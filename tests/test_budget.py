@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from moe_edge.models.errors import BudgetTooSmall, UsageError
 from moe_edge.schedulers.budget import (
     MIB,
+    PROGRAM_VARIES_BYTES,
     FixedSizes,
     arena_floor_bytes,
     arena_working_set_bytes,
@@ -66,3 +69,15 @@ def test_below_the_floor_is_refused_with_the_number_that_works() -> None:
     assert e.value.needed_bytes == 180 * MIB
     assert e.value.exit_status == 2
     assert plan_memory(e.value.needed_bytes, FIXED, LAYOUT, 2).arena_bytes == 60 * MIB
+
+
+def test_the_number_that_works_also_works_when_the_program_is_larger_at_its_next_start() -> None:
+    """Libraries are mapped by more or fewer pages: two starts differ by fractions of a MiB, two installations by 7 MiB."""
+    now = replace(FIXED, program_excess_bytes=100, program_varies_bytes=PROGRAM_VARIES_BYTES)
+    with pytest.raises(BudgetTooSmall, match=r"needs 180\.0 MiB .*; try --ram 185MiB or more") as e:
+        plan_memory(180 * MIB, now, LAYOUT, 2)
+    then = replace(now, program_excess_bytes=100 + PROGRAM_VARIES_BYTES)
+    assert plan_memory(e.value.needed_bytes, then, LAYOUT, 2).arena_bytes == 60 * MIB
+    assert plan_memory(180 * MIB + 100, now, LAYOUT, 2).floor_bytes == e.value.needed_bytes
+    with pytest.raises(BudgetTooSmall):
+        plan_memory(e.value.needed_bytes - 1, then, LAYOUT, 2)

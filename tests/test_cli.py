@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from moe_edge.convert.convert import convert
@@ -27,6 +28,13 @@ def run(*args: object, stdin: str | None = None) -> subprocess.CompletedProcess[
     return subprocess.run(
         [*MOE_EDGE, *(str(a) for a in args)], input=stdin, capture_output=True, text=True, check=False, timeout=120
     )
+
+
+def told(*args: object) -> Any:
+    """What a call with --json prints. When it fails, the test says what the call complained of."""
+    done = run(*args)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def fails(status: int, *args: object) -> str:
@@ -76,7 +84,7 @@ def test_generate_prints_json_with_every_promised_field() -> None:
 
 
 def test_text_is_the_same_at_every_budget_converted_or_in_place(pair: Path) -> None:
-    facts = json.loads(run("show", tiny_model_path(), "--json").stdout)  # in place: slices off the page grid take more
+    facts = told("show", tiny_model_path(), "--json")  # in place: slices off the page grid take more
     budgets = [facts["ram_floor_bytes"], facts["ram_comfortable_bytes"], facts["ram_resident_bytes"], "auto"]
     texts = set()
     for model in (pair, tiny_model_path()):
@@ -108,7 +116,7 @@ def test_look_ahead_adds_a_line_with_its_counts() -> None:
 
 @pytest.mark.parametrize("name", ["generate", "chat", "plan"])
 def test_below_one_tokens_working_set_a_warning_names_the_number(name: str) -> None:
-    good = json.loads(run("show", "--json").stdout)["ram_comfortable_bytes"]
+    good = told("show", "--json")["ram_comfortable_bytes"]
     more = {"generate": ["-p", "The", "-n", 2], "chat": ["-n", 2], "plan": ["--disk", "1GB/s"]}[name]
 
     def said(ram: int) -> str:
@@ -125,18 +133,18 @@ def test_below_one_tokens_working_set_a_warning_names_the_number(name: str) -> N
 
 
 def test_budget_is_an_alias_and_the_environment_a_default() -> None:
-    a = json.loads(run("generate", "-p", "x", "-n", 1, "--budget", "41MiB", "--json").stdout)
+    a = told("generate", "-p", "x", "-n", 1, "--budget", "41MiB", "--json")
     assert a["ram_budget_bytes"] == 41 << 20
     os.environ["MOE_EDGE_GENERATE_RAM"] = "42MiB"
     try:
-        b = json.loads(run("generate", "-p", "x", "-n", 1, "--json").stdout)
+        b = told("generate", "-p", "x", "-n", 1, "--json")
     finally:
         del os.environ["MOE_EDGE_GENERATE_RAM"]
     assert b["ram_budget_bytes"] == 42 << 20
 
 
 def test_show_tells_what_a_model_is(pair: Path) -> None:
-    facts = json.loads(run("show", pair, "--json").stdout)
+    facts = told("show", pair, "--json")
     assert facts["architecture"] == "olmoe" and facts["n_moe_layers"] == 4
     assert facts["n_expert"] == 16 and facts["n_expert_used"] == 4 and not facts["in_place"]
     assert facts["expert_types"] == {"down Q8_0": 64, "gate Q8_0": 64, "up Q8_0": 64}
@@ -164,7 +172,7 @@ def test_convert_then_generate(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     json.loads(done.stdout)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.experts.gguf", "x.gguf"]
-    result = json.loads(run("generate", tmp_path / "x.gguf", "-p", "The", "-n", 8, "--ram", "40MiB", "--json").stdout)
+    result = told("generate", tmp_path / "x.gguf", "-p", "The", "-n", 8, "--ram", "40MiB", "--json")
     assert result["generated_tokens"] == 8
 
 
@@ -234,6 +242,23 @@ def test_a_budget_under_the_floor_names_the_number_that_works() -> None:
     need = re.search(r"try --ram (\d+MiB)", done.stderr)
     assert need, done.stderr
     assert run("generate", "-p", "x", "-n", "1", "--ram", need[1]).returncode == 0
+
+
+def test_the_number_that_works_does_so_in_a_program_that_is_larger_than_the_one_that_named_it() -> None:
+    """Libraries are mapped by more or fewer pages at each start, and the program's own size is charged above 64 MiB."""
+
+    def larger(mib: float, ram: str) -> subprocess.CompletedProcess[str]:
+        code = f"held = b'x' * {int(mib * 2**20)}\nfrom moe_edge.runner.start import main\nmain()"
+        arguments = ["generate", "-p", "x", "-n", "1", "-t", "1", "--ram", ram]
+        return subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, timeout=120
+        )
+
+    refused = larger(16, "5MiB")
+    need = re.search(r"try --ram (\d+MiB)", refused.stderr)
+    assert refused.returncode == 2 and need, refused.stderr
+    done = larger(19.5, need[1])
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_unknown_architecture_is_refused_by_name_before_anything_is_written(tmp_path: Path) -> None:

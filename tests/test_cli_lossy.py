@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from moe_edge.models.embedded import tiny_model_path
 from random_models import Shape, write_random_model
-from test_cli import fails, fails_last, run
+from test_cli import fails, fails_last, run, told
 
 ROOT = Path(__file__).parent.parent
 GENERATE = ("-p", "In the beginning God created", "-n", 24, "--temp", 0, "-c", 256, "-t", 1)
@@ -17,8 +17,15 @@ GENERATE = ("-p", "In the beginning God created", "-n", 24, "--temp", 0, "-c", 2
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    shape = Shape(n_expert=8, n_used=3)
+    shape = Shape(n_expert=8, n_used=3, n_ff=1024)  # experts of 12 MiB: a MiB more or less of memory decides nothing
     return write_random_model(tmp_path_factory.mktemp("source") / "m.gguf", "qwen3moe", shape, expert_type="F16")
+
+
+@pytest.fixture(scope="module")
+def small_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For what takes long: experts of 3 MiB."""
+    folder = tmp_path_factory.mktemp("small")
+    return write_random_model(folder / "m.gguf", "qwen3moe", Shape(n_expert=8, n_used=3), expert_type="F16")
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +47,11 @@ def two_levels(source: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def calibrated(source: Path, text: Path) -> Path:
-    out = source.with_name("calibrated.gguf")
+def calibrated(small_source: Path, text: Path) -> Path:
+    out = small_source.with_name("calibrated.gguf")
     done = run(
-        "convert", source, "-o", out, "--bits", 6, "--types", "Q4_0,Q5_0,Q8_0", "--low", "Q4_0", "--calibrate", text,
-        "--calibrate-tokens", 512, "-t", 1,
+        "convert", small_source, "-o", out, "--bits", 6, "--types", "Q4_0,Q5_0,Q8_0", "--low", "Q4_0",
+        "--calibrate", text, "--calibrate-tokens", 512, "-t", 1,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert re.search(r"^setting: dymoe 0.9, low: KLD", done.stderr, re.MULTILINE)
@@ -62,14 +69,14 @@ def generated(*args: object) -> dict[str, object]:
 
 
 def least_ram(*args: object) -> tuple[object, ...]:
-    """--ram with the number that a call with too little names: experts have to be read again."""
+    """--ram with the number that a call with too little names: far from all experts fit, they have to be read again."""
     found = re.search(r"try (--ram) (\d+MiB)", fails_last(2, *args, "--ram", "1MiB"))
     assert found
     return found[1], found[2]
 
 
 def test_show_tells_both_levels(two_levels: Path) -> None:
-    facts = json.loads(run("show", two_levels, "--json", "-t", 1).stdout)
+    facts = told("show", two_levels, "--json", "-t", 1)
     assert facts["levels"] == ["high", "low"]
     assert facts["level_types"]["high"] == {"down Q6_K": 16, "gate Q4_K": 16, "up Q4_K": 16}
     assert facts["bits_per_weight"]["low"] == 2.625
@@ -135,7 +142,7 @@ def test_max_kld_prints_the_setting_it_chose_before_it_runs(calibrated: Path) ->
     assert found, line
     result = json.loads(lossy.stdout)
     assert result["policy"] == found[1] and result["low_precision_uses"] + result["skipped_uses"] > 0
-    rows = json.loads(run("show", calibrated, "--calibration", "--json").stdout)["settings"]
+    rows = told("show", calibrated, "--calibration", "--json")["settings"]
     assert int(found[4]) == round(100 * min(row["bytes_share"] for row in rows))
 
 
@@ -149,14 +156,14 @@ EVAL_KEYS = {
 def test_eval_measures_a_policy_against_exact(two_levels: Path, text: Path) -> None:
     small: tuple[object, ...] = ("-f", text, "-c", 128, "--chunks", 1, "-t", 1)
     small += least_ram("eval", two_levels, *small)  # with all of them in memory after the reference nothing goes low
-    exact = json.loads(run("eval", two_levels, *small, "--json").stdout)
+    exact = told("eval", two_levels, *small, "--json")
     assert exact.keys() >= EVAL_KEYS and exact["kld_mean"] is None and exact["policy"] == "exact"
     assert (exact["tokens"], exact["scored_tokens"]) == (128, 63)
     dymoe = ("--policy", "dymoe", "--retention", 0.5)
-    prefill = json.loads(run("eval", two_levels, *small, *dymoe, "--json").stdout)
+    prefill = told("eval", two_levels, *small, *dymoe, "--json")
     assert prefill["reference"] == "exact" and prefill["kld_mean"] > 0 and 0 < prefill["top1_agreement"] <= 1
     assert prefill["reference_nll"] == exact["nll"] and prefill["policy_options"]["retention"] == 0.5
-    decode = json.loads(run("eval", two_levels, *small, *dymoe, "--decode", "--json").stdout)
+    decode = told("eval", two_levels, *small, *dymoe, "--decode", "--json")
     assert decode["one_by_one"] and decode["tokens"] == 128 and decode["kld_mean"] > 0
     said = run("eval", two_levels, *small, *dymoe)
     assert "perplexity  " in said.stdout and "KLD         mean" in said.stdout and "against exact" in said.stdout
@@ -164,11 +171,10 @@ def test_eval_measures_a_policy_against_exact(two_levels: Path, text: Path) -> N
 
 
 def test_eval_measures_a_model_against_another(two_levels: Path, source: Path, text: Path) -> None:
-    done = run("eval", two_levels, "-f", text, "-c", 128, "--chunks", 1, "-t", 1, "--reference", source, "--json")
-    result = json.loads(done.stdout)
+    result = told("eval", two_levels, "-f", text, "-c", 128, "--chunks", 1, "-t", 1, "--reference", source, "--json")
     assert result["reference"] == str(source) and result["kld_mean"] > 0 and result["policy"] == "exact"
-    same = run("eval", source, "-f", text, "-c", 128, "--chunks", 1, "-t", 1, "--reference", source, "--json")
-    assert json.loads(same.stdout)["kld_max"] == 0 and json.loads(same.stdout)["top1_agreement"] == 1
+    same = told("eval", source, "-f", text, "-c", 128, "--chunks", 1, "-t", 1, "--reference", source, "--json")
+    assert same["kld_max"] == 0 and same["top1_agreement"] == 1
 
 
 def test_show_calibration_on_the_command_line(calibrated: Path, two_levels: Path, tmp_path: Path) -> None:
@@ -176,7 +182,7 @@ def test_show_calibration_on_the_command_line(calibrated: Path, two_levels: Path
     assert (
         done.returncode == 0 and "calibrated on 512 tokens" in done.stdout and "settings, for --max-kld" in done.stdout
     )
-    assert len(json.loads(run("show", calibrated, "--calibration", "--json").stdout)["counts"]) == 2
+    assert len(told("show", calibrated, "--calibration", "--json")["counts"]) == 2
     assert "convert it with one" in fails(2, "show", two_levels, "--calibration")
     assert "calibration" in fails(2, "show", "--picture", tmp_path / "p.png")
     assert not list(tmp_path.iterdir())

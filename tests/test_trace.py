@@ -51,7 +51,7 @@ def prefill_trace() -> Trace:
         attention=np.ones((6, 2), np.float32),
         ahead_experts=np.zeros((6, 2, 1, 2), np.int16), ahead_scores=np.ones((6, 2, 1, 2), np.float16),
         compute_seconds=seconds, other_seconds=seconds + 1,
-        fixed=FixedSizes(1, 2, 3, 4, 5), recorded=Recorded("exact", 99, (3, 1), 1, 2, 3, 4, 5, 6, 7),
+        fixed=FixedSizes(1, 2, 3, 4, 5, repacked_bytes=6), recorded=Recorded("exact", 99, (3, 1), 1, 2, 3, 4, 5, 6, 7),
     )  # fmt: skip
 
 

@@ -42,7 +42,8 @@ _OPTIONAL = (
     "attention", "ahead_experts", "ahead_scores", "compute_seconds", "other_seconds", "part_bytes", "saved_bytes",
 )  # fmt: skip
 _COUNTS = ("uses", "hits", "loads", "evictions", "bytes_read", "low_uses", "skipped_uses")
-_FIXED = tuple(field.name for field in fields(FixedSizes) if field.name != "held_bytes")  # of the model's own
+_NOT_OF_THE_MODEL = ("held_bytes", "program_varies_bytes")
+_FIXED = tuple(field.name for field in fields(FixedSizes) if field.name not in _NOT_OF_THE_MODEL)
 
 
 # ---- recording ---------------------------------------------------------------------------------------------
@@ -354,10 +355,14 @@ def _from_arrays(arrays: dict[str, Array]) -> Trace:
         store_id=_text(arrays, "store_id"),
         n_experts=tuple(_integers(arrays, "n_experts")),
         n_levels=_integers(arrays, "n_levels", ())[0],
-        fixed=None if fixed is None else FixedSizes(*_integers(arrays, "fixed", (len(_FIXED),))),
+        fixed=None if fixed is None else _fixed_sizes(arrays),
         recorded=None if recorded is None else _recorded(arrays),
         **as_they_are,
     )
+
+
+def _fixed_sizes(arrays: dict[str, Array]) -> FixedSizes:
+    return FixedSizes(**dict(zip(_FIXED, _integers(arrays, "fixed", (len(_FIXED),)), strict=True)))
 
 
 def _recorded(arrays: dict[str, Array]) -> Recorded:

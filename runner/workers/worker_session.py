@@ -22,6 +22,7 @@ from moe_edge.runner.workers.part import part_of
 from moe_edge.schedulers.budget import (
     MIB,
     PROGRAM_ALLOWANCE_BYTES,
+    PROGRAM_VARIES_BYTES,
     FixedSizes,
     MemoryPlan,
     arena_floor_bytes,
@@ -92,7 +93,10 @@ class Session:
     def ready(self) -> MemoryPlan:
         """The client has all it needs on this board: the rest is for experts. Raises BudgetTooSmall with the floor."""
         trim_memory()
-        fixed = FixedSizes(board_counts().buffer_bytes, 0, self._reserved_bytes() - self._excess, 0, self._excess)
+        fixed = FixedSizes(
+            board_counts().buffer_bytes, 0, self._reserved_bytes() - self._excess, 0, self._excess,
+            program_varies_bytes=PROGRAM_VARIES_BYTES,
+        )  # fmt: skip
         self.plan = plan_memory(self._ram, fixed, self.layout, self.model.n_expert_used)
         self.native.set_arena(self.plan.arena_bytes)
         self.policy = make_policy(self._policy_options, self.layout, self.plan.arena_bytes, self.model.calibration)
@@ -106,6 +110,7 @@ class Session:
             return None
         there = counts.peak_buffer_bytes
         need = there + counts.denied_bytes + self._reserved_bytes() + arena_floor_bytes(self.layout)
+        need += PROGRAM_VARIES_BYTES
         return (
             f"--ram {self._ram // MIB}MiB is too small for layers {self.model.layers[0].layer} to "
             f"{self.model.layers[-1].layer}: {format_bytes(there)} of weights and KV cache were there when "
