@@ -72,7 +72,7 @@ def test_below_the_floor_is_refused_with_the_number_that_works() -> None:
 
 
 def test_the_number_that_works_also_works_when_the_program_is_larger_at_its_next_start() -> None:
-    """Libraries are mapped by more or fewer pages: two starts differ by fractions of a MiB, two installations by 7 MiB."""
+    """Libraries are mapped by more or fewer pages: two starts differ by fractions of a MiB, installations by 7."""
     now = replace(FIXED, program_excess_bytes=100, program_varies_bytes=PROGRAM_VARIES_BYTES)
     with pytest.raises(BudgetTooSmall, match=r"needs 180\.0 MiB .*; try --ram 185MiB or more") as e:
         plan_memory(180 * MIB, now, LAYOUT, 2)
