@@ -224,6 +224,7 @@ def loads_as(trace: Trace, arena_bytes: int, atomic: bool) -> list[int]:
 def traced(engine: Engine, chunks: IntArray, one_by_one: bool) -> tuple[Trace, list[int]]:
     """A trace of the chunks, each a prompt and the tokens behind it; and what the engine read for those."""
     recorder = TraceRecorder(engine, chunks.size)
+    engine.policy.measure_prompts(None)  # a replay has no clock
     engine.native.observe = recorder.observe
     counted = []
     for chunk in chunks.tolist():

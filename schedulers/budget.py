@@ -18,8 +18,8 @@ MIB = 1 << 20
 PROGRAM_ALLOWANCE_BYTES = 64 * MIB
 
 # The same program is a little larger or smaller at each start: the kernel decides how much of a library it maps. What
-# it holds above the allowance is charged, so a budget that just worked might not work the next time. Every number that
-# we tell people to give has this much more.
+# it holds above the allowance is charged, so a budget that just worked might not work the next time. The number that is
+# named where a budget was too small has this much more.
 PROGRAM_VARIES_BYTES = 4 * MIB
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -69,10 +69,7 @@ class FixedSizes:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The split of one budget. `arena_bytes` is what the experts get; packed_bytes of them are for packed ones.
-
-    floor_bytes: the least budget that works at every start; at some a little less does (PROGRAM_VARIES_BYTES).
-    """
+    """The split of one budget. `arena_bytes` is what the experts get; packed_bytes of them are for packed ones."""
 
     budget_bytes: int
     fixed: FixedSizes
@@ -127,20 +124,20 @@ def arena_working_set_bytes(layout: Layout, top_k: int) -> int:
 
 
 def plan_memory(budget_bytes: int, fixed: FixedSizes, layout: Layout, top_k: int) -> MemoryPlan:
-    """Split a budget. Raises BudgetTooSmall, with the number that would work, below what is needed now."""
-    needed = fixed.total_bytes + arena_floor_bytes(layout)
-    floor = needed + fixed.program_varies_bytes
+    """Split a budget. Raises BudgetTooSmall below the floor, with a number that works at every start."""
+    floor = fixed.total_bytes + arena_floor_bytes(layout)
     resident = max(floor, fixed.total_bytes + layout.total_bytes)
     working_set = fixed.total_bytes + arena_working_set_bytes(layout, top_k)
-    if budget_bytes < needed:
+    if budget_bytes < floor:
+        enough = floor + fixed.program_varies_bytes
         raise BudgetTooSmall(
-            f"--ram {budget_bytes // MIB}MiB is too small: this model needs {format_bytes(needed)} "
+            f"--ram {budget_bytes // MIB}MiB is too small: this model needs {format_bytes(floor)} "
             f"(dense {format_bytes(fixed.dense_bytes)}, KV cache {format_bytes(fixed.kv_bytes)}, "
             f"{f'conversations {format_bytes(fixed.held_bytes)}, ' if fixed.held_bytes else ''}"
             f"compute {format_bytes(fixed.compute_bytes + fixed.scratch_bytes + fixed.program_excess_bytes)}, "
             f"experts {format_bytes(arena_floor_bytes(layout))}); "
-            f"try --ram {format_arg(floor)} or more, or a smaller --ctx-size",
-            floor,
+            f"try --ram {format_arg(enough)} or more, or a smaller --ctx-size",
+            enough,
         )
     return MemoryPlan(
         budget_bytes=budget_bytes,

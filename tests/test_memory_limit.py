@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 from moe_edge.models.formats.gguf import read_gguf
 from moe_edge.models.formats.write import GGUFOutput, TensorSpec, kv_strings
-from moe_edge.schedulers.budget import PROGRAM_VARIES_BYTES
 from random_models import Shape, write_big_model, write_random_model
 
 MIB = 1 << 20
@@ -167,8 +166,7 @@ def test_the_first_run_of_a_model_with_its_proof_keeps_within_the_floor(tmp_path
     model = write_big_model(tmp_path / "big.gguf", n_layer=4, n_expert=32, n_embd=2048, n_ff=768, n_vocab=32000)
     moe_edge = [sys.executable, "-m", "moe_edge.runner.start"]
     shown = subprocess.run([*moe_edge, "show", str(model), "--json"], capture_output=True, check=True).stdout
-    floor = json.loads(shown)["ram_floor_bytes"] - PROGRAM_VARIES_BYTES
-    ram = -(-floor >> 20) + 1 << 20
+    ram = -(-json.loads(shown)["ram_floor_bytes"] >> 20) + 1 << 20
     cgroup.limit(ram + ALLOWANCE)
     arguments = ["-p", "The king", "-n", "8", "--temp", "0", "-t", "1", "--ram", str(ram), "--json"]
     environment = {**os.environ, "MOE_EDGE_CACHE": str(tmp_path / "fresh")}
@@ -280,7 +278,7 @@ def test_show_plan_and_generate_name_one_floor_and_loading_keeps_to_it(
     done = call("generate", model, *run, "--ram", floor)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["peak_rss_bytes"] <= floor + ALLOWANCE
-    below = call("generate", model, *run, "--ram", floor - PROGRAM_VARIES_BYTES - mmap.PAGESIZE)
+    below = call("generate", model, *run, "--ram", floor - mmap.PAGESIZE)
     assert below.returncode == 2 and "is too small" in below.stderr
     assert call("plan", model, "-t", 1, "--ram", floor, "--disk", "1GB/s").returncode == 0
     assert call("plan", model, "-t", 1, "--ram", floor - mmap.PAGESIZE, "--disk", "1GB/s").returncode == 1

@@ -297,9 +297,7 @@ def _read_model(path: Path, *, n_ctx: int, n_ubatch: int, n_threads: int) -> _Mo
     from moe_edge.runner.sizes import head_bytes, sizes_of
 
     path = find_model(path)
-    options = EngineOptions(
-        n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, proof=LOADS, charge_program=True
-    )  # fmt: skip
+    options = EngineOptions(n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, proof=LOADS)
     with headers_only(path) as (stand_in, files):
         sizes = sizes_of(stand_in, options, named=path)
         model, unlimited = sizes.model, sizes.plan

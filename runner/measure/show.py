@@ -31,9 +31,7 @@ SHOWN_FRAGILE = 10
 
 def describe(path: str | Path, *, n_ctx: int = 0, n_ubatch: int = 0, n_threads: int = 0) -> dict[str, Any]:
     """The facts of `show --json`. The ram_* figures are for this context and micro-batch, and are --ram values."""
-    options = EngineOptions(
-        n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, proof=LOADS, charge_program=True
-    )  # fmt: skip
+    options = EngineOptions(n_ctx=n_ctx, n_ubatch=n_ubatch, n_threads=n_threads, proof=LOADS)
     sizes = sizes_of(path, options)
     m, plan = sizes.model, sizes.plan
     types = level_types(m)

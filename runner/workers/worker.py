@@ -218,9 +218,8 @@ class Worker:
     def _of_session(self, session: Session, op: str) -> dict[str, Any]:
         if op == "ready":
             plan = session.ready()
-            needed = plan.floor_bytes - plan.fixed.program_varies_bytes  # by this process, as large as it is now
-            return {"arena_bytes": plan.arena_bytes, "floor_bytes": needed, "buffer_bytes": plan.fixed.dense_bytes,
-                    "fixed_bytes": plan.fixed.total_bytes, "resident_bytes":
+            return {"arena_bytes": plan.arena_bytes, "floor_bytes": plan.floor_bytes, "buffer_bytes":
+                    plan.fixed.dense_bytes, "fixed_bytes": plan.fixed.total_bytes, "resident_bytes":
                     plan.resident_bytes, "ram_bytes": plan.budget_bytes}  # fmt: skip
         if op == "denied":
             return {"denied": session.denied()}
