@@ -278,7 +278,7 @@ class Engine:
     def _use(self, policy: Policy) -> None:
         self._select_by(policy)
         self._policy = policy
-        use_policy(self.native, policy, self.layout, self.model.n_expert_used)
+        use_policy(self.native, policy, self.layout, self.model)
         self.native.schedule = self._touched.counting(policy.plan, self.layout.n_experts)
 
     def _select_by(self, policy: Policy) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from moe_edge.models.store.store import ExpertModel
 from moe_edge.runner.native import NativeModel
 from moe_edge.schedulers.layout import Layout
 from moe_edge.schedulers.lookahead.around import LookAheadPolicy
@@ -12,15 +13,16 @@ from moe_edge.schedulers.lookahead.prompt_window import PromptSums
 from moe_edge.schedulers.policy import Policy
 
 
-def use_policy(native: NativeModel, policy: Policy, layout: Layout, n_used: int) -> None:
-    """Let this policy schedule from the next step on; it starts from what is in memory. n_used: experts of a token."""
+def use_policy(native: NativeModel, policy: Policy, layout: Layout, model: ExpertModel) -> None:
+    """Let this policy schedule from the next step on; it starts from what is in memory."""
+    unpacked = model.expert_bytes / max(1, model.stored_expert_bytes)
     start_from_memory(native, policy)
     native.schedule, native.meanwhile = policy.plan, policy.meanwhile
     native.part_changes = None if policy.packed is None else policy.packed.take_changes
     native.wants_routing = policy.wants_routing
-    policy.measure_prompts(lambda: _prompt_sums(native))
+    policy.measure_prompts(lambda: _prompt_sums(native, unpacked))
     if isinstance(policy, LookAheadPolicy):
-        native.set_lookahead(policy.depth, min(2 * n_used, min(layout.n_experts)))
+        native.set_lookahead(policy.depth, min(2 * model.n_expert_used, min(layout.n_experts)))
         native.announce = policy.plan_ahead
         policy.measure = lambda: _measured(native)
     else:
@@ -44,7 +46,7 @@ def _measured(native: NativeModel) -> Measured:
     return Measured(time.perf_counter(), stall * 1e-9, busy * 1e-9, nbytes)
 
 
-def _prompt_sums(native: NativeModel) -> PromptSums:
-    """The sums that a prompt's window follows."""
+def _prompt_sums(native: NativeModel, unpacked: float) -> PromptSums:
+    """The sums that a prompt's window follows. unpacked: bytes in memory for each byte that is read."""
     step, stall, busy, nbytes = native.some_counters("step_ns", "stall_ns", "disk_busy_ns", "bytes_read")
-    return PromptSums(time.perf_counter(), step * 1e-9, stall * 1e-9, busy * 1e-9, nbytes)
+    return PromptSums(time.perf_counter(), step * 1e-9, stall * 1e-9, busy * 1e-9, round(nbytes * unpacked))

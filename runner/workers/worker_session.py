@@ -100,7 +100,7 @@ class Session:
         self.plan = plan_memory(self._ram, fixed, self.layout, self.model.n_expert_used)
         self.native.set_arena(self.plan.arena_bytes)
         self.policy = make_policy(self._policy_options, self.layout, self.plan.arena_bytes, self.model.calibration)
-        use_policy(self.native, self.policy, self.layout, self.model.n_expert_used)
+        use_policy(self.native, self.policy, self.layout, self.model)
         return self.plan
 
     def denied(self) -> str | None:

@@ -22,7 +22,8 @@ LEAST_STALL = 0.01
 @dataclass(frozen=True)
 class PromptSums:
     """Sums since some start. seconds: of the clock; step_seconds: of them within MoE layers, stall_seconds: waiting for
-    reads there; disk_busy_seconds: with a read in flight; bytes_read: by them."""
+    reads there; disk_busy_seconds: with a read in flight. bytes_read: by them, as many as they take unpacked: the
+    window is of places in memory."""
 
     seconds: float
     step_seconds: float
