@@ -10,7 +10,8 @@
 namespace moe_edge {
 
 #ifdef MOE_EDGE_X86
-const FewRowsSet * const FEW_ROWS_SETS[] = {&FEW_ROWS_AVX512, &FEW_ROWS_AVX2, nullptr};
+const FewRowsSet * const FEW_ROWS_SETS[] = {&FEW_ROWS_AVX512, &FEW_ROWS_AVX2, &BF16_ROWS_AVX512, &FLOAT_ROWS_AVX512,
+                                            &FLOAT_ROWS_AVX512_UNFUSED, &FLOAT_ROWS_AVX2, &FLOAT_ROWS_AVX2_UNFUSED, nullptr};
 #else
 const FewRowsSet * const FEW_ROWS_SETS[] = {nullptr};
 #endif
@@ -91,7 +92,7 @@ bool gives(FewRowsKernel kernel, const Trial & t, int n_rows, const Products & w
     Products got(static_cast<size_t>(n_rows * WEIGHT_ROWS), -1.0f);
     Operand operands[ROWS];
     for (int r = 0; r < n_rows; r++) operands[r] = {t.rows.data() + static_cast<size_t>(r) * t.row, got.data() + r * WEIGHT_ROWS};
-    kernel({COLUMNS / BLOCK, t.weights.data(), static_cast<int64_t>(t.weight_row), WEIGHT_ROWS, operands, n_rows});
+    kernel({COLUMNS / ggml_blck_size(t.type), t.weights.data(), static_cast<int64_t>(t.weight_row), WEIGHT_ROWS, operands, n_rows});
     return got.size() == want.size() && memcmp(got.data(), want.data(), got.size() * sizeof(float)) == 0;
 }
 
@@ -139,10 +140,14 @@ const Chosen & chosen() {
     return made;
 }
 
+// ggml has one product for them, whatever the number of rows; and so have the kernels.
+bool is_float(ggml_type type) { return type == GGML_TYPE_BF16 || type == GGML_TYPE_F16; }
+
 // A single row shares nothing. ggml's tiled products fill rows up to sixteens, and from 32 rows of Q4_K on one of theirs
 // takes 6/7 of one of ours.
 bool pays(ggml_type type, int64_t n_rows) {
     const int64_t filled = (n_rows + 15) / 16 * 16;
+    if (is_float(type)) return n_rows > 1;
     return n_rows > 1 && n_rows <= MOST_FEW_ROWS && (n_rows < 32 || type != GGML_TYPE_Q4_K || 7 * n_rows <= 6 * filled);
 }
 
@@ -151,7 +156,8 @@ bool pays(ggml_type type, int64_t n_rows) {
 void try_few_rows() { chosen(); }
 
 FewRowsKernel few_rows_kernel(ggml_type type, int64_t n_cols, int64_t n_rows) {
-    if (n_cols > FEW_ROWS_BLOCKS * BLOCK || !pays(type, n_rows)) return nullptr;
+    const bool fits = is_float(type) ? n_cols % FLOAT_STEP == 0 : n_cols <= FEW_ROWS_BLOCKS * BLOCK;
+    if (!fits || !pays(type, n_rows)) return nullptr;
     return n_rows <= FEW_ROWS ? chosen().few[type] : chosen().more[type];
 }
 

@@ -15,10 +15,11 @@ struct Operand { const char * x; float * out; };  // a row in the vec_dot type o
 
 constexpr int FEW_ROWS = 7;                       // added as vec_dot does; more of them as tiled products do
 constexpr int MOST_FEW_ROWS = 48;                 // above, ggml's tiled products are as fast
-constexpr int64_t FEW_ROWS_BLOCKS = 64;           // widest row, in blocks of 256
+constexpr int64_t FEW_ROWS_BLOCKS = 64;           // widest row of K-quants, in blocks of 256
+constexpr int64_t FLOAT_STEP = 64;                // rows of BF16 and F16 are a multiple of it
 
 struct FewRowsTask {
-    int64_t n_blocks;                 // of 256 columns
+    int64_t n_blocks;                 // of 256 columns; of types without blocks, columns
     const char * weights;             // of the first weight row
     int64_t weight_row_bytes, n_weight_rows;
     const Operand * operands;         // n_rows of them; out is where the first weight row's product goes

@@ -39,7 +39,9 @@ __attribute__((always_inline)) static inline void scales_and_mins(const char * f
     mins = (part[1] & six) | (((part[2] >> 4) & four) | ((uint64_t{part[1]} >> 2) & top)) << 32;
 }
 
-extern const FewRowsSet FEW_ROWS_AVX512, FEW_ROWS_AVX2;
+extern const FewRowsSet FEW_ROWS_AVX512, FEW_ROWS_AVX2;                                          // K-quants
+extern const FewRowsSet BF16_ROWS_AVX512, FLOAT_ROWS_AVX512, FLOAT_ROWS_AVX512_UNFUSED;         // BF16, F16
+extern const FewRowsSet FLOAT_ROWS_AVX2, FLOAT_ROWS_AVX2_UNFUSED;
 
 }  // namespace moe_edge
 

@@ -21,10 +21,10 @@ static ggml_type vec_dot_type(ggml_type weights) { return ggml_get_type_traits_c
 // What a product's input rows are in.
 static ggml_type input_type(const Piece & p) { return p.kernel == Kernel::PLAIN ? vec_dot_type(p.type) : GGML_TYPE_F32; }
 
-// Products and activations of one row, its quantized hidden row, its input and its output.
+// Products and activations of one row, its input, and its output or its hidden row as the down product takes it.
 static int64_t row_work_bytes(const Layer & l) {
     const int64_t n_tensors = std::max(5, l.activation_tensors + 1);
-    return l.n_ff * 4 * n_tensors + l.n_embd * 4 * 2 + 64;
+    return l.n_ff * 4 * n_tensors + l.n_embd * 4 + std::max(l.n_embd * 4, l.n_ff * 2) + 64;
 }
 
 static int64_t most_rows(const Layer & l, int64_t n_tokens) {
@@ -62,15 +62,23 @@ static void quantize_rows(const QuantizeTask & t, int ith, int nth) {
     }
 }
 
+// Whether a product is made by `dots`, for any number of rows from MANY_ROWS on that is as large.
+static bool has_dots(const Piece & p, int64_t n_rows) {
+    return p.kernel != Kernel::PLAIN || few_rows_kernel(p.type, p.cols, n_rows) != nullptr;
+}
+
 static int64_t chunk_rows(const DotTask & t) { return t.kernel == Kernel::PLAIN ? ROW_CHUNK : Tile::rows(t.type, t.n_cols); }
 
 static void dot_rows(const DotTask & t, int64_t from, int64_t to) {
     const size_t row = ggml_row_size(t.type, t.n_cols);
     if (const FewRowsKernel few_rows = few_rows_kernel(t.type, t.n_cols, t.n_operands)) {
         Operand operands[MOST_FEW_ROWS];
-        for (int64_t i = 0; i < t.n_operands; i++) operands[i] = {t.operands[i].x, t.operands[i].out + from};
-        few_rows({t.n_cols / ggml_blck_size(t.type), t.weights + static_cast<size_t>(from) * row, static_cast<int64_t>(row), to - from,
-                  operands, static_cast<int>(t.n_operands)});
+        for (int64_t first = 0; first < t.n_operands; first += MOST_FEW_ROWS) {
+            const int64_t n = std::min<int64_t>(MOST_FEW_ROWS, t.n_operands - first);
+            for (int64_t i = 0; i < n; i++) operands[i] = {t.operands[first + i].x, t.operands[first + i].out + from};
+            few_rows({t.n_cols / ggml_blck_size(t.type), t.weights + static_cast<size_t>(from) * row, static_cast<int64_t>(row),
+                      to - from, operands, static_cast<int>(n)});
+        }
         return;
     }
     const auto vec_dot = ggml_get_type_traits_cpu(t.type)->vec_dot;
@@ -171,10 +179,11 @@ struct FfnTasks {
     }
 };
 
-// Whether a group is computed by dot products: of up to MANY_ROWS - 1 rows always, of some more where kernels give the
-// bits of ggml's tiled products.
+// Whether a group is computed by dot products in one graph: of up to MANY_ROWS - 1 rows always, of some more where kernels
+// give the bits of ggml's products of many rows.
 static bool takes_dots(const Unit & u, int64_t n_rows) {
     if (n_rows < MANY_ROWS) return true;
+    if (n_rows > MOST_FEW_ROWS) return false;
     for (int p = 0; p < u.n_pieces; p++) {
         if (!few_rows_kernel(u.pieces[p].type, u.pieces[p].cols, n_rows)) return false;
     }
@@ -610,7 +619,7 @@ bool Ffn::large_rows(Lane & lane, Step & s, Group & g, int64_t from, int64_t n, 
     Model & m = *s.model;
     Unit & u = m.unit(g.unit);
     ggml_cgraph * graph = ggml_new_graph_custom(lane.fresh_context(), GRAPH_NODES, false);
-    Task quantize_x, gather, up_dots, down_dots, scatter;
+    Task quantize_x, gather, up_dots, quantize_h, down_dots, scatter;
     ggml_tensor * zero_ids = same_ids(lane, n, 0);
     ActivationInputs in;
     in.ids = same_ids(lane, n, g.expert);
@@ -621,8 +630,8 @@ bool Ffn::large_rows(Lane & lane, Step & s, Group & g, int64_t from, int64_t n, 
         const Piece & piece = u.pieces[p];
         if (piece.projection == DOWN) continue;
         ggml_tensor *& product = piece.projection == UP ? in.up : piece.projection == GATE ? in.gate : in.gate_up;
-        if (piece.kernel != Kernel::PLAIN) {
-            product = repacked_product(lane, s, g, from, n, piece, up_dots, error);
+        if (has_dots(piece, n)) {
+            product = dot_product(lane, s, g, from, n, piece, quantize_x, up_dots, error);
             if (!product) return false;
             continue;
         }
@@ -639,8 +648,8 @@ bool Ffn::large_rows(Lane & lane, Step & s, Group & g, int64_t from, int64_t n, 
     for (ggml_tensor * p : products) ggml_build_forward_expand(graph, p);
     ggml_tensor * h = activation(lane, s, in, error);
     if (!h) return false;
-    if (u.piece(DOWN).kernel != Kernel::PLAIN) {
-        if (!repacked_down(lane, graph, s, g, from, h, down_dots, error)) return false;
+    if (has_dots(u.piece(DOWN), n)) {
+        if (!dot_down(lane, graph, s, g, from, h, quantize_h, down_dots, error)) return false;
     } else {
         ggml_tensor * y = product_of(lane, weight_tensor(lane, m, u, u.piece(DOWN)), h, zero_ids, "output", error);
         if (!y) return false;
@@ -652,16 +661,18 @@ bool Ffn::large_rows(Lane & lane, Step & s, Group & g, int64_t from, int64_t n, 
 }
 
 // A product of rows of the step's input, which it reads where they are; `dots` computes it.
-ggml_tensor * Ffn::repacked_product(Lane & lane, const Step & s, const Group & g, int64_t from, int64_t n, const Piece & piece,
-                                    Task & dots, std::string & error) {
+ggml_tensor * Ffn::dot_product(Lane & lane, const Step & s, const Group & g, int64_t from, int64_t n, const Piece & piece,
+                               Task & quantize, Task & dots, std::string & error) {
     ggml_tensor * product = f32_rows(lane.ctx, piece.rows, n, lane.work(static_cast<size_t>(piece.rows * n) * sizeof(float)));
     if (!product->data) {
         error = "the work area is too small for the products of one expert";
         return nullptr;
     }
+    const ggml_type xt = input_type(piece);
+    const char * x = x_rows(xt, s, quantize.quantize);
     for (int64_t r = 0; r < n; r++) {
         const Row & row = s.rows[static_cast<size_t>(g.first_row + from + r)];
-        dots.operands.push_back({x_.data() + static_cast<size_t>(row.token * piece.cols) * sizeof(float),
+        dots.operands.push_back({x + static_cast<size_t>(row.token) * ggml_row_size(xt, piece.cols),
                                  static_cast<float *>(product->data) + r * piece.rows});
     }
     dots.dots.push_back({s.model->data(s.model->unit(g.unit), piece), piece.type, piece.kernel, piece.cols, piece.rows, nullptr, n});
@@ -669,22 +680,33 @@ ggml_tensor * Ffn::repacked_product(Lane & lane, const Step & s, const Group & g
 }
 
 // The down product of the hidden rows `h`, into the step's output.
-bool Ffn::repacked_down(Lane & lane, ggml_cgraph * graph, const Step & s, const Group & g, int64_t from, ggml_tensor * h, Task & dots,
-                        std::string & error) {
+bool Ffn::dot_down(Lane & lane, ggml_cgraph * graph, const Step & s, const Group & g, int64_t from, ggml_tensor * h, Task & quantize,
+                   Task & dots, std::string & error) {
     const Unit & u = s.model->unit(g.unit);
     const Piece & piece = u.piece(DOWN);
-    if (!h->data && !(h->data = lane.work(ggml_nbytes(h)))) {
+    const ggml_type ht = input_type(piece);
+    const int64_t n = h->ne[2];
+    if (!h->data) h->data = lane.work(ggml_nbytes(h));
+    const char * rows = static_cast<const char *>(h->data);
+    size_t row_bytes = h->nb[2];
+    if (rows && ht != GGML_TYPE_F32) {
+        row_bytes = ggml_row_size(ht, piece.cols);
+        char * quantized = lane.work(row_bytes * static_cast<size_t>(n));
+        quantize.quantize.push_back({rows, h->nb[2], quantized, ht, piece.cols, n});
+        rows = quantized;
+    }
+    if (!rows) {
         error = "the work area is too small for the hidden rows of one expert";
         return false;
     }
     ggml_build_forward_expand(graph, h);
-    const int64_t n = h->ne[2];
     for (int64_t r = 0; r < n; r++) {
-        dots.operands.push_back({static_cast<const char *>(h->data) + static_cast<size_t>(r) * h->nb[2],
+        dots.operands.push_back({rows + static_cast<size_t>(r) * row_bytes,
                                  reinterpret_cast<float *>(s.output(s.rows[static_cast<size_t>(g.first_row + from + r)]))});
     }
     dots.dots.push_back({s.model->data(u, piece), piece.type, piece.kernel, piece.cols, piece.rows, nullptr, n});
     dots.finish_dots(lane);
+    if (!quantize.quantize.empty()) add_custom(lane, graph, FfnTasks::quantize, &quantize);
     add_custom(lane, graph, FfnTasks::dots, &dots);
     return true;
 }

@@ -131,10 +131,10 @@ private:
                            Task & gather, std::string & error);
     static void scatter_rows(const Step & s, const Group & g, int64_t from, int64_t n, const ggml_tensor * y, Task & scatter);
     bool large_rows(Lane & lane, Step & s, Group & g, int64_t from, int64_t n, std::string & error);
-    ggml_tensor * repacked_product(Lane & lane, const Step & s, const Group & g, int64_t from, int64_t n, const Piece & piece,
-                                   Task & dots, std::string & error);
-    static bool repacked_down(Lane & lane, ggml_cgraph * graph, const Step & s, const Group & g, int64_t from, ggml_tensor * h,
-                              Task & dots, std::string & error);
+    ggml_tensor * dot_product(Lane & lane, const Step & s, const Group & g, int64_t from, int64_t n, const Piece & piece,
+                              Task & quantize, Task & dots, std::string & error);
+    static bool dot_down(Lane & lane, ggml_cgraph * graph, const Step & s, const Group & g, int64_t from, ggml_tensor * h,
+                         Task & quantize, Task & dots, std::string & error);
     void reserve(Lane & lane, const Step & s, int64_t hidden_rows);
 
     int n_threads_ = 0;

@@ -11,7 +11,7 @@ namespace moe_edge {
 struct X86Features {
     bool avx2 = false;    // with FMA, F16C and POPCNT
     bool avx512 = false;  // F, BW, DQ and VL
-    bool vnni = false, vbmi2 = false;
+    bool vnni = false, vbmi2 = false, bf16 = false;
 };
 
 // Registers that the system keeps when it switches programs: XCR0.
@@ -26,6 +26,7 @@ inline X86Features x86_features() {
     constexpr uint32_t FMA = 1u << 12, POPCNT = 1u << 23, OSXSAVE = 1u << 27, F16C = 1u << 29;  // leaf 1, ecx
     constexpr uint32_t AVX2 = 1u << 5, AVX512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // leaf 7, ebx: F, DQ, BW, VL
     constexpr uint32_t VBMI2 = 1u << 6, VNNI = 1u << 11;                                  // leaf 7, ecx
+    constexpr uint32_t BF16 = 1u << 5;                                                    // leaf 7.1, eax
     X86Features found;
     uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
     if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(ecx & OSXSAVE)) return found;
@@ -36,6 +37,7 @@ inline X86Features x86_features() {
     found.avx512 = found.avx2 && (ebx & AVX512) == AVX512 && (kept & ZMM) == ZMM;
     found.vnni = found.avx512 && (ecx & VNNI);
     found.vbmi2 = found.avx512 && (ecx & VBMI2);
+    if (__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) found.bf16 = found.avx512 && (eax & BF16);
     return found;
 }
 
