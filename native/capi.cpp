@@ -87,6 +87,15 @@ int32_t me_unpack(const char * stored, int64_t stored_bytes, int32_t codec, int3
     return ME_FAILED;
 }
 
+int32_t me_multiply_rows(int32_t type, int64_t n_cols, int64_t n_weight_rows, const char * weights, const char * rows,
+                         int64_t n_rows, float * out) {
+    const auto weight_type = static_cast<ggml_type>(type);
+    const size_t row = ggml_row_size(ggml_get_type_traits_cpu(weight_type)->vec_dot_type, n_cols);
+    std::vector<Operand> operands;
+    for (int64_t r = 0; r < n_rows; r++) operands.push_back({rows + static_cast<size_t>(r) * row, out + r * n_weight_rows});
+    return multiply_few_rows(weight_type, n_cols, weights, 0, n_weight_rows, operands.data(), n_rows) ? ME_OK : ME_FAILED;
+}
+
 me_model * me_model_open(const me_model_desc * desc, char * error) {
     try {
         auto * m = new me_model(*desc);

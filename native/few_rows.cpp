@@ -1,5 +1,6 @@
 #include "few_rows.h"
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -11,7 +12,8 @@ namespace moe_edge {
 
 #ifdef MOE_EDGE_X86
 const FewRowsSet * const FEW_ROWS_SETS[] = {&FEW_ROWS_AVX512, &FEW_ROWS_AVX2, &BF16_ROWS_AVX512, &FLOAT_ROWS_AVX512,
-                                            &FLOAT_ROWS_AVX512_UNFUSED, &FLOAT_ROWS_AVX2, &FLOAT_ROWS_AVX2_UNFUSED, nullptr};
+                                            &FLOAT_ROWS_AVX512_UNFUSED, &FLOAT_ROWS_AVX2, &FLOAT_ROWS_AVX2_UNFUSED,
+                                            &BLOCK_ROWS_AVX512, &BLOCK_ROWS_AVX2, nullptr};
 #else
 const FewRowsSet * const FEW_ROWS_SETS[] = {nullptr};
 #endif
@@ -140,14 +142,14 @@ const Chosen & chosen() {
     return made;
 }
 
-// ggml has one product for them, whatever the number of rows; and so have the kernels.
-bool is_float(ggml_type type) { return type == GGML_TYPE_BF16 || type == GGML_TYPE_F16; }
+// Types that ggml has one product for, whatever the number of rows; and so have the kernels. K-quants have tiled ones.
+bool has_one_product(ggml_type type) { return ggml_blck_size(type) < BLOCK; }
 
 // A single row shares nothing. ggml's tiled products fill rows up to sixteens, and from 32 rows of Q4_K on one of theirs
 // takes 6/7 of one of ours.
 bool pays(ggml_type type, int64_t n_rows) {
     const int64_t filled = (n_rows + 15) / 16 * 16;
-    if (is_float(type)) return n_rows > 1;
+    if (has_one_product(type)) return n_rows > 1;
     return n_rows > 1 && n_rows <= MOST_FEW_ROWS && (n_rows < 32 || type != GGML_TYPE_Q4_K || 7 * n_rows <= 6 * filled);
 }
 
@@ -156,9 +158,23 @@ bool pays(ggml_type type, int64_t n_rows) {
 void try_few_rows() { chosen(); }
 
 FewRowsKernel few_rows_kernel(ggml_type type, int64_t n_cols, int64_t n_rows) {
-    const bool fits = is_float(type) ? n_cols % FLOAT_STEP == 0 : n_cols <= FEW_ROWS_BLOCKS * BLOCK;
+    const bool fits = n_cols <= FEW_ROWS_BLOCKS * BLOCK && (!has_one_product(type) || n_cols % FEW_ROWS_STEP == 0);
     if (!fits || !pays(type, n_rows)) return nullptr;
     return n_rows <= FEW_ROWS ? chosen().few[type] : chosen().more[type];
+}
+
+bool multiply_few_rows(ggml_type type, int64_t n_cols, const char * weights, int64_t from, int64_t to, const Operand * operands,
+                       int64_t n_operands) {
+    const FewRowsKernel kernel = few_rows_kernel(type, n_cols, n_operands);
+    if (!kernel) return false;
+    const auto row = static_cast<int64_t>(ggml_row_size(type, n_cols));
+    Operand shifted[MOST_FEW_ROWS];
+    for (int64_t first = 0; first < n_operands; first += MOST_FEW_ROWS) {
+        const int64_t n = std::min<int64_t>(MOST_FEW_ROWS, n_operands - first);
+        for (int64_t i = 0; i < n; i++) shifted[i] = {operands[first + i].x, operands[first + i].out + from};
+        kernel({n_cols / ggml_blck_size(type), weights + from * row, row, to - from, shifted, static_cast<int>(n)});
+    }
+    return true;
 }
 
 }  // namespace moe_edge

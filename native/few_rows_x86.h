@@ -42,6 +42,7 @@ __attribute__((always_inline)) static inline void scales_and_mins(const char * f
 extern const FewRowsSet FEW_ROWS_AVX512, FEW_ROWS_AVX2;                                          // K-quants
 extern const FewRowsSet BF16_ROWS_AVX512, FLOAT_ROWS_AVX512, FLOAT_ROWS_AVX512_UNFUSED;         // BF16, F16
 extern const FewRowsSet FLOAT_ROWS_AVX2, FLOAT_ROWS_AVX2_UNFUSED;
+extern const FewRowsSet BLOCK_ROWS_AVX512, BLOCK_ROWS_AVX2;                                      // blocks of 32
 
 }  // namespace moe_edge
 

@@ -70,17 +70,8 @@ static bool has_dots(const Piece & p, int64_t n_rows) {
 static int64_t chunk_rows(const DotTask & t) { return t.kernel == Kernel::PLAIN ? ROW_CHUNK : Tile::rows(t.type, t.n_cols); }
 
 static void dot_rows(const DotTask & t, int64_t from, int64_t to) {
+    if (multiply_few_rows(t.type, t.n_cols, t.weights, from, to, t.operands, t.n_operands)) return;
     const size_t row = ggml_row_size(t.type, t.n_cols);
-    if (const FewRowsKernel few_rows = few_rows_kernel(t.type, t.n_cols, t.n_operands)) {
-        Operand operands[MOST_FEW_ROWS];
-        for (int64_t first = 0; first < t.n_operands; first += MOST_FEW_ROWS) {
-            const int64_t n = std::min<int64_t>(MOST_FEW_ROWS, t.n_operands - first);
-            for (int64_t i = 0; i < n; i++) operands[i] = {t.operands[first + i].x, t.operands[first + i].out + from};
-            few_rows({t.n_cols / ggml_blck_size(t.type), t.weights + static_cast<size_t>(from) * row, static_cast<int64_t>(row),
-                      to - from, operands, static_cast<int>(n)});
-        }
-        return;
-    }
     const auto vec_dot = ggml_get_type_traits_cpu(t.type)->vec_dot;
     for (int64_t r0 = from; r0 < to; r0 += ROW_TILE) {
         const int64_t r1 = std::min(r0 + ROW_TILE, to);

@@ -337,6 +337,7 @@ def _declare(lib: Any) -> None:
         "me_log": (None, [c_int32, text, c_void_p]),
         "me_kernel": (c_int32, [c_int32, c_int64, c_int64, c_int32]),
         "me_set_zstd": (None, [c_void_p, c_void_p, c_void_p, c_void_p]),
+        "me_multiply_rows": (c_int32, [c_int32, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p]),
         "me_unpack": (c_int32, [text, c_int64, c_int32, c_int32, c_void_p, c_int64, text]),
         "me_use_code_unpacker": (c_int32, [c_int32]),
         "me_threadpool_new": (c_void_p, [c_int32]),

@@ -259,6 +259,8 @@ def test_products_of_many_tokens_are_faster_for_each_than_of_one(type_id: int) -
     assert isinstance(found, ProductSpeeds)
     assert 1e7 < found.decode_bytes_per_second < 1e13
     assert 1e7 < found.prefill_bytes_per_second < 1e13
+    assert [n for n, _ in found.rows] == [n for n, _ in found.expert_rows] == list(probe.ROWS)
+    assert found.expert_rows[0] == found.rows[0] and all(1e7 < rate < 1e14 for _, rate in found.expert_rows)
 
 
 def test_products_without_ggml_say_why(monkeypatch: pytest.MonkeyPatch) -> None:

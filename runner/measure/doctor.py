@@ -36,7 +36,7 @@ from moe_edge.runner.neighbours import usable_cores
 from moe_edge.schedulers.budget import MIB, format_bytes
 from moe_edge.schedulers.estimate import LAYER_SECONDS, MachineSpeeds
 
-VERSION = 2  # 2: products by the tokens at once
+VERSION = 3  # 2: products by the tokens at once; 3: those of experts by themselves
 PROBE_FILE_BYTES = 256 * MIB
 PRODUCT_TYPES = ("Q4_K", "Q8_0", "F16")
 TINY_TOKENS = 48
@@ -373,8 +373,8 @@ def machine_speeds(
         compute=products["decode_bytes_per_second"],
         prefill=products["prefill_bytes_per_second"],
         layer_seconds=facts["tiny_model"].get("layer_seconds", LAYER_SECONDS),
-        expert_rows=_curve(products),
-        dense_rows=_curve(dense),
+        expert_rows=_curve(products, "expert_rows"),
+        dense_rows=_curve(dense, "rows"),
         attention=facts["products"].get("F16", {}).get("prefill_bytes_per_second", 0.0),
     )
 
@@ -383,8 +383,8 @@ def _products(facts: Facts, type_id: int) -> Facts:
     return facts["products"].get(type_name(type_id)) or _or_why(probe.product_speeds(type_id, facts["n_threads"]))
 
 
-def _curve(products: Facts) -> tuple[tuple[int, float], ...]:
-    return tuple((int(n), float(rate)) for n, rate in products.get("rows", ()))
+def _curve(products: Facts, name: str) -> tuple[tuple[int, float], ...]:
+    return tuple((int(n), float(rate)) for n, rate in products.get(name, ()))
 
 
 def kept_speeds(

@@ -95,6 +95,7 @@ class ProductSpeeds:
 
     decode_bytes_per_second: bytes of weights multiplied by one token. prefill_bytes_per_second: bytes of weights
     times tokens, for PREFILL_ROWS tokens at once. rows: (tokens at once, the same for so many), for each of ROWS.
+    expert_rows: likewise for experts, whose products of several rows are ours for many types (native/few_rows.h).
     """
 
     type_id: int
@@ -102,6 +103,7 @@ class ProductSpeeds:
     decode_bytes_per_second: float
     prefill_bytes_per_second: float
     rows: list[list[float]]
+    expert_rows: list[list[float]]
 
 
 UNPACK_REPEATS = 8
@@ -326,15 +328,46 @@ def product_speeds(type_id: int, n_threads: int, nbytes: int = PRODUCT_BYTES) ->
     try:
         weights = [base.ggml_new_tensor_2d(context, type_id, PRODUCT_COLS, PRODUCT_ROWS) for _ in range(n_matrices)]
         _fill(base, weights, type_id, row * PRODUCT_ROWS)
-        rates = []
+        rates, of_experts = [], []
         for n_tokens in ROWS:
             used, repeats = (weights, 8) if n_tokens == 1 else (weights[:some], 3)
+            nbytes_times_tokens = len(used) * row * PRODUCT_ROWS * n_tokens
             seconds = _time_products(base, cpu, context, used, n_tokens, n_threads, repeats)
-            rates.append([n_tokens, len(used) * row * PRODUCT_ROWS * n_tokens / seconds])
+            rates.append([n_tokens, nbytes_times_tokens / seconds])
+            data = [int(base.ggml_get_data(each)) for each in used]
+            ours = _time_expert_products(data, type_id, n_tokens, n_threads, repeats)
+            of_experts.append([n_tokens, nbytes_times_tokens / (ours or seconds)])
     finally:
         base.ggml_free(context)
     by_rows = dict(zip(ROWS, (rate for _, rate in rates), strict=True))
-    return ProductSpeeds(type_id, n_threads, by_rows[1], by_rows[PREFILL_ROWS], rates)
+    return ProductSpeeds(type_id, n_threads, by_rows[1], by_rows[PREFILL_ROWS], rates, of_experts)
+
+
+def _time_expert_products(
+    matrices: Sequence[int], type_id: int, n_tokens: int, n_threads: int, repeats: int
+) -> float | None:
+    """Seconds of all products with n_tokens rows, as experts have them; None where those are ggml's."""
+    from moe_edge.runner.capi import library
+
+    multiply = library().me_multiply_rows
+    rows = ctypes.create_string_buffer(n_tokens * PRODUCT_COLS * 4)  # zeros, in any type that products take
+    outputs = [ctypes.create_string_buffer(n_tokens * PRODUCT_ROWS * 4) for _ in range(n_threads)]
+
+    def one(matrix: int, out: ctypes.Array[ctypes.c_char]) -> bool:
+        return bool(multiply(type_id, PRODUCT_COLS, PRODUCT_ROWS, matrix, rows, n_tokens, out) == 0)
+
+    def job(thread: int) -> None:
+        for matrix in matrices[thread::n_threads]:
+            one(matrix, outputs[thread])
+
+    if not one(matrices[0], outputs[0]):
+        return None
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        _run_together([lambda thread=thread: job(thread) for thread in range(n_threads)])  # type: ignore[misc]
+        best = min(best, time.perf_counter() - started)
+    return best
 
 
 def _words(weights: Any, type_id: int) -> bytes:

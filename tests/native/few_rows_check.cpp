@@ -25,10 +25,18 @@ struct Data {
 
 static bool is_float(ggml_type type) { return type == GGML_TYPE_BF16 || type == GGML_TYPE_F16; }
 
+// Types that ggml has one product for, whatever the number of rows.
+static bool has_one_product(ggml_type type) { return ggml_blck_size(type) < BLOCK; }
+
 // Where a type has its halves in a block: the scale of the scales, and that of the minimums.
 static std::vector<int64_t> halves_of(ggml_type type) {
-    CHECK(type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q6_K, "%s: say here where its halves are", ggml_type_name(type));
-    return type == GGML_TYPE_Q4_K ? std::vector<int64_t>{0, 2} : std::vector<int64_t>{208};
+    switch (type) {
+        case GGML_TYPE_Q4_K: return {0, 2};
+        case GGML_TYPE_Q6_K: return {208};
+        case GGML_TYPE_MXFP4: return {};  // an exponent of one byte
+        case GGML_TYPE_Q8_0: case GGML_TYPE_Q4_0: case GGML_TYPE_Q5_0: case GGML_TYPE_IQ4_NL: return {0};
+        default: CHECK(false, "%s: say here where its halves are", ggml_type_name(type)); return {};
+    }
 }
 
 enum Kind { ORDINARY, EXTREME, NOT_FINITE, N_KINDS };
@@ -74,7 +82,7 @@ static Data make(ggml_type type, int64_t n_blocks, int64_t n_weight_rows, Kind k
     // Every pattern of bits in the weights; scales from nothing and subnormal to the largest, of both signs.
     const std::vector<uint16_t> scales = {0, 0x8000, 1, 0x83FF, 0x0400, 0x3C00, 0xBC00, 0x7BFF, 0xFBFF, 0x7C00, 0xFC00, 0x7E00};
     const int64_t n_scales = kind == EXTREME ? 9 : 12;
-    for (int64_t b = 0; b < n_weight_rows * n_blocks; b++) {
+    for (int64_t b = 0; b < n_weight_rows * n_cols / ggml_blck_size(type); b++) {
         char * const block = d.weights.data() + b * static_cast<int64_t>(ggml_type_size(type));
         const int64_t fill = pick(random, 0, 3);
         for (size_t i = 0; i < ggml_type_size(type); i++) {
@@ -258,10 +266,12 @@ static void every_choice_is_the_fastest_that_agrees() {
         const auto type = static_cast<ggml_type>(t);
         for (int64_t n_cols : {BLOCK, FEW_ROWS_BLOCKS * BLOCK, (FEW_ROWS_BLOCKS + 1) * BLOCK}) {
             for (int n = 1; n <= MOST_FEW_ROWS + 1; n++) {
-                if (is_float(type)) {  // any number of rows and any width of whole steps
-                    const FewRowsKernel want = n == 1 ? nullptr : n <= FEW_ROWS ? few[t] : more[t];
-                    CHECK(few_rows_kernel(type, n_cols, n) == want && few_rows_kernel(type, n_cols + FLOAT_STEP, n) == want &&
-                              few_rows_kernel(type, n_cols, 100 * n) == more[t] && !few_rows_kernel(type, n_cols + 32, n),
+                if (has_one_product(type)) {  // any number of rows and any width of whole steps
+                    const bool is_wide = n_cols > FEW_ROWS_BLOCKS * BLOCK;
+                    const FewRowsKernel want = n == 1 || is_wide ? nullptr : n <= FEW_ROWS ? few[t] : more[t];
+                    CHECK(few_rows_kernel(type, n_cols, n) == want && few_rows_kernel(type, n_cols - FEW_ROWS_STEP, n) == want &&
+                              few_rows_kernel(type, n_cols, 100 * n) == (is_wide ? nullptr : more[t]) &&
+                              !few_rows_kernel(type, n_cols - 32, n),
                           "%s, %lld columns, %d rows", ggml_type_name(type), static_cast<long long>(n_cols), n);
                     continue;
                 }
