@@ -11,7 +11,9 @@ namespace moe_edge {
 namespace {
 
 constexpr int WEIGHTS = 2, ROWS = 3;   // at a time: as many sums as registers hold
-constexpr int64_t SCALES = 16384;      // of rows at a time, in floats: 64 KiB of the stack
+constexpr int64_t PREPARED = 16384;    // blocks of rows at a time: 64 KiB of the stack
+
+using Prepared = float;                // the scale of a block of a row
 
 struct Unpacked { __m256i values[WEIGHTS]; float d[WEIGHTS]; };
 
@@ -26,13 +28,13 @@ TARGET void unpack(const FewRowsTask & t, int64_t first, int64_t n, Unpacked * o
     }
 }
 
-TARGET void scales_of(const Operand & row, int64_t n_blocks, float * out) {
+TARGET void prepare(const Operand & row, int64_t n_blocks, Prepared * out) {
     for (int64_t b = 0; b < n_blocks; b++) out[b] = half(row.x + b * Q8_0_BYTES);
 }
 
 // Part `part` of the sums of two weight rows with R rows, which are every PARTS-th block.
 template <int PARTS, int R>
-INLINE void sums_of(const Unpacked * weights, const Operand * rows, const float * scales, int64_t n_blocks, int part,
+INLINE void sums_of(const Unpacked * weights, const Operand * rows, const Prepared * scales, int64_t n_blocks, int part,
                     __m256 (&sum)[R][WEIGHTS]) {
     UNROLL
     for (int r = 0; r < R; r++) {
@@ -64,7 +66,7 @@ INLINE float sum_of_eight(__m256 v) {
 
 template <int PARTS, int R>
 TARGET void tile(const FewRowsTask & t, int64_t first, int64_t n, const Unpacked * weights, const Operand * rows,
-                 const float * scales) {
+                 const Prepared * scales) {
     __m256 sum[R][WEIGHTS], other[R][WEIGHTS];
     sums_of<PARTS, R>(weights, rows, scales, t.n_blocks, 0, sum);
     if constexpr (PARTS == 2) sums_of<PARTS, R>(weights, rows, scales, t.n_blocks, 1, other);
@@ -75,47 +77,17 @@ TARGET void tile(const FewRowsTask & t, int64_t first, int64_t n, const Unpacked
     }
 }
 
-using Tile = void (*)(const FewRowsTask &, int64_t, int64_t, const Unpacked *, const Operand *, const float *);
-
-template <class T>
-TARGET void block_rows(const FewRowsTask & t) {
-    static constexpr Tile TILES[] = {tile<T::PARTS, 1>, tile<T::PARTS, 2>, tile<T::PARTS, ROWS>};
-    Unpacked weights[MOST_BLOCKS];
-    float scales[SCALES];
-    const int most = static_cast<int>(SCALES / t.n_blocks), n_parts = (t.n_rows + most - 1) / most;
-    for (int part = 0; part < n_parts; part++) {
-        const int from = part * t.n_rows / n_parts, n_rows = (part + 1) * t.n_rows / n_parts - from;
-        const int n_tiles = (n_rows + ROWS - 1) / ROWS;
-        const Operand * rows = t.operands + from;
-        for (int r = 0; r < n_rows; r++) scales_of(rows[r], t.n_blocks, scales + r * t.n_blocks);
-        for (int64_t w = 0; w < t.n_weight_rows; w += WEIGHTS) {
-            const int64_t n = t.n_weight_rows - w < WEIGHTS ? t.n_weight_rows - w : WEIGHTS;
-            unpack<T>(t, w, n, weights);
-            for (int i = 0; i < n_tiles; i++) {
-                const int at = i * n_rows / n_tiles, many = (i + 1) * n_rows / n_tiles - at;
-                TILES[many - 1](t, w, n, weights, rows + at, scales + at * t.n_blocks);
-            }
-        }
-    }
-}
-
 bool usable() { return x86_features().avx2; }
-
-FewRowsKernel kernel(ggml_type type, RowOrder order) {
-    if (order == RowOrder::TILED_FUSED) return nullptr;
-    switch (type) {
-        case GGML_TYPE_Q8_0: return block_rows<Q8_0>;
-        case GGML_TYPE_Q4_0: return block_rows<Q4_0>;
-        case GGML_TYPE_Q5_0: return block_rows<Q5_0>;
-        case GGML_TYPE_IQ4_NL: return block_rows<IQ4_NL>;
-        case GGML_TYPE_MXFP4: return block_rows<MXFP4>;
-        default: return nullptr;
-    }
-}
 
 }  // namespace
 
-const FewRowsSet BLOCK_ROWS_AVX2 = {"AVX2 blocks", usable, kernel};
+}  // namespace moe_edge
+
+#include "block_rows_lanes.h"
+
+namespace moe_edge {
+
+const FewRowsSet BLOCK_ROWS_AVX2 = {"AVX2 blocks", usable, block_kernel};
 
 }  // namespace moe_edge
 

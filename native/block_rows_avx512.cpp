@@ -7,12 +7,6 @@
 
 #ifdef MOE_EDGE_X86
 
-// GCC 12 takes the registers that its own header leaves undefined on purpose for mistakes of ours.
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
 namespace moe_edge {
 
 namespace {
@@ -114,47 +108,17 @@ TARGET void tile(const FewRowsTask & t, int64_t first, int64_t n, const Unpacked
     }
 }
 
-using Tile = void (*)(const FewRowsTask &, int64_t, int64_t, const Unpacked *, const Operand *, const Prepared *);
-
-template <class T>
-TARGET void block_rows(const FewRowsTask & t) {
-    static constexpr Tile TILES[] = {tile<T::PARTS, 1>, tile<T::PARTS, 2>, tile<T::PARTS, 3>, tile<T::PARTS, 4>, tile<T::PARTS, ROWS>};
-    Unpacked weights[MOST_BLOCKS];
-    Prepared prepared[PREPARED];
-    const int most = static_cast<int>(PREPARED / t.n_blocks), n_parts = (t.n_rows + most - 1) / most;
-    for (int part = 0; part < n_parts; part++) {
-        const int from = part * t.n_rows / n_parts, n_rows = (part + 1) * t.n_rows / n_parts - from;
-        const int n_tiles = (n_rows + ROWS - 1) / ROWS;
-        const Operand * rows = t.operands + from;
-        for (int r = 0; r < n_rows; r++) prepare(rows[r], t.n_blocks, prepared + r * t.n_blocks);
-        for (int64_t w = 0; w < t.n_weight_rows; w += WEIGHTS) {
-            const int64_t n = t.n_weight_rows - w < WEIGHTS ? t.n_weight_rows - w : WEIGHTS;
-            unpack<T>(t, w, n, weights);
-            for (int i = 0; i < n_tiles; i++) {
-                const int at = i * n_rows / n_tiles, many = (i + 1) * n_rows / n_tiles - at;
-                TILES[many - 1](t, w, n, weights, rows + at, prepared + at * t.n_blocks);
-            }
-        }
-    }
-}
-
 bool usable() { return x86_features().vnni; }
-
-FewRowsKernel kernel(ggml_type type, RowOrder order) {
-    if (order == RowOrder::TILED_FUSED) return nullptr;
-    switch (type) {
-        case GGML_TYPE_Q8_0: return block_rows<Q8_0>;
-        case GGML_TYPE_Q4_0: return block_rows<Q4_0>;
-        case GGML_TYPE_Q5_0: return block_rows<Q5_0>;
-        case GGML_TYPE_IQ4_NL: return block_rows<IQ4_NL>;
-        case GGML_TYPE_MXFP4: return block_rows<MXFP4>;
-        default: return nullptr;
-    }
-}
 
 }  // namespace
 
-const FewRowsSet BLOCK_ROWS_AVX512 = {"AVX-512 blocks", usable, kernel};
+}  // namespace moe_edge
+
+#include "block_rows_lanes.h"
+
+namespace moe_edge {
+
+const FewRowsSet BLOCK_ROWS_AVX512 = {"AVX-512 blocks", usable, block_kernel};
 
 }  // namespace moe_edge
 

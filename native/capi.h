@@ -158,7 +158,7 @@ typedef struct me_model me_model;
 ME_API void * me_threadpool_new(int32_t n_threads);
 ME_API void me_threadpool_free(void * pool);
 
-// Products of a matrix with rows in the type that its products take, by the kernel that experts get for so many rows;
+// Products of a matrix with rows in the type that its products take, by the kernel that experts in their own order get;
 // out [n_rows][n_weight_rows]. On the calling thread. ME_FAILED, and nothing is done, where experts get ggml's products.
 ME_API int32_t me_multiply_rows(int32_t type, int64_t n_cols, int64_t n_weight_rows, const char * weights, const char * rows,
                                 int64_t n_rows, float * out);

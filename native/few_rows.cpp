@@ -42,6 +42,19 @@ std::vector<float> some_values(int64_t n) {
     return values;
 }
 
+// A product of two numbers of BF16 is exact, so one rounding or two are told apart only where it is too large for a float:
+// -2^127, and 2^128 added to it by the same sum, are 2^127 in one rounding and infinite in two.
+void add_overflow(Trial & t) {
+    auto put = [](std::vector<char> & row, int64_t at, float value) {
+        const ggml_bf16_t number = ggml_fp32_to_bf16(value);
+        memcpy(row.data() + 2 * at, &number, sizeof(number));
+    };
+    put(t.weights, 0, -0x1p120f);
+    put(t.rows, 0, 0x1p7f);
+    put(t.weights, BLOCK, 0x1p120f);
+    put(t.rows, BLOCK, 0x1p8f);
+}
+
 Trial make_trial(ggml_type type) {
     const ggml_type row_type = ggml_get_type_traits_cpu(type)->vec_dot_type;
     Trial t{type, row_type, ggml_row_size(type, COLUMNS), ggml_row_size(row_type, COLUMNS), {}, {}};
@@ -50,6 +63,7 @@ Trial make_trial(ggml_type type) {
     t.rows.resize(ROWS * t.row);
     ggml_quantize_chunk(type, values.data(), t.weights.data(), 0, WEIGHT_ROWS, COLUMNS, nullptr);
     ggml_get_type_traits_cpu(row_type)->from_float(values.data() + WEIGHT_ROWS * COLUMNS, t.rows.data(), ROWS * COLUMNS);
+    if (type == GGML_TYPE_BF16) add_overflow(t);
     return t;
 }
 

@@ -3,7 +3,7 @@
 // do not pay for. Every result is ggml's bit by bit: sums inside a block are of whole numbers, which are exact in any
 // order, and the floats of the blocks are added in the order of the product that stock takes for that many rows. For types
 // without tiled products that is `vec_dot`, for any number of rows: BF16 and F16 (float_rows_lanes.h), those with blocks of
-// 32 weights (blocks_of_32.h).
+// 32 weights (blocks_of_32.h). Rows that are no numbers (NaN) are the exception: nothing is promised for them.
 // A kernel is used only where it gave ggml's bits in a trial in this process, since another build of ggml, or one for an
 // older processor, may add in another order. x86-64 only; elsewhere there is none.
 #pragma once
@@ -35,7 +35,7 @@ using FewRowsKernel = void (*)(const FewRowsTask &);
 enum class RowOrder { VEC_DOT, TILED, TILED_FUSED };
 
 // The kernels of an instruction set, null for what it has none for; whether this processor has the instructions.
-// VEC_DOT takes 1 to FEW_ROWS rows, the others FEW_ROWS + 1 and more.
+// VEC_DOT takes 1 to FEW_ROWS rows, the others FEW_ROWS + 1 and more; those of types with one product take any number.
 struct FewRowsSet {
     const char * name;
     bool (*usable)();

@@ -5,12 +5,6 @@
 
 #ifdef MOE_EDGE_X86
 
-// GCC 12 takes the registers that its own header leaves undefined on purpose for mistakes of ours.
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 #define INLINE TARGET __attribute__((always_inline)) static inline
 

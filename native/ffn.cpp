@@ -62,7 +62,7 @@ static void quantize_rows(const QuantizeTask & t, int ith, int nth) {
     }
 }
 
-// Whether a product is made by `dots`, for any number of rows from MANY_ROWS on that is as large.
+// Whether a product with so many rows, MANY_ROWS or more, is made by `dots` and not by a product node of ggml's.
 static bool has_dots(const Piece & p, int64_t n_rows) {
     return p.kernel != Kernel::PLAIN || few_rows_kernel(p.type, p.cols, n_rows) != nullptr;
 }

@@ -1,12 +1,6 @@
 // What the AVX-512 kernels for rows of BF16 and F16 share (float_rows_lanes.h). Included by files that define TARGET, INLINE.
 #include "float_rows_lanes.h"
 
-// GCC 12 takes the registers that its own header leaves undefined on purpose for mistakes of ours.
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
 namespace moe_edge {
 
 namespace {

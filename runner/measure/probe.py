@@ -42,6 +42,7 @@ PRODUCT_ROWS, PRODUCT_COLS = 768, 2048
 PREFILL_ROWS = 32
 ROWS = (1, 4, 8, PREFILL_ROWS, 128)  # tokens at once, as few and as many as an expert gets in a prompt
 PRODUCT_BYTES = 128 << 20
+EXPERT_PRODUCTS = 16  # of a thread at least, beside which starting it takes no time
 
 
 @dataclass(frozen=True)
@@ -331,12 +332,11 @@ def product_speeds(type_id: int, n_threads: int, nbytes: int = PRODUCT_BYTES) ->
         rates, of_experts = [], []
         for n_tokens in ROWS:
             used, repeats = (weights, 8) if n_tokens == 1 else (weights[:some], 3)
-            nbytes_times_tokens = len(used) * row * PRODUCT_ROWS * n_tokens
-            seconds = _time_products(base, cpu, context, used, n_tokens, n_threads, repeats)
-            rates.append([n_tokens, nbytes_times_tokens / seconds])
+            seconds = _time_products(base, cpu, context, used, n_tokens, n_threads, repeats) / len(used)
             data = [int(base.ggml_get_data(each)) for each in used]
             ours = _time_expert_products(data, type_id, n_tokens, n_threads, repeats)
-            of_experts.append([n_tokens, nbytes_times_tokens / (ours or seconds)])
+            rates.append([n_tokens, row * PRODUCT_ROWS * n_tokens / seconds])
+            of_experts.append([n_tokens, row * PRODUCT_ROWS * n_tokens / (ours or seconds)])
     finally:
         base.ggml_free(context)
     by_rows = dict(zip(ROWS, (rate for _, rate in rates), strict=True))
@@ -346,7 +346,10 @@ def product_speeds(type_id: int, n_threads: int, nbytes: int = PRODUCT_BYTES) ->
 def _time_expert_products(
     matrices: Sequence[int], type_id: int, n_tokens: int, n_threads: int, repeats: int
 ) -> float | None:
-    """Seconds of all products with n_tokens rows, as experts have them; None where those are ggml's."""
+    """Seconds of one product with n_tokens rows, as experts have them; None where those are ggml's.
+
+    Each thread has as many matrices as any other, as threads that share experts out have nearly.
+    """
     from moe_edge.runner.capi import library
 
     multiply = library().me_multiply_rows
@@ -356,9 +359,11 @@ def _time_expert_products(
     def one(matrix: int, out: ctypes.Array[ctypes.c_char]) -> bool:
         return bool(multiply(type_id, PRODUCT_COLS, PRODUCT_ROWS, matrix, rows, n_tokens, out) == 0)
 
+    each = max(EXPERT_PRODUCTS, len(matrices) // n_threads)
+
     def job(thread: int) -> None:
-        for matrix in matrices[thread::n_threads]:
-            one(matrix, outputs[thread])
+        for i in range(each):
+            one(matrices[(thread * each + i) % len(matrices)], outputs[thread])
 
     if not one(matrices[0], outputs[0]):
         return None
@@ -367,7 +372,7 @@ def _time_expert_products(
         started = time.perf_counter()
         _run_together([lambda thread=thread: job(thread) for thread in range(n_threads)])  # type: ignore[misc]
         best = min(best, time.perf_counter() - started)
-    return best
+    return best / (each * n_threads)
 
 
 def _words(weights: Any, type_id: int) -> bytes:

@@ -290,7 +290,7 @@ static int64_t compare_kinds(const FewRowsSet & set, RowOrder order, ggml_type t
     int64_t n_compared = 0;
     for (int kind = 0; kind < N_KINDS; kind++) {
         for (int64_t n_blocks : as ? std::vector<int64_t>{1, 3} : std::vector<int64_t>{1, 2, 3, 8, 11}) {
-            const Data d = make(type, n_blocks, pick(random, 1, 7), static_cast<Kind>(kind), random);
+            const Data d = make(type, n_blocks, pick(random, 1, as ? 7 : 20), static_cast<Kind>(kind), random);
             n_compared += compare_all(set, order, d, static_cast<Kind>(kind), as);
         }
         if (as) continue;  // plain words take their time
