@@ -12,15 +12,11 @@ namespace moe_edge {
 
 namespace {
 
-struct BF16ByInstruction : Lanes {
-    static constexpr int WIDTH = 32, PARTS = 2, STEP = 64, ROWS = 6;
+struct BF16ByInstruction : BF16 {
+    static constexpr int WIDTH = 32, STEP = 64;
     INLINE Reg load(const char * from) { return _mm512_loadu_ps(from); }
     INLINE Reg add_product(Reg sum, Reg a, Reg b) {
         return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
-    }
-    INLINE __m128 finish(const Reg (&part)[PARTS][WEIGHTS]) {
-        return added_as_doubles(four_sums(part[0][0], part[0][1], part[0][2], part[0][3]),
-                                four_sums(part[1][0], part[1][1], part[1][2], part[1][3]));
     }
 };
 

@@ -6,6 +6,8 @@
 
 #ifdef MOE_EDGE_X86
 
+#include "sums_avx2.h"
+
 namespace moe_edge {
 
 namespace {
@@ -55,13 +57,6 @@ INLINE void sums_of(const Unpacked * weights, const Operand * rows, const Prepar
             }
         }
     }
-}
-
-// The sum of eight floats: halves upon halves.
-INLINE float sum_of_eight(__m256 v) {
-    __m128 sum = _mm_add_ps(_mm256_extractf128_ps(v, 1), _mm256_castps256_ps128(v));
-    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
-    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 
 template <int PARTS, int R>

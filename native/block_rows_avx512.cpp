@@ -7,6 +7,8 @@
 
 #ifdef MOE_EDGE_X86
 
+#include "sums_avx512.h"
+
 namespace moe_edge {
 
 namespace {
@@ -80,9 +82,7 @@ INLINE void sums_of(const Unpacked * weights, const Operand * rows, const Prepar
 
 // Of each eight floats the sum: halves upon halves.
 INLINE void store_sums(__m512 v, float * two) {
-    v = _mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0xB1));
-    v = _mm512_add_ps(v, _mm512_permute_ps(v, 0xEE));
-    v = _mm512_add_ps(v, _mm512_movehdup_ps(v));
+    v = sum_of_four(_mm512_add_ps(v, _mm512_shuffle_f32x4(v, v, 0xB1)));
     two[0] = _mm512_cvtss_f32(v);
     two[1] = _mm_cvtss_f32(_mm512_extractf32x4_ps(v, 2));
 }

@@ -3,23 +3,17 @@
 
 #ifdef MOE_EDGE_X86
 
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define INLINE TARGET __attribute__((always_inline)) static inline
+#include "sums_avx2.h"
+
 namespace moe_edge {
 
 namespace {
 
-#define TARGET __attribute__((target("avx2,fma,f16c")))
-#define INLINE TARGET __attribute__((always_inline)) static inline
-
 constexpr int AT_ONCE = 4;  // rows: sixteen registers hold their sums
 
 INLINE __m256i load(const void * from) { return _mm256_loadu_si256(static_cast<const __m256i *>(from)); }
-
-// The sum of four floats, (0 + 2) + (1 + 3), and of eight, as ggml adds them.
-INLINE float sum_of_four(__m128 v) {
-    v = _mm_add_ps(v, _mm_movehl_ps(v, v));
-    return _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)));
-}
-INLINE float sum_of_eight(__m256 v) { return sum_of_four(_mm_add_ps(_mm256_extractf128_ps(v, 1), _mm256_castps256_ps128(v))); }
 
 // sum[r] += scale * (q . 32 values of row r); q without sign.
 template <int R>

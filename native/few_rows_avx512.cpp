@@ -35,20 +35,9 @@ INLINE __m512i fold(__m512i a, __m512i b) {
     return _mm512_add_epi32(_mm512_inserti64x4(a, _mm512_castsi512_si256(b), 1), _mm512_shuffle_i64x2(a, b, 0xEE));
 }
 
-// Of each four floats the sum (0 + 2) + (1 + 3), at the first place.
-INLINE __m512 sum_of_four(__m512 v) {
-    v = _mm512_add_ps(v, _mm512_permute_ps(v, 0xEE));
-    return _mm512_add_ps(v, _mm512_movehdup_ps(v));
-}
-
 // Products of four rows from the sums of two pairs, added as ggml adds a register of eight.
 INLINE __m512 sum_of_eight(__m512 first, __m512 second) {
     return sum_of_four(_mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0xDD), _mm512_shuffle_f32x4(first, second, 0x88)));
-}
-
-INLINE __m128 first_of_four(__m512 v) {
-    return _mm512_castps512_ps128(
-        _mm512_permutexvar_ps(_mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0), v));
 }
 
 template <int R>

@@ -7,6 +7,7 @@
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 #define INLINE TARGET __attribute__((always_inline)) static inline
+#include "sums_avx512.h"
 
 namespace moe_edge {
 

@@ -11,10 +11,15 @@ namespace moe_edge {
 
 namespace {
 
-// The two halves of each of four registers added: two registers, of two of them each.
+// The four parts of four sums added, and then the two halves of each: two registers, of two of them each.
 struct Halves { __m256 ab, cd; };
 
-INLINE Halves added_halves(const __m256 (&v)[WEIGHTS]) {
+INLINE Halves added_halves(const __m256 (&part)[4][WEIGHTS]) {
+    __m256 v[WEIGHTS];
+    UNROLL
+    for (int w = 0; w < WEIGHTS; w++) {
+        v[w] = _mm256_add_ps(_mm256_add_ps(part[0][w], part[2][w]), _mm256_add_ps(part[1][w], part[3][w]));
+    }
     return {_mm256_add_ps(_mm256_permute2f128_ps(v[0], v[1], 0x20), _mm256_permute2f128_ps(v[0], v[1], 0x31)),
             _mm256_add_ps(_mm256_permute2f128_ps(v[2], v[3], 0x20), _mm256_permute2f128_ps(v[2], v[3], 0x31))};
 }
@@ -43,12 +48,7 @@ struct BF16AsFloats : Lanes {
     }
     // Of four floats the sum (0 + 2) + (1 + 3), which is added to nothing in double precision.
     INLINE __m128 finish(const Reg (&part)[PARTS][WEIGHTS]) {
-        Reg sum[WEIGHTS];
-        UNROLL
-        for (int w = 0; w < WEIGHTS; w++) {
-            sum[w] = _mm256_add_ps(_mm256_add_ps(part[0][w], part[2][w]), _mm256_add_ps(part[1][w], part[3][w]));
-        }
-        Halves v = added_halves(sum);
+        Halves v = added_halves(part);
         v.ab = _mm256_add_ps(v.ab, _mm256_permute_ps(v.ab, 0xEE));
         v.cd = _mm256_add_ps(v.cd, _mm256_permute_ps(v.cd, 0xEE));
         v.ab = _mm256_add_ps(v.ab, _mm256_movehdup_ps(v.ab));
@@ -62,12 +62,7 @@ struct F16AsFloats : Lanes {
     INLINE Reg add_product(Reg sum, Reg a, Reg b) { return _mm256_fmadd_ps(a, b, sum); }
     // Of four floats the sum (0 + 1) + (2 + 3).
     INLINE __m128 finish(const Reg (&part)[PARTS][WEIGHTS]) {
-        Reg sum[WEIGHTS];
-        UNROLL
-        for (int w = 0; w < WEIGHTS; w++) {
-            sum[w] = _mm256_add_ps(_mm256_add_ps(part[0][w], part[2][w]), _mm256_add_ps(part[1][w], part[3][w]));
-        }
-        const Halves v = added_halves(sum);
+        const Halves v = added_halves(part);
         const __m256 pairs = _mm256_hadd_ps(v.ab, v.cd);    // a01 a23 c01 c23 | b01 b23 d01 d23
         const __m256 each = _mm256_hadd_ps(pairs, pairs);   // a c a c | b d b d
         return _mm_unpacklo_ps(_mm256_castps256_ps128(each), _mm256_extractf128_ps(each, 1));

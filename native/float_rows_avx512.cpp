@@ -13,8 +13,8 @@ namespace {
 
 // FUSED: a multiplication and an addition in one rounding, as ggml's compiler may have made of them.
 template <bool FUSED>
-struct BF16AsFloats : Lanes {
-    static constexpr int WIDTH = 16, PARTS = 2, STEP = 32, ROWS = 6;
+struct BF16AsFloats : BF16 {
+    static constexpr int WIDTH = 16, STEP = 32;
     INLINE Reg load(const char * from) {
         const __m256i numbers = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from));
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
@@ -22,14 +22,10 @@ struct BF16AsFloats : Lanes {
     INLINE Reg add_product(Reg sum, Reg a, Reg b) {
         return FUSED ? _mm512_fmadd_ps(a, b, sum) : _mm512_add_ps(_mm512_mul_ps(a, b), sum);
     }
-    INLINE __m128 finish(const Reg (&part)[PARTS][WEIGHTS]) {
-        return added_as_doubles(four_sums(part[0][0], part[0][1], part[0][2], part[0][3]),
-                                four_sums(part[1][0], part[1][1], part[1][2], part[1][3]));
-    }
 };
 
 struct F16AsFloats : Lanes {
-    static constexpr int WIDTH = 16, PARTS = 4, STEP = 64, ROWS = 6;
+    static constexpr int WIDTH = 16, PARTS = 4, STEP = 64;
     INLINE Reg load(const char * from) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from))); }
     INLINE Reg add_product(Reg sum, Reg a, Reg b) { return _mm512_fmadd_ps(a, b, sum); }
     INLINE __m128 finish(const Reg (&part)[PARTS][WEIGHTS]) {

@@ -13,7 +13,7 @@ from moe_edge.schedulers.layout import Layout
 
 MIB = 1 << 20
 
-# Python, llama.cpp's code and the libraries: 59-67 MiB resident before a model is loaded (docs/LOG.md). They are not
+# Python, llama.cpp's code and the libraries: 45-67 MiB resident before a model is loaded (docs/LOG.md). They are not
 # the model's; a process never holds more than --ram plus this.
 PROGRAM_ALLOWANCE_BYTES = 64 * MIB
 

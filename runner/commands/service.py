@@ -119,10 +119,10 @@ def _budget(path: Path | None, p: dict[str, Any]) -> int:
     if ram is None:
         ram = min(auto_budget_bytes(), plan.resident_bytes)
     if ram < plan.floor_bytes:
+        enough = plan.floor_bytes + plan.fixed.program_varies_bytes
         raise BudgetTooSmall(
-            f"--ram {format_arg(ram)} is less than this model needs; give --ram {format_arg(plan.floor_bytes)} or more",
-            plan.floor_bytes,
-        )  # fmt: skip
+            f"--ram {format_arg(ram)} is less than this model needs; give --ram {format_arg(enough)} or more", enough
+        )
     return int(ram)
 
 
